@@ -1,0 +1,1 @@
+"""The frozen model to be made faster: loading it and capturing its hidden states."""
