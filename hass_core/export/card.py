@@ -1,0 +1,53 @@
+"""The model card beside an exported draft, with the commands that serve it."""
+
+import json
+from typing import Any
+
+from hass_core.config import TreeConfig
+from hass_core.export.engines import Engine
+
+
+def serving_command(engine: Engine, tree: TreeConfig, target_name: str, draft: str = "THIS_FOLDER") -> str:
+    """A command to paste, with the tree the planner chose.
+
+    vLLM verifies a chain: num_speculative_tokens is its length. SGLang's num-draft-tokens counts the root.
+    """
+    if engine.name == "vllm":
+        settings = {"method": "eagle", "model": draft, "num_speculative_tokens": tree.depth}
+        return f"vllm serve {target_name} --speculative-config '{json.dumps(settings)}'"
+    if engine.name == "sglang":
+        top_k = 1 if tree.kind == "chain" else tree.top_k
+        nodes = tree.depth + 1 if tree.kind == "chain" else tree.nodes
+        return (
+            f"python -m sglang.launch_server --model-path {target_name} --speculative-algorithm EAGLE "
+            f"--speculative-draft-model-path {draft} --speculative-num-steps {tree.depth} "
+            f"--speculative-eagle-topk {top_k} --speculative-num-draft-tokens {nodes}"
+        )
+    return (
+        f"python -m eagle.evaluation.gen_ea_answer_llama3chat --base-model-path {target_name} --ea-model-path {draft}"
+    )
+
+
+def model_card(config: dict[str, Any], engine: Engine, tree: TreeConfig, target_name: str) -> str:
+    """Markdown: what the draft is, which target it serves, how to serve it."""
+    made = config.get("hass", {})
+    facts = "\n".join(f"| {key} | {_cell(value)} |" for key, value in sorted(made.items()))
+    return f"""# Draft model for {_cell(target_name)}
+
+A HASS draft (arXiv 2408.15766) in the layout of {engine.title}: one decoder layer that reads the target's hidden states
+and token embeddings and guesses the next tokens. The target verifies every guess, so its output does not change.
+
+```
+{serving_command(engine, tree, target_name)}
+```
+
+| | |
+|---|---|
+{facts}
+
+It serves only the target with this fingerprint, chat template and vocabulary. The licence of the target applies to it.
+"""
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -1,0 +1,100 @@
+"""Existing checkpoints come in, and a bias is folded only where that is exact."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hass_core.config import TreeConfig
+from hass_core.errors import BadInput, DraftMismatch
+from hass_core.export.checks import check_draft
+from hass_core.export.engines import ENGINES
+from hass_core.export.exporter import export_draft
+from hass_core.export.importer import fold_bias, import_draft
+from hass_core.export.layout import Layout
+
+
+@pytest.fixture
+def official(tmp_path, tiny_target):
+    """A checkpoint as the official trainers write it: pytorch_model.bin with embedding and fc.bias."""
+    config = tiny_target.model.config.to_dict()
+    torch.manual_seed(2)
+    tensors = {name: torch.randn(shape) for name, shape in Layout.from_config(config).trained().items()}
+    tensors |= {"fc.bias": torch.randn(48), "embed_tokens.weight": tiny_target.embedding.clone()}
+    folder = tmp_path / "official"
+    folder.mkdir()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_an_official_checkpoint_is_imported(official, tiny_target, tmp_path):
+    out = import_draft(official, tiny_target.model.config, tmp_path / "imported")
+    tensors = load_file(str(out / "model.safetensors"))
+    original = torch.load(official / "pytorch_model.bin", weights_only=True)
+    assert "embed_tokens.weight" not in tensors
+    assert all(torch.equal(tensors[name], original[name]) for name in tensors)
+    assert json.loads((out / "config.json").read_text())["bias"] is True
+
+
+def test_a_folded_bias_gives_the_same_output_and_serves_under_vllm(official, tiny_target, tmp_path):
+    imported = import_draft(official, tiny_target.model.config, tmp_path / "imported")
+    folding = fold_bias(imported, tiny_target.embedding, tmp_path / "folded")
+    assert folding.relative_error < 1e-4
+    before, after = (load_file(str(tmp_path / name / "model.safetensors")) for name in ("imported", "folded"))
+    tokens, features = torch.randint(259, (50,)), torch.randn(50, 48)
+    biased = torch.cat([tiny_target.embedding[tokens], features], -1) @ before["fc.weight"].T + before["fc.bias"]
+    folded = torch.cat([after["embed_tokens.weight"][tokens], features], -1) @ after["fc.weight"].T
+    torch.testing.assert_close(folded, biased, rtol=1e-3, atol=1e-3)
+    tree = TreeConfig(kind="chain", depth=3, nodes=4)
+    out = export_draft(
+        tmp_path / "folded",
+        tiny_target.model.config,
+        tiny_target.embedding,
+        "vllm",
+        tmp_path / "vllm",
+        tree,
+        "org/target",
+    )
+    assert check_draft(out, tiny_target.model.config, ENGINES["vllm"], tiny_target.embedding) == []
+
+
+def test_a_bias_that_cannot_be_folded_is_refused_with_the_condition_number(official, tiny_target, tmp_path):
+    imported = import_draft(official, tiny_target.model.config, tmp_path / "imported")
+    tensors = load_file(str(imported / "model.safetensors"))
+    tensors["fc.weight"][0, :48] = tensors["fc.weight"][1, :48]  # singular embedding half
+    save_file(tensors, str(imported / "model.safetensors"))
+    with pytest.raises(DraftMismatch, match="condition number"):
+        fold_bias(imported, tiny_target.embedding, tmp_path / "folded")
+
+
+def test_a_pickle_with_code_in_it_is_refused(official, tiny_target, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    torch.save({"fc.weight": Evil()}, official / "pytorch_model.bin")
+    with pytest.raises(BadInput, match="not a plain file of tensors"):
+        import_draft(official, tiny_target.model.config, tmp_path / "imported")
+
+
+def test_an_incomplete_or_foreign_checkpoint_is_refused(official, tiny_target, tmp_path):
+    tensors = torch.load(official / "pytorch_model.bin", weights_only=True)
+    del tensors["fc.weight"]
+    torch.save(tensors, official / "pytorch_model.bin")
+    with pytest.raises(BadInput, match=r"lacks fc\.weight"):
+        import_draft(official, tiny_target.model.config, tmp_path / "imported")
+    config = json.loads((official / "config.json").read_text())
+    (official / "config.json").write_text(json.dumps(config | {"vocab_size": 7}))
+    with pytest.raises(DraftMismatch, match="vocab_size is 7"):
+        import_draft(official, tiny_target.model.config, tmp_path / "imported")
+
+
+def test_folding_without_a_bias_says_so(official, tiny_target, tmp_path):
+    tensors = torch.load(official / "pytorch_model.bin", weights_only=True)
+    del tensors["fc.bias"]
+    torch.save(tensors, official / "pytorch_model.bin")
+    imported = import_draft(official, tiny_target.model.config, tmp_path / "imported")
+    with pytest.raises(BadInput, match="nothing to fold"):
+        fold_bias(imported, tiny_target.embedding, tmp_path / "folded")
