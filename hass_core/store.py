@@ -127,8 +127,12 @@ class Store:
             yield
         except OSError as error:
             if error.errno == errno.ENOSPC:
-                raise StoreError(f"the disk of {self.root} is full; free space and run the same command again") from error
-            raise StoreError(f"cannot {what} the store {self.root}: {error}; check the path and its permissions") from error
+                raise StoreError(
+                    f"the disk of {self.root} is full; free space and run the same command again"
+                ) from error
+            raise StoreError(
+                f"cannot {what} the store {self.root}: {error}; check the path and its permissions"
+            ) from error
 
 
 class StageFolder:
@@ -157,7 +161,9 @@ class StageFolder:
         """Records of the files already in place, by name."""
         pattern = f"{self._base}/{RECORDS}/*.json"
         self.store.fs.invalidate_cache()
-        records = [FileRecord.model_validate_json(self.store.fs.cat_file(p)) for p in sorted(self.store.fs.glob(pattern))]
+        records = [
+            FileRecord.model_validate_json(self.store.fs.cat_file(p)) for p in sorted(self.store.fs.glob(pattern))
+        ]
         return {record.name: record for record in records}
 
     @contextmanager
@@ -174,7 +180,11 @@ class StageFolder:
             with self.store._named_failures("write to"):
                 yield writing
                 record = FileRecord(
-                    name=name, bytes=writing.path.stat().st_size, sha256=sha256_of(writing.path), rows=writing.rows, notes=notes
+                    name=name,
+                    bytes=writing.path.stat().st_size,
+                    sha256=sha256_of(writing.path),
+                    rows=writing.rows,
+                    notes=notes,
                 )
                 self._put(writing.path, name)
                 self._put_text(f"{RECORDS}/{name}.json", record.model_dump_json())
@@ -271,7 +281,9 @@ class StageFolder:
             self.store.fs.put_file(str(source), target)  # an object appears only when its upload has completed
 
     def _put_text(self, name: str, text: str) -> None:
-        with tempfile.NamedTemporaryFile("w", dir=self.scratch(), suffix=".json", delete=False, encoding="utf-8") as file:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=self.scratch(), suffix=".json", delete=False, encoding="utf-8"
+        ) as file:
             file.write(text)
         try:
             self._put(Path(file.name), name)
