@@ -1,0 +1,304 @@
+"""From a conversation to token ids and a loss mask, by rendering prefixes with the target's own chat template.
+
+For an assistant turn i, `prefix` = messages before i with the generation prompt (what the target saw when it began to
+answer) and `upto` = messages through i. What `upto` has beyond `prefix` is the answer. No marker is ever searched for
+by its text, so any template works; what a template does to a conversation is either reproduced or refused:
+
+- the mask ends with the end-of-turn token; what the template writes after it (a line break) is not supervised;
+- text the template puts between prefix and answer (an empty thinking block) is not supervised;
+- an earlier turn that the template rewrites later (thinking removed) is context only: its tokens as rendered were
+  never generated;
+- the token ids that the target really generated are used where they are known, even when the tokenizer would cut
+  the same text otherwise.
+
+Every mask is checked by decoding it.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from jinja2.exceptions import TemplateError as JinjaError
+from transformers import PreTrainedTokenizerBase
+
+from hass_core.errors import TemplateError
+
+Message = dict[str, str]
+
+
+class SkippedConversation(Exception):
+    """This conversation cannot be given a sound mask; `reason` is a short fixed text, good for counting."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as the target sees it, up to the end of its last answer."""
+
+    token_ids: list[int]
+    loss_mask: list[int]  # 1 = the token belongs to an answer, its end-of-turn token included
+    rewritten_turns: int = 0  # earlier answers left unsupervised because the template rewrote them
+
+
+@dataclass(frozen=True)
+class _Span:
+    """One answer in the final text, in characters: the prompt ends at `start`, the answer is [content, end)."""
+
+    turn: int
+    start: int
+    content: int  # behind `start` where the template writes something of its own first
+    end: int
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    answer_token_ids: Sequence[Sequence[int]] | None = None,
+) -> Encoded:
+    """Token ids and loss mask of one conversation, through its last answer.
+
+    `answer_token_ids`: for each assistant message the ids the target generated, ending with an end-of-turn token if
+    and only if it finished; an empty list means unknown. They replace the tokenizer's own cut of the same text.
+    Raises SkippedConversation (with a reason) or TemplateError (the target has no template).
+    """
+    answers = _answers_by_turn(messages, answer_token_ids)
+    if not answers:
+        raise SkippedConversation("no assistant turn")
+    last = max(answers)
+    text = render(tokenizer, messages[: last + 1])
+    spans, rewritten = _answer_spans(tokenizer, messages, text, list(answers))
+    encoded = _join(tokenizer, text, spans, answers, rewritten)
+    _check(tokenizer, encoded, [messages[span.turn]["content"] for span in spans])
+    return encoded
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    answer_token_ids: Sequence[Sequence[int]] | None = None,
+) -> list[int]:
+    """Token ids of a conversation ending with a user or tool turn, with the opening of the answer to come.
+
+    Earlier answers keep their generated ids where given, as in `encode_conversation`.
+    """
+    text = render(tokenizer, messages, add_generation_prompt=True)
+    answers = _answers_by_turn(messages, answer_token_ids)
+    if not any(answers.values()):
+        return tokenize(tokenizer, text)
+    spans, rewritten = _answer_spans(tokenizer, messages, text, list(answers), last_must_stand=False)
+    return _join(tokenizer, text, spans, answers, rewritten, with_tail=True).token_ids
+
+
+def answer_tokens(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], finished: bool = True
+) -> list[int]:
+    """The tokenizer's own ids of the last message, an answer; without its end-of-turn token if not `finished`."""
+    encoded = encode_conversation(tokenizer, messages)
+    start = len(encoded.loss_mask)
+    while start and encoded.loss_mask[start - 1]:
+        start -= 1
+    ids = encoded.token_ids[start:]
+    return ids if finished or ids[-1] not in special_token_ids(tokenizer) else ids[:-1]
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
+) -> str:
+    """The template's text. Raises SkippedConversation when the template refuses these messages."""
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except JinjaError as error:
+        raise SkippedConversation(f"the template refuses: {error}") from error
+    assert isinstance(text, str)
+    return text
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of rendered text: special tokens are parsed, none is added."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+@lru_cache(maxsize=16)
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Text → id of every special token (end-of-turn tokens are among them)."""
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return added | {text: i for text, i in named if i is not None}
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of every special token."""
+    return frozenset(special_tokens(tokenizer).values())
+
+
+def _answers_by_turn(
+    messages: Sequence[Message], answer_token_ids: Sequence[Sequence[int]] | None
+) -> dict[int, list[int]]:
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if answer_token_ids is None:
+        return {turn: [] for turn in turns}
+    if len(answer_token_ids) != len(turns):
+        raise ValueError(f"{len(turns)} assistant messages but {len(answer_token_ids)} lists of answer token ids")
+    return {turn: list(ids) for turn, ids in zip(turns, answer_token_ids, strict=True)}
+
+
+def _answer_spans(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    text: str,
+    turns: list[int],
+    last_must_stand: bool = True,
+) -> tuple[list[_Span], int]:
+    """Where each answer stands in `text`, and how many answers the template rewrote there."""
+    spans: list[_Span] = []
+    rewritten = 0
+    for turn in turns:
+        prefix = render(tokenizer, messages[:turn], add_generation_prompt=True)
+        upto = render(tokenizer, messages[: turn + 1])
+        must_stand = last_must_stand and turn == turns[-1]
+        if not upto.startswith(prefix):
+            if must_stand:
+                raise SkippedConversation("the template's prompt is not a prefix of the conversation")
+            rewritten += 1
+            continue
+        content, end = _locate(tokenizer, upto, len(prefix), messages[turn]["content"])
+        if text.startswith(upto[:end]):
+            spans.append(_Span(turn, len(prefix), content, end))
+        else:
+            rewritten += 1
+    return spans, rewritten
+
+
+def _locate(tokenizer: PreTrainedTokenizerBase, upto: str, start: int, content: str) -> tuple[int, int]:
+    """Characters of the answer with its end token inside `upto[start:]`. Raises SkippedConversation."""
+    body = content.strip()
+    if not body:
+        raise SkippedConversation("empty answer")
+    found = upto.find(body, start)
+    if found < 0:
+        found, after = start, _end_of_reformatted(upto, start, body)
+    else:
+        after = found + len(body)
+        if not upto[start:found].strip():  # only white space before it: the target generated that too
+            found = start
+    ends = [(at, at + len(token)) for token in special_tokens(tokenizer) if (at := upto.find(token, after)) >= 0]
+    return found, min(ends)[1] if ends else after
+
+
+def _end_of_reformatted(upto: str, start: int, body: str) -> int:
+    """End of `body` in `upto[start:]` where the template changed only its white space."""
+    wanted = "".join(body.split())
+    position, matched = start, 0
+    while matched < len(wanted) and position < len(upto):
+        if upto[position].isspace():
+            position += 1
+        elif upto[position] == wanted[matched]:
+            position, matched = position + 1, matched + 1
+        else:
+            break
+    if matched < len(wanted):
+        raise SkippedConversation("the template rewrites the answer")
+    return position
+
+
+def _join(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    spans: list[_Span],
+    answers: dict[int, list[int]],
+    rewritten: int,
+    with_tail: bool = False,
+) -> Encoded:
+    """Alternate the tokens between answers (mask 0) with the answers' tokens (mask 1)."""
+    ids: list[int] = []
+    mask: list[int] = []
+
+    def put(tokens: list[int], flag: int) -> None:
+        ids.extend(tokens)
+        mask.extend([flag] * len(tokens))
+
+    before: list[int] = []  # the tokenizer's cut of the text up to the end of the previous answer
+    unfinished: list[int] = []  # the end token the template wrote after an answer that was cut off
+    for span in spans:
+        given = answers[span.turn]
+        head = tokenize(tokenizer, text[: span.start if given else span.content])
+        through = tokenize(tokenizer, text[: span.end])
+        if head[: len(before)] != before:
+            raise SkippedConversation("an answer ends inside a token")
+        put(unfinished + head[len(before) :], 0)
+        if not given and through[: len(head)] != head:
+            raise SkippedConversation("an answer begins inside a token")
+        put(given or through[len(head) :], 1)
+        special = special_token_ids(tokenizer)
+        unfinished = through[-1:] if given and through[-1] in special and given[-1] not in special else []
+        before = through
+    if with_tail:
+        put(unfinished + tokenize(tokenizer, text)[len(before) :], 0)
+    return Encoded(ids, mask, rewritten)
+
+
+def _check(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, answers: list[str]) -> None:
+    """Decode the supervised runs and compare them with the answers. Raises SkippedConversation."""
+    if not any(encoded.loss_mask):
+        raise SkippedConversation("nothing is supervised")
+    if all(encoded.loss_mask):
+        raise SkippedConversation("everything is supervised")
+    special = special_token_ids(tokenizer)
+    runs = supervised_runs(encoded)
+    if len(runs) != len(answers):
+        raise SkippedConversation("two answers without a turn between them")
+    for run, answer in zip(runs, answers, strict=True):
+        if _letters(decode(tokenizer, run[:-1] if run[-1] in special else run)) != _letters(answer):
+            raise SkippedConversation("the mask does not decode to the answer")
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    """The exact text of token ids, special tokens included."""
+    words: Any = tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return words
+
+
+def _letters(text: str) -> str:
+    """Text without white space, in the composed Unicode form that some tokenizers (Qwen) impose."""
+    return unicodedata.normalize("NFC", "".join(text.split()))
+
+
+def supervised_runs(encoded: Encoded) -> list[list[int]]:
+    """The token ids of each unbroken run of supervised tokens."""
+    runs: list[list[int]] = []
+    previous = 0
+    for token, flag in zip(encoded.token_ids, encoded.loss_mask, strict=True):
+        if flag and not previous:
+            runs.append([])
+        if flag:
+            runs[-1].append(token)
+        previous = flag
+    return runs
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Prove the template on a small conversation before any long work. Raises TemplateError."""
+    if not tokenizer.chat_template:
+        raise TemplateError("the target has no chat template; put a chat_template.jinja into its folder")
+    user: Message = {"role": "user", "content": "Name two primary colours."}
+    answer: Message = {"role": "assistant", "content": "Red and blue are primary colours."}
+    try:
+        single = encode_conversation(tokenizer, [user, answer])
+        encode_conversation(tokenizer, [user, answer, user, answer])
+    except SkippedConversation as problem:
+        raise TemplateError(
+            f"the target's chat template gives no sound loss mask: {problem.reason}; correct chat_template.jinja in "
+            "the target's folder so that a conversation begins with its own generation prompt"
+        ) from problem
+    if single.token_ids[-1] not in special_token_ids(tokenizer):
+        raise TemplateError(
+            "the target's chat template writes no end-of-turn token after an answer, so an answer would never end; "
+            "add the end token to chat_template.jinja in the target's folder"
+        )
