@@ -1,0 +1,48 @@
+"""The draft's output head: the target's own, frozen, or only its rows of the draft vocabulary."""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DraftHead(nn.Module):
+    """Rows of the target's output projection. `weight` [D, H]; `token_ids` [D] names the target's token of each row,
+    None when all V rows are there in order."""
+
+    weight: Tensor
+    token_ids: Tensor | None
+
+    def __init__(self, weight: Tensor, token_ids: Tensor | None = None):
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("token_ids", token_ids, persistent=False)
+
+    @classmethod
+    def from_target(cls, target_head: Tensor, token_ids: Tensor | None = None) -> "DraftHead":
+        """The whole head [V, H] without a copy, or its rows `token_ids` [D]."""
+        if token_ids is None:
+            return cls(target_head)
+        token_ids = token_ids.to(target_head.device)
+        return cls(target_head[token_ids].contiguous(), token_ids)
+
+    @property
+    def size(self) -> int:
+        return self.weight.shape[0]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[..., D] from features [..., H]."""
+        return F.linear(features.to(self.weight.dtype), self.weight)
+
+    def to_target_ids(self, indices: Tensor) -> Tensor:
+        """The target's token ids of indices into the draft vocabulary."""
+        return indices if self.token_ids is None else self.token_ids[indices]
+
+    def positions(self, vocab_size: int) -> Tensor:
+        """[V]: each target token's index in the draft vocabulary, -1 where it is not in it."""
+        if self.token_ids is None:
+            return torch.arange(vocab_size, device=self.weight.device)
+        where = torch.full((vocab_size,), -1, dtype=torch.long, device=self.weight.device)
+        where[cast(Tensor, self.token_ids)] = torch.arange(self.size, device=self.weight.device)
+        return where
