@@ -222,6 +222,16 @@ class TrackingConfig(Settings):
     registered_model: str | None = Field(default=None, description="Registry name; None = hass-draft-<target>")
 
 
+class PromotionConfig(Settings):
+    """When a new draft (challenger) replaces the one in use (champion)."""
+
+    automatic: bool = Field(default=True, description="Decide at the end of a retraining; off = wait for promote-draft")
+    margin: float = Field(
+        default=0.0, ge=0, le=1, description="Gain over the champion's speed-up that the interval's lower end must exceed"
+    )
+    tolerance: float = Field(default=0.02, ge=0, le=1, description="Loss of speed-up that one benchmark may show")
+
+
 class RunConfig(Settings):
     """One retraining, whole."""
 
@@ -238,6 +248,7 @@ class RunConfig(Settings):
     training: TrainingConfig = TrainingConfig()
     tree: TreeConfig = TreeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    promotion: PromotionConfig = PromotionConfig()
     tracking: TrackingConfig = TrackingConfig()
 
 

@@ -43,3 +43,7 @@ class NonFinite(HassError):
 
 class LeakedBenchmark(HassError):
     """A held-out or benchmark question stands in the training prompts."""
+
+
+class TrackingError(HassError):
+    """Runs cannot be recorded, or the model registry does not hold what is asked of it."""
