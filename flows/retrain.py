@@ -1,0 +1,38 @@
+"""The whole retraining: `python -m flows.retrain [PRESET] [section.key=value …]`.
+
+Prompts, answers, features, training, evaluation, registration; what the store already holds is not done again.
+"""
+
+from prefect import flow
+from pydantic import BaseModel
+
+from flows.chain import run_until
+from flows.parameters import RunParameters
+from flows.terminal import main
+from hass_core.store import Artifact
+from tasks.promotion import Verdict, decide
+from tasks.registration import register_draft
+from tasks.tracking import DraftVersion
+
+
+class Retrained(BaseModel):
+    """What a retraining leaves behind."""
+
+    run_id: str
+    evaluation: Artifact
+    version: DraftVersion
+    verdict: Verdict | None
+
+
+@flow(name="retrain", flow_run_name="retrain {run.preset}")
+def retrain(run: RunParameters) -> Retrained:
+    """Retrain the draft, measure it, register it, and put it in use when it is better than the present one."""
+    config = run.config()
+    with run_until("evaluation", config) as chain:
+        version = register_draft(config, chain.artifacts, chain.run_id)
+        verdict = decide(config, version, chain.run_id) if config.promotion.automatic else None
+    return Retrained(run_id=chain.run_id, evaluation=chain.last, version=version, verdict=verdict)
+
+
+if __name__ == "__main__":
+    main(retrain)

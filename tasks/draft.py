@@ -1,0 +1,24 @@
+"""Training: the draft model learns to guess what the target says next."""
+
+from contextlib import AbstractContextManager
+
+from prefect import task
+
+from hass_core.config import RunConfig
+from hass_core.store import Artifact
+from hass_core.training import train as core
+from tasks.resources import store_of, target_of
+from tasks.retries import NETWORK_RETRIES
+from tasks.stage import run_stage
+from tasks.tracking import StageRun
+
+
+@task(name="train-draft", **NETWORK_RETRIES)
+def train_draft(config: RunConfig, features: Artifact, run_id: str) -> Artifact:
+    """Features → a draft. Its curves reach MLflow while it trains."""
+    metrics = core.metrics_path(config, features, store_of(config), target_of(config.target))
+
+    def watch(run: StageRun) -> AbstractContextManager[None]:
+        return run.following(metrics)
+
+    return run_stage("draft", core.train_draft, config, features, run_id, watch)

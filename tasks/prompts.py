@@ -1,0 +1,28 @@
+"""Prompts: written for the project, from files or data sets, or by the target itself."""
+
+from prefect import task
+
+from hass_core.config import RunConfig
+from hass_core.data import prompts as core
+from hass_core.store import Artifact
+from tasks.progress import reporting
+from tasks.resources import store_of, target_of
+from tasks.retries import NETWORK_RETRIES
+from tasks.stage import publish_summary
+from tasks.tracking import stage_run
+
+
+@task(name="collect-prompts", **NETWORK_RETRIES)
+def collect_prompts(config: RunConfig) -> Artifact:
+    """Settings → prompts.parquet. Runs before there is an MLflow run: the prompts are part of its identity."""
+    with reporting("prompts") as progress:
+        artifact = core.collect_prompts(config, store_of(config), target_of(config.target), progress)
+    publish_summary(artifact)
+    return artifact
+
+
+@task(name="record-prompts")
+def record_prompts(config: RunConfig, prompts: Artifact, run_id: str) -> None:
+    """Enter the prompts into the retraining's MLflow run."""
+    with stage_run(config, run_id, "prompts") as run:
+        run.record(store_of(config), prompts, {})

@@ -1,0 +1,28 @@
+"""Registration: the evaluated draft becomes a version in the model registry."""
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+
+from hass_core.config import RunConfig
+from hass_core.provenance import code_commit
+from hass_core.store import Artifact
+from tasks import tracking
+from tasks.resources import store_of, target_of
+from tasks.retries import NETWORK_RETRIES
+
+
+@task(name="register-draft", **NETWORK_RETRIES)
+def register_draft(config: RunConfig, stages: list[Artifact], run_id: str) -> tracking.DraftVersion:
+    """The stages of one retraining, prompts to evaluation → the draft's version, with the way back to each of them."""
+    by_name = {artifact.stage: artifact for artifact in stages}
+    lineage = {f"hass.digest.{name}": artifact.digest for name, artifact in by_name.items()}
+    lineage |= {f"hass.url.{name}": artifact.url for name, artifact in by_name.items()}
+    lineage |= {"hass.commit": code_commit() or "unknown", "hass.mlflow_run": run_id}
+    draft, store, target = by_name["draft"], store_of(config), target_of(config.target)
+    version = tracking.register(config, run_id, draft, store, target, lineage)
+    create_markdown_artifact(
+        f"`{version.model}` version {version.version}, alias `{version.alias}`\n\nMLflow: `{tracking.ui_command(config)}`",
+        key="registered-draft",
+        description="The draft in the model registry",
+    )
+    return version

@@ -1,0 +1,20 @@
+"""What the stages of one process share: the store and the loaded target."""
+
+from functools import lru_cache
+
+from hass_core.config import RunConfig, TargetConfig
+from hass_core.store import Store
+from hass_core.target.loader import Target, load_target
+
+
+def store_of(config: RunConfig) -> Store:
+    """The store. Raises StoreError unless it can be written."""
+    store = Store(config.store)
+    store.check_writable()
+    return store
+
+
+@lru_cache(maxsize=1)
+def target_of(config: TargetConfig) -> Target:
+    """The target, loaded once per process: all stages of a retraining use the same one."""
+    return load_target(config)

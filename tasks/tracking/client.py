@@ -1,0 +1,90 @@
+"""Connect to MLflow: the server that is set, else SQLite and a folder beside the store.
+
+`tracking.uri` wins over the environment's MLFLOW_TRACKING_URI. A server's user name and password come from the
+environment only (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD).
+"""
+
+import logging
+import os
+import shlex
+from functools import cache
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from hass_core.config import RunConfig
+from hass_core.errors import TrackingError
+
+
+def tracking_uri(config: RunConfig) -> str:
+    """Where runs are recorded."""
+    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local_folder(config)}/mlflow.db"
+
+
+def local_folder(config: RunConfig) -> Path:
+    """The folder of the SQLite file: beside a local store, `.hass` for a remote one."""
+    folder = Path(".hass/store") if "://" in config.store else Path(config.store).expanduser()
+    return folder.resolve().parent
+
+
+def connect(config: RunConfig) -> MlflowClient:
+    """A client whose experiment exists. Raises TrackingError when MLflow cannot be reached."""
+    uri = tracking_uri(config)
+    try:
+        client = _client(uri, local_folder(config))
+        experiment_id(client, config)
+    except MlflowException as error:
+        raise TrackingError(
+            f"cannot use MLflow at {_shown(uri)}: {error}; start the server or change tracking.uri"
+        ) from error
+    return client
+
+
+def experiment_id(client: MlflowClient, config: RunConfig) -> str:
+    """The experiment's id; created on first use."""
+    name = config.tracking.experiment
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        artifacts = local_folder(config) / "mlartifacts"
+        location = None if _is_server(tracking_uri(config)) else artifacts.as_uri()
+        try:
+            return client.create_experiment(name, artifact_location=location)
+        except MlflowException:  # another process was first
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+    return experiment.experiment_id
+
+
+def ui_command(config: RunConfig) -> str:
+    """The one command, or the address, that shows the runs."""
+    uri = tracking_uri(config)
+    if _is_server(uri):
+        return _shown(uri)
+    if local_folder(config) == Path(".hass").resolve():
+        return "make ui"
+    return f"mlflow ui --host 127.0.0.1 --backend-store-uri {shlex.quote(_shown(uri))}"
+
+
+@cache
+def _client(uri: str, folder: Path) -> MlflowClient:
+    for name in ("alembic", "mlflow.store"):  # database migrations at first use
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if uri.startswith("sqlite:"):
+        folder.mkdir(parents=True, exist_ok=True)
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
+def _shown(uri: str) -> str:
+    """The address without a password."""
+    password = urlsplit(uri).password
+    return uri.replace(f":{password}@", ":***@") if password else uri

@@ -1,0 +1,176 @@
+"""The model registry: one version per draft, the alias `champion` on the draft in use, `challenger` on the newest other.
+
+A version's tags lead back to everything it came from: digests and addresses of its stages, the parent run, the commit.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from pydantic import BaseModel, ConfigDict
+
+from hass_core.config import RunConfig
+from hass_core.errors import TrackingError
+from hass_core.store import Artifact, Store
+from hass_core.target.loader import Target
+from tasks.tracking.client import connect
+from tasks.tracking.package import log_draft_model
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+LOCK_SECONDS = 60  # an older lock belongs to a process that died
+
+
+class DraftVersion(BaseModel):
+    """One registered draft."""
+
+    model_config = ConfigDict(frozen=True)
+    model: str
+    version: str
+    alias: str | None
+    draft: Artifact
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.model}/{self.version}"
+
+
+def registered_name(config: RunConfig, target: Target) -> str:
+    """`hass-draft-<target>`, without the word that all targets share."""
+    return config.tracking.registered_model or f"hass-draft-{target.name.removesuffix('-instruct')}"
+
+
+def register(
+    config: RunConfig, run_id: str, draft: Artifact, store: Store, target: Target, lineage: Mapping[str, str]
+) -> DraftVersion:
+    """The draft's version: the one that exists, or a new one with alias champion (the first) or challenger."""
+    client, name = connect(config), registered_name(config, target)
+    if version_of(client, name, draft) is None:
+        with tempfile.TemporaryDirectory(prefix="hass-draft-") as folder:
+            source = log_draft_model(config, run_id, draft, store, target, Path(folder))
+        _create_model(client, name, target)
+        with _locked(client, name):
+            if version_of(client, name, draft) is None:  # another process may have been faster
+                tags = {"hass.draft": draft.digest, "hass.draft.artifact": draft.model_dump_json(), **lineage}
+                client.create_model_version(name, source.model_uri, run_id, tags=tags, model_id=source.model_id)
+    with _locked(client, name):
+        version = version_of(client, name, draft)
+        assert version is not None
+        if not _aliases(client, name, version.version):
+            alias = CHALLENGER if champion(client, name) else CHAMPION
+            client.set_registered_model_alias(name, alias, version.version)
+    return describe(client, name, version.version)
+
+
+def version_of(client: MlflowClient, name: str, draft: Artifact) -> ModelVersion | None:
+    """The version that holds this draft."""
+    found = client.search_model_versions(f"name = '{name}' and tags.`hass.draft` = '{draft.digest}'")
+    return min(found, key=lambda version: int(version.version)) if found else None
+
+
+def champion(client: MlflowClient, name: str) -> DraftVersion | None:
+    """The draft in use."""
+    return by_alias(client, name, CHAMPION)
+
+
+def by_alias(client: MlflowClient, name: str, alias: str) -> DraftVersion | None:
+    """The version an alias points to."""
+    try:
+        return describe(client, name, client.get_model_version_by_alias(name, alias).version)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no alias
+            return None
+        raise
+
+
+def describe(client: MlflowClient, name: str, version: str) -> DraftVersion:
+    """A version with its draft. Raises TrackingError for a version that this pipeline did not register."""
+    tags = client.get_model_version(name, version).tags
+    if "hass.draft.artifact" not in tags:
+        raise TrackingError(f"version {version} of {name} was not registered by this pipeline; remove its alias")
+    aliases = _aliases(client, name, version)
+    alias = CHAMPION if CHAMPION in aliases else next(iter(aliases), None)
+    draft = Artifact.model_validate_json(tags["hass.draft.artifact"])
+    return DraftVersion(model=name, version=str(version), alias=alias, draft=draft)
+
+
+def crown(client: MlflowClient, challenger: DraftVersion, expected: DraftVersion | None, tags: Mapping[str, str]) -> None:
+    """Make `challenger` the champion if `expected` still is it. Raises TrackingError when another promotion was faster."""
+    name = challenger.model
+    with _locked(client, name):
+        present = champion(client, name)
+        if (present and present.version) != (expected and expected.version):
+            raise TrackingError(
+                f"the champion of {name} changed to version {present and present.version} meanwhile; "
+                "run the promotion again to compare with it"
+            )
+        for key, value in tags.items():
+            client.set_model_version_tag(name, challenger.version, key, value)
+        if expected:
+            client.set_model_version_tag(name, challenger.version, "hass.replaced", expected.version)
+        client.set_registered_model_alias(name, CHAMPION, challenger.version)
+        if CHALLENGER in _aliases(client, name, challenger.version):
+            client.delete_registered_model_alias(name, CHALLENGER)
+
+
+def restore(client: MlflowClient, name: str) -> tuple[DraftVersion, DraftVersion]:
+    """Give the alias back to the champion before; returns (restored, withdrawn). Raises TrackingError without one."""
+    with _locked(client, name):
+        present = champion(client, name)
+        if present is None:
+            raise TrackingError(f"{name} has no champion; run `python -m flows.retrain` first")
+        before = client.get_model_version(name, present.version).tags.get("hass.replaced")
+        if before is None:
+            raise TrackingError(f"version {present.version} of {name} replaced no other: nothing to go back to")
+        client.set_registered_model_alias(name, CHAMPION, before)
+        client.set_model_version_tag(name, present.version, "hass.withdrawn", str(int(time.time())))
+    return describe(client, name, before), describe(client, name, present.version)
+
+
+def _aliases(client: MlflowClient, name: str, version: str) -> list[str]:
+    aliases = client.get_registered_model(name).aliases
+    return [alias for alias, number in aliases.items() if str(number) == str(version)]
+
+
+def _create_model(client: MlflowClient, name: str, target: Target) -> None:
+    try:
+        client.create_registered_model(name, {"hass.target": target.fingerprint}, f"HASS drafts for {target.name}")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+@contextmanager
+def _locked(client: MlflowClient, name: str) -> Iterator[None]:
+    """One process at a time. The registry lets one caller create a name, so creating `NAME.lock` is the lock."""
+    lock = f"{name}.lock"
+    deadline = time.monotonic() + 2 * LOCK_SECONDS
+    while not _take(client, lock):
+        if time.monotonic() > deadline:
+            raise TrackingError(f"another process holds the registry lock {lock}; delete it if none is running")
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        client.delete_registered_model(lock)
+
+
+def _take(client: MlflowClient, lock: str) -> bool:
+    try:
+        client.create_registered_model(lock, description="Held for a moment while an alias changes")
+        return True
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    try:
+        age = time.time() - client.get_registered_model(lock).creation_timestamp / 1000
+        if age > LOCK_SECONDS:
+            client.delete_registered_model(lock)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # released meanwhile
+            raise
+    return False

@@ -1,0 +1,172 @@
+"""Parent and child runs: open or continue them, record what a stage made."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.time import get_current_time_millis
+
+from hass_core.config import RunConfig
+from hass_core.provenance import code_commit
+from hass_core.store import Artifact, Store, digest_of
+from tasks.tracking.client import connect, experiment_id
+from tasks.tracking.metrics import Follower, read_metrics
+
+UNTRACKED = {"name", "store", "tracking", "promotion"}  # settings that change no result
+FILES_SHOWN = (".json", ".md", ".png", ".jsonl")
+PARAMS_PER_CALL = 100  # MLflow's limit
+
+
+def run_digest(config: RunConfig, prompts: Artifact) -> str:
+    """Identity of a retraining: its settings and its prompts."""
+    return digest_of({"settings": config.model_dump(mode="json", exclude=UNTRACKED), "prompts": prompts.digest})
+
+
+@contextmanager
+def open_retraining(config: RunConfig, prompts: Artifact, tags: Mapping[str, str]) -> Iterator[str]:
+    """The parent run's id; a run with the same settings and prompts is continued.
+
+    On leaving, the run is FINISHED, KILLED after Ctrl-C, or FAILED. `tags` link it to what started it.
+    """
+    client = connect(config)
+    digest = run_digest(config, prompts)
+    run = _find_or_create(client, config, {"hass.run": digest}, f"{config.name}-{digest[:6]}", tags)
+    _add_parameters(client, run, flatten(config.model_dump(mode="json", exclude=UNTRACKED)))
+    with _ending(client, run.info.run_id):
+        yield run.info.run_id
+
+
+class StageRun:
+    """One stage's child run."""
+
+    def __init__(self, client: MlflowClient, run: Run, parent: str):
+        self.client, self.run, self.parent = client, run, parent
+        self.id: str = run.info.run_id
+
+    @contextmanager
+    def following(self, metrics_file: Path) -> Iterator[None]:
+        """Copy a growing metrics.jsonl into the child and the parent run while the block runs."""
+        with Follower(self.client, [self.id, self.parent], metrics_file):
+            yield
+
+    def record(self, store: Store, artifact: Artifact, inputs: Mapping[str, Artifact]) -> None:
+        """Write down a finished stage once: numbers, files people look at, digests, inputs."""
+        if self.run.data.tags.get("hass.artifact") == artifact.digest:
+            return
+        stage = artifact.stage
+        numbers = {f"{stage}/{name}": value for name, value in artifact.summary.items() if _is_number(value)}
+        for run_id in (self.id, self.parent):
+            _log_numbers(self.client, run_id, numbers)
+            self.client.set_tag(run_id, f"hass.digest.{stage}", artifact.digest)
+        self._record_files(store, artifact)
+        self.client.log_inputs(self.id, [_dataset(name, value) for name, value in inputs.items()])
+        self.client.log_inputs(self.parent, [_dataset(name, value) for name, value in inputs.items()])
+        self.client.set_tag(self.id, "hass.url", artifact.url)
+        self.client.set_tag(self.id, "hass.artifact", artifact.digest)  # last: its presence ends the record
+
+    def _record_files(self, store: Store, artifact: Artifact) -> None:
+        folder = store.open(artifact)
+        manifest = folder.manifest()
+        assert manifest is not None
+        self.client.log_text(self.id, manifest.model_dump_json(indent=2), f"{artifact.stage}/manifest.json")
+        for name in sorted(manifest.files):
+            if not name.endswith(FILES_SHOWN):
+                continue
+            path = folder.local_path(name)
+            for run_id in (self.id, self.parent):
+                self.client.log_artifact(run_id, str(path), artifact.stage)
+            if name == "metrics.jsonl":  # what was missed while MLflow was away
+                Follower(self.client, [self.id, self.parent], path).log(read_metrics(path.read_text()))
+
+
+@contextmanager
+def stage_run(config: RunConfig, parent: str, stage: str) -> Iterator[StageRun]:
+    """The stage's child run, found again or new, with system metrics while the block runs."""
+    client = connect(config)
+    identity = {"mlflow.parentRunId": parent, "hass.stage": stage}
+    run = _find_or_create(client, config, identity, stage, {})
+    section = {"evaluation": ("evaluation", "tree"), "draft": ("draft", "training")}.get(stage, (stage,))
+    settings = {name: value for name, value in config.model_dump(mode="json").items() if name in section}
+    _add_parameters(client, run, flatten(settings))
+    monitor = SystemMetricsMonitor(run.info.run_id, resume_logging=True)
+    with _ending(client, run.info.run_id):
+        monitor.start()
+        try:
+            yield StageRun(client, run, parent)
+        finally:
+            monitor.finish()
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """`{"training": {"passes": 2}}` → `{"training.passes": "2"}`."""
+    flat: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = str(value)
+    return flat
+
+
+def _find_or_create(
+    client: MlflowClient, config: RunConfig, identity: Mapping[str, str], name: str, tags: Mapping[str, str]
+) -> Run:
+    """The oldest run with these tags. When two processes create it at once, the younger is removed."""
+    experiment = experiment_id(client, config)
+
+    def oldest() -> Run | None:
+        condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
+        found = client.search_runs([experiment], condition, order_by=["start_time ASC", "run_id ASC"], max_results=1)
+        return found[0] if found else None
+
+    run = oldest()
+    if run is None:
+        source = {"mlflow.source.name": "hass", "mlflow.source.git.commit": code_commit() or "unknown"}
+        created = client.create_run(experiment, tags={**source, **identity}, run_name=name)
+        run = oldest() or created
+        if run.info.run_id != created.info.run_id:
+            client.delete_run(created.info.run_id)
+    client.update_run(run.info.run_id, status="RUNNING")
+    for key, value in tags.items():
+        client.set_tag(run.info.run_id, key, value)
+    return run
+
+
+@contextmanager
+def _ending(client: MlflowClient, run_id: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        client.set_terminated(run_id, "KILLED")
+        raise
+    except BaseException:
+        client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+
+
+def _add_parameters(client: MlflowClient, run: Run, parameters: Mapping[str, str]) -> None:
+    new = [Param(key, value) for key, value in parameters.items() if key not in run.data.params]
+    for start in range(0, len(new), PARAMS_PER_CALL):
+        client.log_batch(run.info.run_id, params=new[start : start + PARAMS_PER_CALL])
+
+
+def _log_numbers(client: MlflowClient, run_id: str, numbers: Mapping[str, float]) -> None:
+    now = get_current_time_millis()
+    client.log_batch(run_id, metrics=[Metric(name, float(value), now, 0) for name, value in numbers.items()])
+
+
+def _dataset(context: str, artifact: Artifact) -> DatasetInput:
+    dataset = Dataset(name=artifact.stage, digest=artifact.digest, source_type="hass", source=artifact.url)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
+
+
+__all__ = ["RunTag", "StageRun", "flatten", "open_retraining", "run_digest", "stage_run"]

@@ -1,0 +1,61 @@
+"""Who may import whom: flows → tasks → hass_core. Read from the source, so nothing needs to be imported."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def imports(folder: str) -> Iterator[tuple[Path, str]]:
+    """(file, imported module) for every import in a folder, inside functions too."""
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                yield from ((file.relative_to(ROOT), alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file}: relative import"
+                assert node.module
+                yield file.relative_to(ROOT), node.module
+                yield from ((file.relative_to(ROOT), f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def is_in(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+@pytest.mark.parametrize("package", ["prefect", "mlflow", "tasks", "flows", "tests"])
+def test_the_core_imports_no_orchestrator_tracker_or_outer_layer(package):
+    assert [entry for entry in imports("hass_core") if is_in(entry[1], package)] == []
+
+
+@pytest.mark.parametrize("package", ["flows", "tests"])
+def test_tasks_do_not_import_flows(package):
+    assert [entry for entry in imports("tasks") if is_in(entry[1], package)] == []
+
+
+def test_only_the_tracking_package_imports_mlflow():
+    importers = {str(file) for folder in ("tasks", "flows") for file, module in imports(folder) if is_in(module, "mlflow")}
+    assert importers
+    assert all(file.startswith("tasks/tracking/") for file in importers)
+
+
+def test_flows_take_only_types_and_settings_from_the_core():
+    allowed = ("hass_core.config", "hass_core.store.Artifact", "hass_core.errors")
+    core = {module for _, module in imports("flows") if is_in(module, "hass_core") and module != "hass_core.store"}
+    assert [module for module in core if not module.startswith(allowed)] == []
+
+
+def test_flows_do_not_compute():
+    assert [entry for entry in imports("flows") if entry[1].split(".")[0] in ("torch", "transformers", "pyarrow")] == []
+
+
+@pytest.mark.parametrize("module", ["hass_core.config", "hass_core.store", "hass_core.target.loader", "hass_core.errors"])
+def test_importing_the_core_loads_neither_prefect_nor_mlflow(module):
+    code = f"import {module}, sys; print([m for m in ('prefect', 'mlflow') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
