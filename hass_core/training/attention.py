@@ -1,0 +1,197 @@
+"""Attention of an alignment step: one softmax over a causal part and a few diagonal terms.
+
+At step j the query of anchor r sees the keys of the verified features up to r, and one key of its own chain for each of
+the steps 2..j (hass.md 3.5). A kernel computes the causal part and its log-sum-exp; the diagonal terms are merged in:
+
+    lse = log(exp(lse_causal) + Σ_i exp(t_i))        t_i = scale · ⟨q, k_i⟩
+    out = exp(lse_causal - lse) · out_causal + Σ_i exp(t_i - lse) · v_i
+
+Given the merged out and lse, a flash kernel's backward pass returns the exact gradient of the causal part, because all
+it takes from them are the probabilities exp(s - lse) and the row sums of out · dout. So n steps cost n causal passes
+and share the keys and values of the first one.
+
+Shapes: N rows, Q queries, A heads, KV key-value heads, d head size, E diagonal terms.
+"""
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hass_core.training.batch import Documents
+
+
+class Kernel(Protocol):
+    """Causal attention within documents. `out` [A, Q, d], `lse` [A, Q] float32."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, where: Documents, scale: float) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, where: Documents, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, own_keys: list[Tensor], own_values: list[Tensor], where: Documents
+) -> Tensor:
+    """Attended values [A, Q, d].
+
+    `queries` [A, Q, d] see `keys`, `values` [KV, N, d] of their document up to their own row, and at the same row the
+    `own_keys`, `own_values` (each [KV, Q, d]) of the chain's earlier steps and of this one.
+    """
+    kernel = kernel_for(queries)
+    scale = 1 / math.sqrt(queries.shape[-1])
+    grouped = queries.unflatten(0, (keys.shape[0], -1))  # [KV, A/KV, Q, d]
+    terms = [scale * (grouped * key[:, None]).sum(-1, dtype=torch.float32).flatten(0, 1) for key in own_keys]
+    out = MergedAttention.apply(kernel, where, scale, queries, keys, values, len(terms), *terms, *own_values)
+    assert isinstance(out, Tensor)
+    return out
+
+
+class MergedAttention(torch.autograd.Function):
+    """The causal part by a kernel, merged with diagonal terms; see the module's docstring."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Kernel, where: Documents, scale: float, q, k, v, count: int, *own: Tensor) -> Tensor:
+        terms, values = own[:count], own[count:]
+        out, lse_causal = kernel.forward(q, k, v, where, scale)
+        lse = lse_causal
+        for term in terms:
+            lse = torch.logaddexp(lse, term)
+        if terms:
+            out = out * (lse_causal - lse).exp()[..., None].to(out.dtype)
+        for term, value in zip(terms, values, strict=True):
+            out = _add_weighted(out, (term - lse).exp(), value)
+        ctx.kernel, ctx.where, ctx.scale, ctx.count = kernel, where, scale, count
+        ctx.save_for_backward(q, k, v, out, lse, *own)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        q, k, v, out, lse, *own = ctx.saved_tensors
+        terms, values = own[: ctx.count], own[ctx.count :]
+        dout = gradients[0].contiguous()
+        dq, dk, dv = ctx.kernel.backward(dout, q, k, v, out, lse, ctx.where, ctx.scale)
+        row_sum = (dout * out).sum(-1, dtype=torch.float32) if terms else None
+        dterms, dvalues = [], []
+        for term, value in zip(terms, values, strict=True):
+            weight = (term - lse).exp()
+            grouped = dout.unflatten(0, (value.shape[0], -1))
+            along = (grouped * value[:, None]).sum(-1, dtype=torch.float32).flatten(0, 1)
+            dterms.append(weight * (along - row_sum))
+            dvalues.append((grouped * weight.unflatten(0, (value.shape[0], -1))[..., None].to(dout.dtype)).sum(1))
+        return None, None, None, dq, dk, dv, None, *dterms, *dvalues
+
+
+def _add_weighted(out: Tensor, weight: Tensor, value: Tensor) -> Tensor:
+    groups = (value.shape[0], -1)
+    added = weight.unflatten(0, groups)[..., None].to(out.dtype) * value[:, None]
+    return out + added.flatten(0, 1)
+
+
+class PlainKernel:
+    """Scores written out, on any device and in any dtype: the twin the fast kernels are held against."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, where: Documents, scale: float) -> tuple[Tensor, Tensor]:
+        q, k, v = _padded_queries(q, where), *_padded(k, v, where, heads=q.shape[0])
+        scores = self._scores(q, k, scale)
+        lse = scores.logsumexp(-1)
+        out = (scores - lse[..., None]).exp().to(v.dtype) @ v
+        return _queries(out, where), _queries(lse[..., None], where)[..., 0]
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, where: Documents, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        groups = k.shape[0]
+        row_sum = _padded_queries((dout * out).sum(-1, keepdim=True), where)
+        lse = _padded_queries(lse[..., None], where, fill=math.inf)
+        q, dout = _padded_queries(q, where), _padded_queries(dout, where)
+        k, v = _padded(k, v, where, heads=q.shape[1])
+        p = (self._scores(q, k, scale) - lse).exp()
+        ds = p * (dout @ v.mT - row_sum) * scale
+        p, ds = p.to(q.dtype), ds.to(q.dtype)
+        return _queries(ds @ k, where), _rows(ds.mT @ q, where, groups), _rows(p.mT @ dout, where, groups)
+
+    @staticmethod
+    def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+        future = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+        scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
+        return scores.masked_fill(future, -math.inf)  # −inf, not 0: a masked key takes no share of the softmax
+
+
+class CpuFlashKernel:
+    """PyTorch's flash attention for CPUs, one padded table of conversations; padding comes last, so no row sees it."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, where: Documents, scale: float) -> tuple[Tensor, Tensor]:
+        q, k, v = _padded_queries(q, where), *_padded(k, v, where, heads=q.shape[0])
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+        return _queries(out, where), _queries(lse.unsqueeze(-1), where)[..., 0]
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, where: Documents, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        groups = k.shape[0]
+        q, dout, out = (_padded_queries(x, where) for x in (q, dout, out))
+        k, v = _padded(k, v, where, heads=q.shape[1])
+        lse = _padded_queries(lse[..., None], where, fill=math.inf)[..., 0]
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, lse, 0.0, True, scale=scale
+        )
+        return _queries(dq, where), _rows(dk, where, groups), _rows(dv, where, groups)
+
+
+class CudaFlashKernel:
+    """PyTorch's built-in FlashAttention for sequences of different lengths; bf16 or fp16."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, where: Documents, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), where.query_starts, where.starts,
+            where.most_queries, where.longest, 0.0, True, False, scale=scale,
+        )  # fmt: skip
+        return out.transpose(0, 1), lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, where: Documents, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # random state: there is no dropout
+        gradients = torch.ops.aten._flash_attention_backward(
+            *(x.transpose(0, 1).contiguous() for x in (dout, q, k, v, out)), lse, where.query_starts, where.starts,
+            where.most_queries, where.longest, 0.0, True, unused, unused, scale=scale,
+        )  # fmt: skip
+        dq, dk, dv = (gradient.transpose(0, 1) for gradient in gradients)
+        return dq, dk, dv
+
+
+def kernel_for(queries: Tensor) -> Kernel:
+    """The fastest kernel that computes in the queries' device and dtype."""
+    if queries.device.type == "cuda" and queries.dtype in (torch.bfloat16, torch.float16):
+        return CudaFlashKernel()
+    if queries.device.type == "cpu" and queries.dtype in (torch.bfloat16, torch.float32):
+        return CpuFlashKernel()
+    return PlainKernel()
+
+
+def _padded(k: Tensor, v: Tensor, where: Documents, heads: int) -> tuple[Tensor, ...]:
+    """[C, A, longest, d] from [KV, N, d]; places without a row hold some other row."""
+    repeat = heads // k.shape[0]
+    return tuple(x[:, where.table].transpose(0, 1).repeat_interleave(repeat, dim=1) for x in (k, v))
+
+
+def _padded_queries(x: Tensor, where: Documents, fill: float = 0.0) -> Tensor:
+    """[C, A, longest, d] from [A, Q, d]."""
+    heads, _, width = x.shape
+    table = x.new_full((where.table.numel(), heads, width), fill)
+    table[where.query_slots] = x.transpose(0, 1)
+    return table.view(*where.table.shape, heads, width).transpose(1, 2)
+
+
+def _queries(x: Tensor, where: Documents) -> Tensor:
+    """[A, Q, d] from [C, A, longest, d]."""
+    return x.transpose(1, 2).flatten(0, 1)[where.query_slots].transpose(0, 1)
+
+
+def _rows(x: Tensor, where: Documents, groups: int) -> Tensor:
+    """[KV, N, d] from [C, A, longest, d], summed over the heads that share a key."""
+    x = x.unflatten(1, (groups, -1)).sum(2) if x.shape[1] != groups else x
+    return x.transpose(1, 2).flatten(0, 1)[where.slots].transpose(0, 1)

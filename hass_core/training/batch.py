@@ -1,0 +1,151 @@
+"""One micro-batch: whole conversations laid end to end, and the row numbers that training needs.
+
+No padding and no batch dimension: attention is told where each conversation begins. Row r holds feature f_r and sees
+token x_{r+1}. Target position p holds feature f_p, which the head turns into the distribution of x_{p+1}; alignment
+step j predicts it from anchor r = p - j (the last verified feature of a drafted chain).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Conversation(Protocol):
+    """What the features reader hands out. L tokens, H hidden size."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def token_ids(self) -> Tensor: ...  # [L]
+    @property
+    def loss_mask(self) -> Tensor: ...  # [L] bool, True on the assistant's answers
+    @property
+    def features(self) -> Tensor: ...  # [L, H]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where conversations lie: C conversations, N rows, Q queries. A conversation's queries are its last rows."""
+
+    starts: Tensor  # [C + 1] int32, first row of each conversation, then N
+    query_starts: Tensor  # [C + 1] int32, first query of each conversation, then Q
+    slots: Tensor  # [N] each row's place in a [C, longest] table
+    table: Tensor  # [C, longest] the row at each place, 0 where there is none
+    query_slots: Tensor  # [Q] each query's place in that table
+    longest: int
+    most_queries: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """C conversations with N rows, Q anchors, P target positions, n alignment steps."""
+
+    ids: tuple[str, ...]
+    token_ids: Tensor  # [N]
+    features: Tensor  # [N, H]
+    position_ids: Tensor  # [N] place within the conversation
+    documents: Documents
+    anchors: Tensor  # [Q] rows that draft: from each conversation's first supervised one to its end
+    targets: Tensor  # [P] target positions, as rows
+    target_anchors: Tensor  # [n, P] the anchor (index into Q) that predicts each target at each step
+    supervised: Tensor  # [n, P] bool, False where that anchor may not be supervised
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def counts(self) -> Tensor:
+        """[n] supervised rows of each step."""
+        return self.supervised.sum(1)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on `device`; from pinned memory the copies run in the background."""
+        return _moved(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory."""
+        return _moved(self, lambda tensor: tensor.pin_memory())
+
+
+def collate(conversations: Sequence[Conversation], align_steps: int) -> Batch:
+    """Lay conversations end to end and find the supervised rows (hass.md 3.5).
+
+    Anchor r is supervised at step j when x_{r+1} (the chain's root), x_{r+j} and x_{r+j+1} are all answer tokens.
+    """
+    lengths = torch.tensor([len(c.token_ids) for c in conversations])
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    answer = torch.cat([c.loss_mask for c in conversations]).bool()
+    document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    rows = torch.arange(len(answer))
+    targets, supervised = _supervision(answer, document, rows, align_steps)
+
+    target_anchors = (targets - torch.arange(1, align_steps + 1)[:, None]).clamp(min=0)
+    drafts = rows >= _first_anchors(target_anchors[supervised], document, starts)[document]
+    anchors = rows[drafts]
+    query_of_row = drafts.cumsum(0) - 1
+    position_ids = rows - starts[document]
+    return Batch(
+        ids=tuple(c.id for c in conversations),
+        token_ids=torch.cat([c.token_ids for c in conversations]).long(),
+        features=torch.cat([c.features for c in conversations]),
+        position_ids=position_ids,
+        documents=_documents(starts, document, position_ids, anchors),
+        anchors=anchors,
+        targets=targets,
+        target_anchors=query_of_row[target_anchors].where(supervised, 0),
+        supervised=supervised,
+    )
+
+
+def _supervision(answer: Tensor, document: Tensor, rows: Tensor, align_steps: int) -> tuple[Tensor, Tensor]:
+    """Target positions [P] and, for each step, whether their anchor is supervised [n, P]."""
+    successor = (rows + 1).clamp(max=len(rows) - 1)
+    follows = (successor > rows) & (document[successor] == document)
+    pairs = answer & answer[successor] & follows  # x_p and x_{p+1} are answer tokens
+    supervised = []
+    for step in range(1, align_steps + 1):
+        anchor, root = (rows - step).clamp(min=0), (rows - step + 1).clamp(min=0)
+        same = (rows >= step) & (document[anchor] == document)
+        supervised.append(pairs & same & answer[root])
+    chosen = torch.stack(supervised).any(0)
+    return rows[chosen], torch.stack(supervised)[:, chosen]
+
+
+def _first_anchors(anchors: Tensor, document: Tensor, starts: Tensor) -> Tensor:
+    """[C] first row that drafts in each conversation; its end where none does."""
+    first = starts[1:].clone()
+    return first.scatter_reduce(0, document[anchors], anchors, "amin") if len(anchors) else first
+
+
+def _documents(starts: Tensor, document: Tensor, position_ids: Tensor, anchors: Tensor) -> Documents:
+    lengths = starts.diff()
+    longest = int(lengths.max())
+    slots = document * longest + position_ids
+    table = torch.zeros(len(lengths) * longest, dtype=torch.long)
+    table[slots] = torch.arange(len(slots))
+    queries = torch.bincount(document[anchors], minlength=len(lengths))
+    return Documents(
+        starts=starts.int(),
+        query_starts=torch.cat([torch.zeros(1, dtype=torch.long), queries.cumsum(0)]).int(),
+        slots=slots,
+        table=table.view(len(lengths), longest),
+        query_slots=slots[anchors],
+        longest=longest,
+        most_queries=int(queries.max()),
+    )
+
+
+def _moved(value, move):  # noqa: ANN001, ANN202
+    changed = {}
+    for field in fields(value):
+        part = getattr(value, field.name)
+        if isinstance(part, Tensor):
+            changed[field.name] = move(part)
+        elif isinstance(part, Documents):
+            changed[field.name] = _moved(part, move)
+        else:
+            changed[field.name] = part
+    return type(value)(**changed)

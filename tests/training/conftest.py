@@ -1,0 +1,59 @@
+"""Small drafts, random conversations, and the slow twins the fast code is held against."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from hass_core.model.architecture import DraftArchitecture
+from hass_core.model.draft import DraftModel
+
+VOCABULARY, HIDDEN = 97, 32
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation as the features reader hands it out."""
+
+    id: str
+    token_ids: Tensor
+    loss_mask: Tensor
+    features: Tensor
+
+
+def make_talk(name: str, length: int, prompt: int, seed: int = 0, hidden: int = HIDDEN) -> Talk:
+    """Random tokens and features; the first `prompt` tokens are the user's."""
+    generator = torch.Generator().manual_seed(seed)
+    return Talk(
+        id=name,
+        token_ids=torch.randint(0, VOCABULARY, (length,), generator=generator),
+        loss_mask=torch.arange(length) >= prompt,
+        features=torch.randn(length, hidden, generator=generator),
+    )
+
+
+def make_draft(seed: int = 0, **overrides: object) -> DraftModel:
+    """A random draft with grouped queries; weights large enough that attention matters."""
+    settings: dict[str, object] = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    }
+    torch.manual_seed(seed)
+    draft = DraftModel(DraftArchitecture(**(settings | overrides)), torch.randn(VOCABULARY, HIDDEN))  # pyright: ignore
+    for parameter in draft.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.7 / parameter.shape[1] ** 0.5)
+    return draft
+
+
+@pytest.fixture
+def talks() -> list[Talk]:
+    lengths = ((19, 5), (7, 2), (30, 11), (12, 1))
+    return [make_talk(f"talk-{i}", length, prompt, seed=i) for i, (length, prompt) in enumerate(lengths)]
