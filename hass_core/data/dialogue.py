@@ -1,0 +1,118 @@
+"""One conversation while the target answers it, turn by turn, each with the history it produced itself."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from hass_core.config import ResponsesConfig, SamplingShare
+from hass_core.data.conversations import Record
+from hass_core.data.engines.base import Completion, Request
+from hass_core.data.quality import is_loop
+from hass_core.data.templates import Message, SkippedConversation, decode, encode_prompt, special_token_ids
+
+MIN_ANSWER_TOKENS = 8  # room for less is not worth a request
+
+
+class Dialogue:
+    """Takes a prompt's messages in order; stops before each answer to be generated."""
+
+    def __init__(self, record: Record, config: ResponsesConfig, seed: int):
+        self.record = record
+        self.sampling = choose_sampling(record.id, config.sampling)
+        self.problem: str | None = None  # why the conversation is skipped
+        self._max_new_tokens = config.max_new_tokens
+        self._drop_repetitive = config.drop_repetitive
+        self._seed = stable_hash(record.id, seed)
+        self._messages: list[Message] = []
+        self._rest = list(record.messages)
+        self._answers: list[list[int]] = []  # one list per assistant message; empty for one given by the prompt
+        self._finished: list[bool] = []
+
+    def next_request(self, tokenizer: PreTrainedTokenizerBase, context_tokens: int) -> Request | None:
+        """The request for the next answer; None when the conversation is complete or cannot go on."""
+        while self._rest and not self._awaits_answer():
+            self._take(self._rest.pop(0))
+        if self.problem or not self._awaits_answer():
+            return None
+        try:
+            prompt = encode_prompt(tokenizer, self._messages, self._answers)
+        except SkippedConversation as problem:
+            return self._stop(problem.reason)
+        room = min(self._max_new_tokens, context_tokens - len(prompt))
+        if room < min(MIN_ANSWER_TOKENS, self._max_new_tokens):
+            return self._stop("longer than the target's context")
+        return Request(
+            key=self.record.id,
+            prompt_token_ids=prompt,
+            sampling=self.sampling,
+            max_new_tokens=room,
+            seed=self._seed + len(self._answers),
+            messages=tuple(self._messages),
+        )
+
+    def accept(self, completion: Completion, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Add the generated answer, or note why the conversation is skipped."""
+        body = completion.token_ids[:-1] if completion.finished else completion.token_ids
+        text = decode(tokenizer, body)
+        self.problem = completion.error or self._answer_problem(body, text, special_token_ids(tokenizer))
+        if self.problem is None:
+            self._messages.append({"role": "assistant", "content": text})
+            self._answers.append(completion.token_ids)
+            self._finished.append(completion.finished)
+
+    def row(self) -> dict[str, Any]:
+        """The finished conversation as a row of the responses table."""
+        return {
+            "id": self.record.id,
+            "category": self.record.category,
+            "source": self.record.source,
+            "messages": self._messages,
+            "answer_token_ids": self._answers,
+            "finished": all(self._finished),
+            "num_new_tokens": sum(map(len, self._answers)),
+            "temperature": self.sampling.temperature,
+        }
+
+    def _awaits_answer(self) -> bool:
+        if not self._messages or self._messages[-1]["role"] not in ("user", "tool"):
+            return False
+        return not self._rest or self._rest[0]["role"] in ("user", "system")
+
+    def _take(self, message: Message) -> None:
+        self._messages.append(message)
+        if message["role"] == "assistant":
+            self._answers.append([])
+
+    def _stop(self, reason: str) -> None:
+        """End the conversation with what was answered so far; without any answer it is skipped."""
+        if not any(self._answers):
+            self.problem = reason
+        while self._messages and self._messages[-1]["role"] != "assistant":
+            self._messages.pop()
+        self._rest = []
+
+    def _answer_problem(self, body: list[int], text: str, special: frozenset[int]) -> str | None:
+        if not text.strip():
+            return "empty answer"
+        if not special.isdisjoint(body):
+            return "chat marker inside the answer"
+        if self._drop_repetitive and is_loop(body):
+            return "repetitive answer"
+        return None
+
+
+def choose_sampling(name: str, mix: Sequence[SamplingShare]) -> SamplingShare:
+    """The sampling setting of a conversation, by its id: the same on every run, the shares kept on average."""
+    position = stable_hash(name, 0) / 2**64
+    for share in mix:
+        position -= share.share
+        if position < 0:
+            return share
+    return mix[-1]
+
+
+def stable_hash(name: str, seed: int) -> int:
+    """64 bits from a name and a seed, the same in every process."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little")

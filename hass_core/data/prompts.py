@@ -1,0 +1,194 @@
+"""The prompts stage: gather, filter and de-duplicate what the target will be asked.
+
+In: the project's own prompts, the user's files and datasets, and prompts the target writes itself.
+Out: prompts.parquet (id, category, source, messages, sha256) and skipped.parquet (id, source, reason).
+Every file is read to its end before anything slow begins, so a broken line is reported at once.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hass_core.config import RunConfig
+from hass_core.data.conversations import Record, user_text
+from hass_core.data.engines.local import LocalEngine
+from hass_core.data.holdout import (
+    TRAINING_FILE,
+    assert_no_leak,
+    forbidden_questions,
+    normalized_hash,
+    packaged_prompts,
+    user_turns,
+)
+from hass_core.data.quality import diversity, metric_name, prompt_problem
+from hass_core.data.selection import Selection
+from hass_core.data.self_written import write_prompts
+from hass_core.data.sources import Skipped, read_dataset, read_file
+from hass_core.data.templates import check_template
+from hass_core.errors import BadInput, HassError
+from hass_core.progress import Progress, no_progress
+from hass_core.store import Artifact, StageFolder, Store, digest_of, sha256_of
+from hass_core.target.loader import Target
+
+STEP_VERSION = 1
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+PROMPTS_SCHEMA = pa.schema(
+    [("id", pa.string()), ("category", pa.string()), ("source", pa.string()), ("messages", MESSAGES), ("sha256", pa.string())]
+)
+SKIPPED_SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("reason", pa.string())])
+
+SELF_WRITTEN_ROUND = 4096  # texts per round, the unit of resumption
+SELF_WRITTEN_MAX_TOKENS = 256
+MIN_YIELD = 0.05  # give up when fewer texts than this are usable
+
+
+def collect_prompts(
+    config: RunConfig, store: Store, target: Target, progress: Progress = no_progress
+) -> Artifact:
+    """Collect the training prompts. Raises BadInput, TemplateError or LeakedBenchmark before any long work."""
+    forbidden = forbidden_questions(config.evaluation)
+    folder = store.stage("prompts", _key(config, target, sorted(forbidden.hashes)))
+    if done := folder.artifact():
+        return done
+    check_template(target.tokenizer)
+    selection = Selection(config.prompts, target.tokenizer, forbidden)
+    for candidate in _given(config):
+        if selection.full:
+            break
+        selection.consider(candidate)
+    given = len(selection.kept)
+    if config.prompts.self_written and not selection.full:
+        _add_self_written(config, target, selection, folder, progress)
+    if not selection.kept:
+        raise BadInput(f"no prompt is left: {_told(selection.reasons())}; add prompts.files or prompts.self_written")
+    assert_no_leak((text for record in selection.kept for text in user_turns(record)), forbidden.hashes)
+    _write(folder, selection)
+    return folder.finish(_summary(selection, given, config.prompts.self_written))
+
+
+def read_prompts(store: Store, artifact: Artifact) -> list[Record]:
+    """The records of a finished prompts stage."""
+    rows = pq.read_table(store.open(artifact).local_path("prompts.parquet")).to_pylist()
+    return [Record(r["id"], r["category"], r["source"], tuple(r["messages"])) for r in rows]
+
+
+def _key(config: RunConfig, target: Target, forbidden_hashes: list[str]) -> dict[str, Any]:
+    return {
+        "prompts": config.prompts.model_dump(),
+        "files": [_content(file) for file in config.prompts.files],
+        "builtin": digest_of([r.messages for r in packaged_prompts(TRAINING_FILE)]) if config.prompts.builtin else None,
+        "forbidden": digest_of(forbidden_hashes),
+        "target": target.fingerprint if config.prompts.self_written else None,
+        "template": target.template_hash,
+        "seed": config.seed,
+        "version": STEP_VERSION,
+    }
+
+
+def _content(file: str) -> str:
+    """What identifies a file's content: its SHA-256, or the remote store's own tag."""
+    if "://" not in file:
+        if not Path(file).is_file():
+            raise BadInput(f"{file}: no such file; check prompts.files")
+        return sha256_of(Path(file))
+    filesystem, path = fsspec.core.url_to_fs(file)
+    return filesystem.ukey(path)
+
+
+def _given(config: RunConfig) -> Iterator[Record | Skipped]:
+    if config.prompts.builtin:
+        yield from packaged_prompts(TRAINING_FILE, source="builtin")
+    names = Counter(Path(file).name.split(".")[0] for file in config.prompts.files)
+    for number, file in enumerate(config.prompts.files, start=1):
+        name = Path(file).name.split(".")[0]
+        yield from read_file(file, name if names[name] == 1 else f"{name}-{number}")
+    for name in config.prompts.datasets:
+        yield from read_dataset(name)
+
+
+def _add_self_written(
+    config: RunConfig, target: Target, selection: Selection, folder: StageFolder, progress: Progress
+) -> None:
+    """Rounds of sampling until enough texts are usable; a finished round is kept in scratch and not sampled again."""
+    engine = LocalEngine(target, config.responses.max_sequences_per_batch)
+    wanted, kept, round_number = config.prompts.self_written, 0, 0
+    while kept < wanted and not selection.full:
+        size = min(SELF_WRITTEN_ROUND, max(64, int(1.5 * (wanted - kept))))
+        texts = _round(config, target, engine, folder, round_number, size)
+        before = kept
+        for i, text in enumerate(texts):
+            if kept == wanted or selection.full:
+                break
+            kept += selection.consider(_self_written(text, f"self-written/{round_number:05d}-{i:04d}"))
+        progress(min(kept, wanted), wanted, "prompts written by the target")
+        round_number += 1
+        if kept - before < MIN_YIELD * len(texts):
+            break
+
+
+def _round(
+    config: RunConfig, target: Target, engine: LocalEngine, folder: StageFolder, number: int, size: int
+) -> list[str | None]:
+    path = folder.scratch() / f"self-written-{number:05d}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    max_tokens = min(config.prompts.max_prompt_tokens, SELF_WRITTEN_MAX_TOKENS)
+    seed = (config.seed << 32) + number * SELF_WRITTEN_ROUND
+    texts = write_prompts(engine, target.tokenizer, size, max_tokens, seed)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(texts), encoding="utf-8")
+    partial.replace(path)
+    return texts
+
+
+def _self_written(text: str | None, name: str) -> Record | Skipped:
+    problem = "breaks off" if text is None else prompt_problem(text)
+    if problem:
+        return Skipped(name, "self-written", problem)
+    return Record(name, "self-written", "self-written", ({"role": "user", "content": text or ""},))
+
+
+def _write(folder: StageFolder, selection: Selection) -> None:
+    rows = [
+        {
+            "id": record.id,
+            "category": record.category,
+            "source": record.source,
+            "messages": list(record.messages),
+            "sha256": normalized_hash(user_text(record.messages)),
+        }
+        for record in selection.kept
+    ]
+    skipped = [{"id": s.id, "source": s.source, "reason": s.reason} for s in selection.skipped]
+    if len(rows) + len(skipped) != selection.seen:
+        raise HassError(f"{selection.seen} prompts went in, {len(rows)} + {len(skipped)} came out; please report this")
+    for name, content, schema in (
+        ("prompts.parquet", rows, PROMPTS_SCHEMA),
+        ("skipped.parquet", skipped, SKIPPED_SCHEMA),
+    ):
+        with folder.writing(name) as file:
+            pq.write_table(pa.Table.from_pylist(content, schema), file.path)
+            file.rows = len(content)
+
+
+def _summary(selection: Selection, given: int, wanted: int) -> dict[str, Any]:
+    by_source = Counter(record.source for record in selection.kept)
+    return {
+        "prompts": len(selection.kept),
+        "skipped": len(selection.skipped),
+        "self_written": len(selection.kept) - given,
+        "self_written_wanted": wanted,
+        **{f"from_{source}": count for source, count in sorted(by_source.items())},
+        **{metric_name("skipped", reason): count for reason, count in sorted(selection.reasons().items())},
+        **diversity([user_text(record.messages) for record in selection.kept]),
+    }
+
+
+def _told(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common()) or "there was no candidate"

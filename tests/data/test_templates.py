@@ -1,0 +1,239 @@
+"""Golden masks of the real chat templates: ⟦…⟧ marks what is supervised."""
+
+import itertools
+
+import pytest
+
+from hass_core.data.templates import (
+    Encoded,
+    SkippedConversation,
+    check_template,
+    decode,
+    encode_conversation,
+    encode_prompt,
+    special_token_ids,
+    supervised_runs,
+    tokenize,
+)
+from hass_core.errors import TemplateError
+from tests.data.families import SPECIAL, family_tokenizer
+
+CHATML_FAMILIES = ["qwen2", "smollm2"]
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+TWO_TURNS = [user("Name a colour."), assistant("Red is one. \n"), user("Thank you!"), assistant("  What else?")]
+WITH_SYSTEM = [system("Be brief."), user("Name a colour."), assistant("Blue")]
+THINKING = [
+    user("Name a colour."),
+    assistant("<think>\nhm\n</think>\n\nRed"),
+    user("else?"),
+    assistant("<think>\nfour\n</think>\n\nBlue"),
+]
+WITH_TOOL = [user("Q"), assistant("call()"), {"role": "tool", "content": "4"}, assistant("four")]
+
+GOLDEN = {
+    ("llama-2", "two turns"): (
+        "<s>[INST] Name a colour. [/INST]⟦Red is one. </s>⟧<s>[INST] Thank you! [/INST]⟦What else? </s>⟧"
+    ),
+    ("llama-2", "system"): "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nName a colour. [/INST]⟦Blue </s>⟧",
+    ("mistral", "two turns"): (
+        "<s>[INST] Name a colour. [/INST]⟦Red is one. \n</s>⟧[INST] Thank you! [/INST]⟦ What else?</s>⟧"
+    ),
+    ("llama-3", "two turns"): (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nName a colour.<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Red is one.<|eot_id|>⟧"
+        "<|start_header_id|>user<|end_header_id|>\n\nThank you!<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦What else?<|eot_id|>⟧"
+    ),
+    ("llama-3", "tool"): (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦call()<|eot_id|>⟧"
+        "<|start_header_id|>tool<|end_header_id|>\n\n4<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦four<|eot_id|>⟧"
+    ),
+    ("qwen2", "two turns"): (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nName a colour.<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Red is one. \n<|im_end|>⟧\n<|im_start|>user\nThank you!<|im_end|>\n"
+        "<|im_start|>assistant\n⟦  What else?<|im_end|>⟧"
+    ),
+    ("qwen3", "system"): (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nName a colour.<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n⟦Blue<|im_end|>⟧"
+    ),
+    ("qwen3", "thinking"): (
+        "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\nRed<|im_end|>\n"
+        "<|im_start|>user\nelse?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦<think>\nfour\n</think>\n\nBlue<|im_end|>⟧"
+    ),
+    ("qwen3", "tool"): (
+        "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\ncall()<|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n⟦four<|im_end|>⟧"
+    ),
+    ("smollm2", "two turns"): (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n⟦Red is one. \n<|im_end|>⟧\n"
+        "<|im_start|>user\nThank you!<|im_end|>\n<|im_start|>assistant\n⟦  What else?<|im_end|>⟧"
+    ),
+    ("smollm2", "system"): (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nName a colour.<|im_end|>\n"
+        "<|im_start|>assistant\n⟦\nBlue<|im_end|>⟧"
+    ),
+}
+CONVERSATIONS = {"two turns": TWO_TURNS, "system": WITH_SYSTEM, "thinking": THINKING, "tool": WITH_TOOL}
+
+
+def marked(tokenizer, encoded: Encoded) -> str:
+    """The decoded conversation with its supervised runs in ⟦⟧."""
+    pairs = zip(encoded.token_ids, encoded.loss_mask, strict=True)
+    text = ""
+    for flag, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
+        words = decode(tokenizer, [token for token, _ in run])
+        text += f"⟦{words}⟧" if flag else words
+    return text
+
+
+@pytest.mark.parametrize(("family", "name"), GOLDEN, ids=lambda value: value.replace(" ", "-"))
+def test_supervises_exactly_the_answer_and_its_end_token(family, name):
+    tokenizer = family_tokenizer(family)
+    messages = CONVERSATIONS[name]
+    if (family, name) == ("smollm2", "system"):
+        messages = [*messages[:2], assistant("\nBlue")]
+    assert marked(tokenizer, encode_conversation(tokenizer, messages)) == GOLDEN[family, name]
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_tokens_are_those_of_the_rendered_conversation(family):
+    tokenizer = family_tokenizer(family)
+    encoded = encode_conversation(tokenizer, TWO_TURNS)
+    whole = tokenize(tokenizer, tokenizer.apply_chat_template(TWO_TURNS, tokenize=False))
+    assert whole[: len(encoded.token_ids)] == encoded.token_ids
+    assert encoded.token_ids[-1] in special_token_ids(tokenizer)
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_the_prompt_is_what_stands_before_the_answer(family):
+    tokenizer = family_tokenizer(family)
+    encoded = encode_conversation(tokenizer, TWO_TURNS[:2])
+    prompt = encode_prompt(tokenizer, TWO_TURNS[:1])
+    assert encoded.token_ids[: len(prompt)] == prompt
+    assert not any(encoded.loss_mask[: len(prompt)])
+
+
+def test_an_earlier_answer_whose_thinking_the_template_removes_is_not_supervised():
+    encoded = encode_conversation(family_tokenizer("qwen3"), THINKING)
+    assert encoded.rewritten_turns == 1
+    assert len(supervised_runs(encoded)) == 1
+
+
+def split_in_letters(tokenizer, text: str) -> list[int]:
+    """A cut of the text that the tokenizer itself would not choose."""
+    ids = [token for letter in text for token in tokenize(tokenizer, letter)]
+    assert ids != tokenize(tokenizer, text)
+    return ids
+
+
+@pytest.mark.parametrize("family", ["qwen2", "smollm2", "llama-3"])
+def test_generated_token_ids_replace_the_tokenizers_own_cut(family):
+    tokenizer = family_tokenizer(family)
+    end = tokenizer.eos_token_id
+    answers = [[*split_in_letters(tokenizer, "Red is one."), end], [*split_in_letters(tokenizer, "What else?"), end]]
+    messages = [user("Name a colour."), assistant("Red is one."), user("Thank you!"), assistant("What else?")]
+    encoded = encode_conversation(tokenizer, messages, answers)
+    assert supervised_runs(encoded) == answers
+    assert decode(tokenizer, encoded.token_ids) == decode(tokenizer, encode_conversation(tokenizer, messages).token_ids)
+
+
+def test_generated_ids_are_kept_where_the_tokenizer_would_merge_them_with_the_prompt():
+    tokenizer = family_tokenizer("qwen2")  # the prompt ends with a line break, the answer begins with one
+    messages = [user("Name a colour."), assistant("\nBlue")]
+    with pytest.raises(SkippedConversation, match="an answer begins inside a token"):
+        encode_conversation(tokenizer, messages)
+    answer = [*tokenize(tokenizer, "\nBlue"), tokenizer.eos_token_id]
+    encoded = encode_conversation(tokenizer, messages, [answer])
+    assert encoded.token_ids == encode_prompt(tokenizer, messages[:1]) + answer
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama-3"])
+def test_the_end_token_after_a_truncated_answer_is_not_supervised(family):
+    tokenizer = family_tokenizer(family)
+    end = tokenizer.eos_token_id
+    answers = [tokenize(tokenizer, "Red is"), [*tokenize(tokenizer, "Blue"), end]]
+    messages = [user("Name a colour."), assistant("Red is"), user("Thank you!"), assistant("Blue")]
+    encoded = encode_conversation(tokenizer, messages, answers)
+    assert supervised_runs(encoded) == answers
+    cut = encoded.token_ids.index(answers[0][-1], len(encode_prompt(tokenizer, messages[:1]))) + 1
+    assert encoded.token_ids[cut] == end
+    assert encoded.loss_mask[cut] == 0
+
+
+def test_the_next_prompt_carries_the_generated_ids_of_earlier_answers():
+    tokenizer = family_tokenizer("smollm2")
+    answer = [*split_in_letters(tokenizer, "Red is one."), tokenizer.eos_token_id]
+    messages = [user("Name a colour."), assistant("Red is one."), user("Thank you!")]
+    prompt = encode_prompt(tokenizer, messages, [answer])
+    first = encode_prompt(tokenizer, messages[:1])
+    assert prompt[len(first) : len(first) + len(answer)] == answer
+    assert decode(tokenizer, prompt) == decode(tokenizer, encode_prompt(tokenizer, messages))
+
+
+REFUSALS = [
+    ([user("Hello")], "no assistant turn"),
+    ([user("Hello"), assistant(" \n")], "empty answer"),
+]
+
+
+@pytest.mark.parametrize(("messages", "reason"), REFUSALS)
+def test_a_conversation_without_a_sound_mask_is_refused_with_its_reason(messages, reason):
+    with pytest.raises(SkippedConversation) as refusal:
+        encode_conversation(family_tokenizer("smollm2"), messages)
+    assert refusal.value.reason == reason
+
+
+def test_what_a_template_refuses_is_a_reason_to_skip():
+    with pytest.raises(SkippedConversation, match="the template refuses: Conversation roles must alternate"):
+        encode_conversation(family_tokenizer("mistral"), WITH_TOOL)
+
+
+def with_template(template: str):
+    """A SmolLM2-like tokenizer with another template."""
+    tokenizer = family_tokenizer.__wrapped__("smollm2")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+BODY = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+BROKEN_TEMPLATES = [
+    (BODY + "{% if add_generation_prompt %}<|im_start|>bot\n{% endif %}", "not a prefix of the conversation"),
+    ("{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}", "the template rewrites the answer"),
+    ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", "no end-of-turn token"),
+    ("{{ messages[-1]['content'] if not add_generation_prompt else '' }}<|im_end|>", "not a prefix"),
+]
+
+
+@pytest.mark.parametrize(("template", "message"), BROKEN_TEMPLATES)
+def test_a_template_without_a_sound_mask_is_refused_before_any_work(template, message):
+    with pytest.raises(TemplateError, match=message):
+        check_template(with_template(template))
+
+
+def test_a_tokenizer_without_a_template_is_refused():
+    with pytest.raises(TemplateError, match=r"no chat template; put a chat_template\.jinja"):
+        check_template(with_template(""))
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_the_real_templates_pass_the_check(family):
+    check_template(family_tokenizer(family))
