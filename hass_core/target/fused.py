@@ -1,0 +1,216 @@
+"""A lean forward pass over the weights of a Llama, Mistral, Qwen2 or Qwen3 model, for decoding.
+
+It uses the model's own parameters. The q/k/v and the gate/up matrices of a layer are laid out one after the other, so
+that each trio and pair is one product; the model's parameters become views of those, so no memory is doubled and the
+model works as before.
+
+Shapes: B batch, T new tokens, S slots attended to, H hidden, A heads, KV key-value heads, d head size, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hass_core.target.kv_cache import KVCache, LayerShape
+from hass_core.target.loader import Target
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # their frequencies change with the sequence: no table holds them
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer: matrices as [out, in], norms as [H] or [d]."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Tensor
+    o_bias: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class FusedRunner:
+    """See `hass_core.target.runner.Runner`."""
+
+    def __init__(self, target: Target):
+        model, config = target.model, target.model.config
+        self.device, self.dtype = target.device, target.dtype
+        self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
+        self.context_tokens = target.context_tokens
+        self.heads = config.num_attention_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.shape = LayerShape(config.num_key_value_heads, self.head_dim)
+        self.eps = config.rms_norm_eps
+        decoder = cast(Any, model).model
+        self.embedding, self.head = target.embedding, target.head
+        self.layers = [_layer_weights(layer) for layer in decoder.layers]
+        self.final_norm = decoder.norm.weight
+        self.rope = RopeTable(decoder.rotary_emb, self.device, self.dtype)
+
+    @staticmethod
+    def supports(model: PreTrainedModel) -> bool:
+        """Whether the model is of a known family, in plain weights, with full attention in every layer."""
+        config = model.config
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        windowed = bool(getattr(config, "sliding_window", None)) and config.model_type == "mistral"
+        plain = getattr(config, "quantization_config", None) is None and config.hidden_act == "silu"
+        return config.model_type in FAMILIES and plain and not windowed and kinds == {"full_attention"}
+
+    def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
+        self.rope.grow(min(max_tokens, self.context_tokens))
+        shapes = [self.shape] * len(self.layers)
+        return KVCache.allocate(shapes, batch_size, max_tokens, self.device, self.dtype)
+
+    def logits(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.head)
+
+    @torch.no_grad()
+    def forward(self, token_ids: Tensor, position_ids: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:
+        place = Placement.of(token_ids.shape[1], cache, mask, self.heads // self.shape.num_key_value_heads)
+        cos, sin = self.rope.at(position_ids)
+        x = F.embedding(token_ids, self.embedding)
+        for weights, stored in zip(self.layers, cache.layers, strict=True):
+            normed = F.rms_norm(x, (self.hidden_size,), weights.input_norm, self.eps)
+            x = x + self._attend(weights, normed, cos, sin, stored, place)
+            normed = F.rms_norm(x, (self.hidden_size,), weights.mlp_norm, self.eps)
+            gate, up = F.linear(normed, weights.gate_up).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * up, weights.down)
+        return F.rms_norm(x, (self.hidden_size,), self.final_norm, self.eps)
+
+    def _attend(
+        self, weights: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, stored: Tensor, place: "Placement"
+    ) -> Tensor:
+        batch, tokens, kv, dim = x.shape[0], x.shape[1], self.shape.num_key_value_heads, self.head_dim
+        mixed = F.linear(x, weights.qkv, weights.qkv_bias).view(batch, tokens, self.heads + 2 * kv, dim)
+        turning = mixed[:, :, : self.heads + kv]
+        if weights.q_norm is not None and weights.k_norm is not None:
+            queries = F.rms_norm(turning[:, :, : self.heads], (dim,), weights.q_norm, self.eps)
+            keys = F.rms_norm(turning[:, :, self.heads :], (dim,), weights.k_norm, self.eps)
+            turning = torch.cat([queries, keys], dim=2)
+        turned = turning * cos + turning.roll(dim // 2, -1) * sin
+        place.write(stored[0], turned[:, :, self.heads :])
+        place.write(stored[1], mixed[:, :, self.heads + kv :])
+        # query heads of one key-value head stand side by side: a group is attended to as if it were more tokens
+        queries = turned[:, :, : self.heads].transpose(1, 2).reshape(batch, kv, -1, dim)
+        attended = F.scaled_dot_product_attention(
+            queries, stored[0, :, :, : place.width], stored[1, :, :, : place.width], place.mask
+        )
+        merged = attended.view(batch, self.heads, tokens, dim).transpose(1, 2).reshape(batch, tokens, -1)
+        return F.linear(merged, weights.o, weights.o_bias)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one forward pass writes and what it sees; the same for all layers."""
+
+    width: int  # S
+    mask: Tensor | None  # [B, 1, G·T, S], G query heads per key-value head; None = everything
+    start: int | None  # first slot written, when it is the same for all rows
+    slots: Tensor  # [B, T]
+
+    @classmethod
+    def of(cls, tokens: int, cache: KVCache, mask: Tensor | None, group: int) -> "Placement":
+        """`tokens` new tokens a row behind the live lengths of `cache`."""
+        lengths = cache.host_lengths
+        same = int(lengths[0]) if (lengths == lengths[0]).all() else None
+        slots = cache.lengths[:, None] + torch.arange(tokens, device=cache.lengths.device)
+        if mask is None:
+            width = cache.longest + tokens
+            if same is None or tokens > 1:  # one token in rows of one length sees all there is
+                mask = (torch.arange(width, device=slots.device) <= slots[:, :, None])[:, None]
+        else:
+            width = mask.shape[-1]
+        if mask is not None and group > 1:
+            mask = mask.repeat(1, 1, group, 1)
+        return cls(width, mask, same, slots)
+
+    def write(self, stored: Tensor, new: Tensor) -> None:
+        """Put `new` [B, T, KV, d] into `stored` [B, KV, S, d]."""
+        if self.start is not None:
+            stored[:, :, self.start : self.start + new.shape[1]] = new.transpose(1, 2)
+        else:
+            batch = torch.arange(new.shape[0], device=new.device)[:, None]
+            stored.transpose(1, 2)[batch, self.slots] = new
+
+
+class RopeTable:
+    """Cosines and signed sines by position, from transformers' rotary embedding, so every scaling type is covered.
+
+    Rotation is x·cos + roll(x, d/2)·sin with the first half of sin negated: the same products as rotate-half.
+    """
+
+    def __init__(self, rotary: nn.Module, device: torch.device, dtype: torch.dtype):
+        self._rotary = rotary
+        self._like = torch.zeros(1, device=device, dtype=dtype)
+        self._fixed = getattr(rotary, "rope_type", "default") not in LENGTH_DEPENDENT_ROPE
+        self._table = self._compute(torch.arange(1, device=device)[None])
+
+    def at(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Two tensors [B, T, 1, d] for positions [B, T]."""
+        if not self._fixed:
+            cos, sin = self._compute(position_ids)
+            return cos[:, :, None], sin[:, :, None]
+        cos, sin = self._table
+        return F.embedding(position_ids, cos[0])[:, :, None], F.embedding(position_ids, sin[0])[:, :, None]
+
+    def grow(self, positions: int) -> None:
+        """Let the table hold at least `positions` positions."""
+        if self._fixed and self._table[0].shape[1] < positions:
+            rounded = 1 << math.ceil(math.log2(positions))
+            self._table = self._compute(torch.arange(rounded, device=self._like.device)[None])
+
+    def _compute(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self._rotary(self._like, position_ids)
+        half = sin.shape[-1] // 2
+        return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+
+
+def _layer_weights(layer: Any) -> LayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    return LayerWeights(
+        input_norm=layer.input_layernorm.weight,
+        qkv=side_by_side(projections, "weight"),
+        qkv_bias=None if attention.q_proj.bias is None else side_by_side(projections, "bias"),
+        q_norm=None if q_norm is None else q_norm.weight,
+        k_norm=None if k_norm is None else k_norm.weight,
+        o=attention.o_proj.weight,
+        o_bias=attention.o_proj.bias,
+        mlp_norm=layer.post_attention_layernorm.weight,
+        gate_up=side_by_side([mlp.gate_proj, mlp.up_proj], "weight"),
+        down=mlp.down_proj.weight,
+    )
+
+
+def side_by_side(linears: list[nn.Linear], name: str) -> Tensor:
+    """One tensor of all the linears' parameters `name` along the outputs; the linears then hold views of it."""
+    parameters = [cast(Tensor, getattr(linear, name)) for linear in linears]
+    if (already := _adjoining(parameters)) is not None:  # an earlier runner of the same model did it
+        return already
+    joined = torch.cat([parameter.detach() for parameter in parameters])
+    for linear, view in zip(linears, joined.split([len(p) for p in parameters]), strict=True):
+        setattr(linear, name, nn.Parameter(view, requires_grad=False))
+    return joined
+
+
+def _adjoining(tensors: list[Tensor]) -> Tensor | None:
+    """The one tensor that all of them are parts of, if they stand one after the other in memory."""
+    first, offset = tensors[0], tensors[0].storage_offset()
+    for tensor in tensors:
+        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and tensor.storage_offset() == offset and tensor.is_contiguous()):
+            return None
+        offset += tensor.numel()
+    rows = sum(len(tensor) for tensor in tensors)
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())

@@ -1,0 +1,88 @@
+"""Run any causal language model of transformers over our static cache, by way of its own forward pass.
+
+Slower than `FusedRunner`, but it asks nothing of the model except keys and values per layer and a 4-D attention mask.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from hass_core.errors import TargetError
+from hass_core.target.kv_cache import KVCache, LayerShape
+from hass_core.target.loader import Target
+
+
+class HFRunner:
+    """See `hass_core.target.runner.Runner`. Raises TargetError for a model without keys and values in every layer."""
+
+    def __init__(self, target: Target):
+        self._model = target.model
+        self._body = cast(nn.Module, target.model.base_model)
+        self._head = cast(nn.Module, target.model.get_output_embeddings())
+        self.device, self.dtype = target.device, target.dtype
+        self.vocab_size, self.hidden_size = target.embedding.shape
+        self.context_tokens = target.context_tokens
+        self._shapes = self._probe(target.name)
+
+    def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
+        return KVCache.allocate(self._shapes, batch_size, max_tokens, self.device, self.dtype)
+
+    def logits(self, features: Tensor) -> Tensor:
+        return self._head(features)
+
+    @torch.no_grad()
+    def forward(self, token_ids: Tensor, position_ids: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:
+        slots = cache.lengths[:, None] + torch.arange(token_ids.shape[1], device=self.device)
+        if mask is None:
+            width = cache.longest + token_ids.shape[1]
+            mask = (torch.arange(width, device=self.device) <= slots[:, :, None])[:, None]
+        bias = torch.zeros(mask.shape, device=self.device, dtype=self.dtype)
+        bias.masked_fill_(~mask, torch.finfo(self.dtype).min)
+        out = self._body(
+            input_ids=token_ids,
+            position_ids=position_ids,
+            attention_mask=bias,
+            past_key_values=SlotCache(cache, slots, mask.shape[-1]),
+            use_cache=True,
+        )
+        return out.last_hidden_state
+
+    def _probe(self, name: str) -> list[LayerShape]:
+        """Run one token to see what each layer stores."""
+        cache = DynamicCache()
+        with torch.no_grad():
+            self._body(
+                input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=cache, use_cache=True
+            )
+        shapes: list[LayerShape] = []
+        for index, layer in enumerate(cache.layers):
+            keys = cast(Any, layer).keys if hasattr(layer, "keys") else None
+            if keys is None or keys.dim() != 4:
+                raise TargetError(
+                    f"layer {index} of {name} keeps no keys and values per token; only attention models can be decoded "
+                    "speculatively, choose another target"
+                )
+            shapes.append(LayerShape(keys.shape[1], keys.shape[3]))
+        return shapes
+
+
+class SlotCache(Cache):
+    """Lets a model of transformers write into our cache at given slots and see its first `width` slots."""
+
+    def __init__(self, cache: KVCache, slots: Tensor, width: int):
+        super().__init__(layers=[])
+        self._stored, self._slots, self._width = cache, slots, width
+        self._batch = torch.arange(slots.shape[0], device=slots.device)[:, None]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        stored = self._stored.layers[layer_idx]
+        for index, new in enumerate((key_states, value_states)):
+            stored[index].transpose(1, 2)[self._batch, self._slots] = new.transpose(1, 2)
+        return stored[0, :, :, : self._width], stored[1, :, :, : self._width]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._stored.longest

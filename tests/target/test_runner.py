@@ -1,0 +1,120 @@
+"""Runners against the models' own forward pass: whole prompts, steps, ragged batches, trees, roll-back."""
+
+import pytest
+import torch
+
+from hass_core.target.fused import FusedRunner
+from hass_core.target.generic import HFRunner
+from hass_core.target.loader import Target
+from hass_core.target.runner import Runner, make_runner
+from tests.target.conftest import tiny_model
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}  # float32, two layers: rounding in another order
+
+
+def truth(target: Target, token_ids: list[int]) -> torch.Tensor:
+    """Features [L, H] by the model's own uncached forward pass."""
+    with torch.no_grad():
+        out = target.model(torch.tensor([token_ids]), output_hidden_states=True)
+    return out.hidden_states[-1][0]
+
+
+def random_ids(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 250, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.fixture(params=[FusedRunner, HFRunner])
+def runner(request, any_target) -> tuple[Runner, Target]:
+    return request.param(any_target), any_target
+
+
+def test_prefill_and_single_steps_equal_the_models_own_forward(runner):
+    run, target = runner
+    ids = random_ids(24)
+    cache = run.new_cache(1, 64)
+    parts = [run.forward(torch.tensor([ids[:17]]), torch.arange(17)[None], cache)]
+    cache.advance(17)
+    for position in range(17, 24):
+        parts.append(run.forward(torch.tensor([[ids[position]]]), torch.tensor([[position]]), cache))
+        cache.advance(1)
+    torch.testing.assert_close(torch.cat(parts, 1)[0], truth(target, ids), **CLOSE)
+
+
+def test_rows_of_different_lengths_do_not_see_each_other_nor_their_padding(runner):
+    run, target = runner
+    rows = [random_ids(n, seed=n) for n in (5, 19, 11)]
+    cache = run.new_cache(3, 40)
+    padded = torch.zeros(3, 19, dtype=torch.long)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = torch.tensor(row)
+    first = run.forward(padded, torch.arange(19).expand(3, -1), cache)
+    cache.advance([5, 19, 11])
+    following = torch.tensor([random_ids(2, seed=9)] * 3)
+    second = run.forward(following, cache.lengths[:, None] + torch.arange(2), cache)
+    for i, row in enumerate(rows):
+        expected = truth(target, row + following[i].tolist())
+        torch.testing.assert_close(first[i, : len(row)], expected[: len(row)], **CLOSE)
+        torch.testing.assert_close(second[i], expected[len(row) :], **CLOSE)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tree_rows_see_their_ancestors_only_and_the_kept_path_lives_on(runner, batch):
+    run, target = runner
+    prompts = [random_ids(n, seed=n) for n in (9, 14)][:batch]
+    cache = run.new_cache(batch, 48)
+    for i, prompt in enumerate(prompts):
+        run.forward(torch.tensor([prompt]), torch.arange(len(prompt))[None], cache.rows(i, i + 1))
+        cache.rows(i, i + 1).advance(len(prompt))
+    tree = torch.tensor([random_ids(5, seed=3)] * batch)  # 0 ── 1 ── 3, 0 ── 2 ── 4
+    depth = torch.tensor([0, 1, 1, 2, 2])
+    parents = [[0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4]]
+    width = cache.longest + 5
+    mask = torch.zeros(batch, 1, 5, width, dtype=torch.bool)
+    for b, prompt in enumerate(prompts):
+        mask[b, :, :, : len(prompt)] = True
+        for node, seen in enumerate(parents):
+            mask[b, 0, node, torch.tensor(seen) + len(prompt)] = True
+    features = run.forward(tree, cache.lengths[:, None] + depth, cache, mask)
+    for b, prompt in enumerate(prompts):
+        for node, path in enumerate(parents):
+            expected = truth(target, prompt + tree[b, path].tolist())[-1]
+            torch.testing.assert_close(features[b, node], expected, **CLOSE)
+    cache.keep(torch.tensor([[0, 2, 4]] * batch), counts=[3, 2][:batch])
+    after = run.forward(torch.tensor([[7]] * batch), cache.lengths[:, None], cache)
+    for b, prompt in enumerate(prompts):
+        kept = tree[b, [0, 2, 4]].tolist()[: [3, 2][b]]
+        torch.testing.assert_close(after[b, 0], truth(target, [*prompt, *kept, 7])[-1], **CLOSE)
+
+
+def test_logits_equal_the_models_own(any_target):
+    run = make_runner(any_target)
+    ids = torch.tensor([random_ids(12)])
+    features = run.forward(ids, torch.arange(12)[None], run.new_cache(1, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(run.logits(features), any_target.model(ids).logits, **CLOSE)
+
+
+def test_joining_weights_leaves_the_model_as_it_was_and_is_shared_by_later_runners():
+    target = tiny_model("qwen2")
+    ids = random_ids(10)
+    before = truth(target, ids)
+    first, second = FusedRunner(target), FusedRunner(target)
+    assert first.layers[0].qkv.data_ptr() == second.layers[0].qkv.data_ptr()
+    torch.testing.assert_close(truth(target, ids), before, atol=1e-6, rtol=1e-6)
+    query = target.model.model.layers[0].self_attn.q_proj.weight
+    assert query.data_ptr() == first.layers[0].qkv.data_ptr()
+
+
+def test_other_families_and_sliding_windows_take_the_generic_runner():
+    assert isinstance(make_runner(tiny_model("gpt_neox")), HFRunner)
+    assert isinstance(make_runner(tiny_model("llama")), FusedRunner)
+
+
+def test_a_cache_cleared_is_a_cache_unused(tiny_target):
+    run = make_runner(tiny_target)
+    cache, ids = run.new_cache(1, 32), torch.tensor([random_ids(20)])
+    run.forward(ids, torch.arange(20)[None], cache)
+    cache.advance(20)
+    cache.clear()
+    again = run.forward(ids[:, :8], torch.arange(8)[None], cache)
+    torch.testing.assert_close(again[0], truth(tiny_target, ids[0, :8].tolist()), **CLOSE)
