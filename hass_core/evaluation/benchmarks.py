@@ -1,0 +1,144 @@
+"""The questions of an evaluation: the held-out prompts, the paper's benchmarks, or any file of the user's.
+
+A benchmark is given as a name (heldout, mt_bench, humaneval, gsm8k), as a file, or as NAME=FILE. Files have any form
+that `hass_core.data.conversations` knows, question files as EAGLE ships them among them. Given answers are ignored:
+in a conversation of several turns, the history holds the target's own answers.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hass_core.config import EvaluationConfig
+from hass_core.data.conversations import Record, Unusable, as_prompt
+from hass_core.data.holdout import assert_no_leak, heldout_prompts, normalized_hash, user_turns
+from hass_core.data.prompts import read_prompts
+from hass_core.data.sources import Skipped, read_file
+from hass_core.data.templates import Message
+from hass_core.errors import BadInput
+from hass_core.store import Artifact, Store
+
+
+@dataclass(frozen=True)
+class Question:
+    """One conversation to be answered: it ends with a user turn, and an answer is due after every user turn."""
+
+    benchmark: str
+    id: str
+    category: str
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """Where a benchmark stands on the Hugging Face hub, and which column holds its questions."""
+
+    path: str
+    subset: str | None
+    split: str
+    column: str
+    opening: str = ""  # text before each question
+
+
+HUB = {
+    "mt_bench": HubDataset("HuggingFaceH4/mt_bench_prompts", None, "train", "prompt"),
+    "humaneval": HubDataset("openai/openai_humaneval", None, "test", "prompt", "Complete the code I provided.\n\n"),
+    "gsm8k": HubDataset("openai/gsm8k", "main", "test", "question"),
+}
+
+
+def load_benchmarks(config: EvaluationConfig) -> list[Question]:
+    """All questions, at most `max_questions` of each benchmark, spread evenly over its categories' order.
+
+    Raises BadInput naming the file and line of a broken question, or the benchmark that cannot be found.
+    """
+    questions: list[Question] = []
+    for given in config.benchmarks:
+        name, records = _open(given)
+        asked = [_question(name, record) for record in records]
+        if not asked:
+            raise BadInput(f"the benchmark {given!r} holds no question; give a file with at least one")
+        if any(q.benchmark == name for q in questions):
+            raise BadInput(f"two benchmarks are named {name!r}; give one of them another name as NAME=FILE")
+        questions += _evenly(asked, config.max_questions)
+    return questions
+
+
+def assert_unseen(questions: Iterable[Question], store: Store, draft: Artifact) -> bool:
+    """Compare the questions with the prompts that `draft` was trained on, by normalised hash.
+
+    Raises LeakedBenchmark naming the prompt. False when the draft came from outside, its training prompts unknown.
+    """
+    prompts = training_prompts(store, draft)
+    if prompts is None:
+        return False
+    hashes = frozenset(normalized_hash(m["content"]) for q in questions for m in q.messages if m["role"] == "user")
+    assert_no_leak((text for record in prompts for text in user_turns(record)), hashes)
+    return True
+
+
+def training_prompts(store: Store, draft: Artifact) -> list[Record] | None:
+    """The prompts behind a draft, by way of each stage's recorded input; None when the store does not hold them."""
+    artifact = draft
+    for stage in ("features", "responses", "prompts"):
+        manifest = store.open(artifact).manifest()
+        digest = manifest.key.get(stage) if manifest else None
+        if not isinstance(digest, str):
+            return None
+        artifact = Artifact(stage=stage, digest=digest, root=store.root)
+    return read_prompts(store, artifact)
+
+
+def _open(given: str) -> tuple[str, list[Record]]:
+    name, equals, file = given.partition("=")
+    if not equals and given == "heldout":
+        return given, heldout_prompts()
+    if not equals and given in HUB:
+        return given, list(_from_hub(given, HUB[given]))
+    path = Path(file if equals else given)
+    if not path.is_file():
+        known = ", ".join(("heldout", *HUB))
+        raise BadInput(f"no benchmark {given!r}: neither a file nor one of {known}; give a file or NAME=FILE")
+    return name if equals else path.name.split(".")[0], [_usable(item, path) for item in read_file(path)]
+
+
+def _usable(item: Record | Skipped, path: Path) -> Record:
+    if isinstance(item, Skipped):
+        raise BadInput(f"{path}: the question {item.id} cannot be asked: {item.reason}; correct or remove it")
+    return item
+
+
+def _question(benchmark: str, record: Record) -> Question:
+    try:
+        messages = as_prompt(record).messages
+    except Unusable as problem:
+        raise BadInput(f"the question {record.id} cannot be asked: {problem}; correct or remove it") from None
+    return Question(benchmark, record.id, record.category, messages)
+
+
+def _evenly(questions: list[Question], limit: int | None) -> list[Question]:
+    """`limit` questions at equal distances: a benchmark sorted by category keeps its mix."""
+    if limit is None or limit >= len(questions):
+        return questions
+    return [questions[i * len(questions) // limit] for i in range(limit)]
+
+
+def _from_hub(name: str, dataset: HubDataset) -> Iterator[Record]:
+    for number, row in enumerate(_rows(name, dataset)):
+        content = row[dataset.column]
+        turns = content if isinstance(content, list) else [content]
+        messages = tuple({"role": "user", "content": dataset.opening + turn} for turn in turns)
+        yield Record(f"{name}/{number}", str(row.get("category", name)), name, messages)
+
+
+def _rows(name: str, dataset: HubDataset) -> Iterator[dict[str, Any]]:
+    advice = f"give a local question file instead: --benchmarks {name}=FILE.jsonl"
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise BadInput(f"the benchmark {name} needs the package datasets (pip install datasets); or {advice}") from None
+    try:
+        yield from load_dataset(dataset.path, dataset.subset, split=dataset.split)
+    except (OSError, ValueError) as error:  # not found, no connection, hub switched off
+        raise BadInput(f"cannot load the benchmark {name} from {dataset.path}: {error}; {advice}") from error

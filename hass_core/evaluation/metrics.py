@@ -1,0 +1,145 @@
+"""Every measured quantity, defined once: its name, unit, meaning and formula. README, report and tracking use METRICS.
+
+A measurement is one question answered by one method at one temperature. A cycle is one verification by the target:
+it accepts a ≥ 0 draft tokens and adds one token of the target's own. Plain decoding has a = 0 in every cycle.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from hass_core.evaluation.statistics import Statistic, mean, quantile, ratio_of_rates, ratio_of_sums
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A quantity of the report."""
+
+    name: str
+    unit: str
+    meaning: str
+
+
+METRICS = (
+    Metric("tau_macro", "tokens/cycle", "mean over questions of (mean accepted draft tokens of a cycle + 1)"),
+    Metric("tau_micro", "tokens/cycle", "(accepted draft tokens + cycles) / cycles, all questions together"),
+    Metric("tokens_per_second", "tokens/s", "new tokens / seconds with prefill, all questions together"),
+    Metric("plain_tokens_per_second", "tokens/s", "the same of plain decoding in the same engine"),
+    Metric("speedup", "×", "tokens_per_second / plain_tokens_per_second on the same questions"),
+    Metric("speedup_low", "×", "lower end of the speed-up's 95 % interval"),
+    Metric("speedup_high", "×", "upper end of the speed-up's 95 % interval"),
+    Metric("time_per_output_token_p50", "ms", "median over questions of decoding time / new tokens"),
+    Metric("time_per_output_token_p95", "ms", "95th percentile over questions of decoding time / new tokens"),
+    Metric("acceptance_depth_D", "share", "cycles that accept at least D tokens / cycles, D = 1, 2, …"),
+    Metric("acceptance_rank_R", "share", "accepted tokens that were the draft's R-th choice / accepted tokens"),
+    Metric("n_alpha_N", "share", "chain: drafts right after N drafted inputs / drafts tried with all before right, N = 0, 1, …"),
+    Metric("lossless", "yes/no", "greedy output equals plain greedy output token by token in float32"),
+)
+
+
+class Measurement(BaseModel):
+    """One question answered by one method. Lists have one entry per cycle, over all turns of the question."""
+
+    model_config = ConfigDict(frozen=True)
+    benchmark: str
+    question: str
+    category: str
+    temperature: float
+    method: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float  # with prefill; the fastest of the repeats
+    decode_seconds: float
+    accepted: list[int]
+    drafted_depth: list[int]  # levels offered for verification
+    ranks: list[int] = []  # per accepted token: 1 = the draft's first choice at its place
+    token_ids: list[list[int]]  # the answer of each turn
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A statistic and the columns [Q] it is computed from: what the bootstrap takes."""
+
+    statistic: Statistic
+    columns: tuple[np.ndarray, ...]
+
+
+def tau_macro(measured: Sequence[Measurement]) -> Sample:
+    """τ as HASS and EAGLE report it: mean over questions of mean(a) + 1."""
+    return Sample(mean, (np.array([np.mean(m.accepted) + 1 if m.accepted else 1.0 for m in measured]),))
+
+
+def tau_micro(measured: Sequence[Measurement]) -> Sample:
+    """Σ (a + 1) / cycles: what a cycle yields, long answers counting more."""
+    return Sample(ratio_of_sums, (_sums(measured, lambda m: sum(m.accepted) + len(m.accepted)), _cycles(measured)))
+
+
+def tokens_per_second(measured: Sequence[Measurement]) -> Sample:
+    """Σ new tokens / Σ seconds, prefill included."""
+    return Sample(ratio_of_sums, (_sums(measured, lambda m: m.new_tokens), _sums(measured, lambda m: m.seconds)))
+
+
+def speedup(measured: Sequence[Measurement], base: Sequence[Measurement]) -> Sample:
+    """Rate over the base method's rate; both hold the same questions in the same order."""
+    assert [_question(m) for m in measured] == [_question(m) for m in base]
+    return Sample(ratio_of_rates, tokens_per_second(measured).columns + tokens_per_second(base).columns)
+
+
+def time_per_output_token(measured: Sequence[Measurement], share: float) -> Sample:
+    """The `share` quantile over questions of decoding milliseconds per new token."""
+    columns = (np.array([1000 * m.decode_seconds / max(1, m.new_tokens) for m in measured]),)
+    return Sample(quantile(share), columns)
+
+
+def acceptance_at_depth(measured: Sequence[Measurement], depth: int) -> Sample:
+    """Share of cycles that accept at least `depth` tokens (depth 1 = the first level below the root)."""
+    return Sample(ratio_of_sums, (_sums(measured, lambda m: _at_least(m.accepted, depth)), _cycles(measured)))
+
+
+def n_alpha(measured: Sequence[Measurement], drafted_inputs: int) -> Sample:
+    """n-α of EAGLE: how often a draft is right when `drafted_inputs` of its inputs are the draft's own features.
+
+    Σ [a ≥ n + 1] / Σ [a ≥ n and level n + 1 was drafted], from chain decoding.
+    """
+
+    def tried(m: Measurement) -> int:
+        pairs = zip(m.accepted, m.drafted_depth, strict=True)
+        return sum(a >= drafted_inputs and depth > drafted_inputs for a, depth in pairs)
+
+    right = _sums(measured, lambda m: _at_least(m.accepted, drafted_inputs + 1))
+    return Sample(ratio_of_sums, (right, _sums(measured, tried)))
+
+
+def acceptance_at_rank(measured: Sequence[Measurement], rank: int) -> Sample:
+    """Share of the accepted tokens that were the draft's `rank`-th choice among their siblings (1 = first)."""
+    return Sample(
+        ratio_of_sums, (_sums(measured, lambda m: m.ranks.count(rank)), _sums(measured, lambda m: len(m.ranks)))
+    )
+
+
+def deepest(measured: Sequence[Measurement]) -> int:
+    """Levels that were ever offered."""
+    return max((depth for m in measured for depth in m.drafted_depth), default=0)
+
+
+def highest_rank(measured: Sequence[Measurement]) -> int:
+    """The last rank that was ever accepted."""
+    return max((rank for m in measured for rank in m.ranks), default=0)
+
+
+def _question(m: Measurement) -> tuple[str, str, float]:
+    return m.benchmark, m.question, m.temperature
+
+
+def _at_least(accepted: list[int], depth: int) -> int:
+    return sum(a >= depth for a in accepted)
+
+
+def _cycles(measured: Sequence[Measurement]) -> np.ndarray:
+    return _sums(measured, lambda m: len(m.accepted))
+
+
+def _sums(measured: Sequence[Measurement], quantity: Callable[[Measurement], float]) -> np.ndarray:
+    return np.array([quantity(m) for m in measured], dtype=np.float64)
