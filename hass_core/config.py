@@ -142,7 +142,7 @@ class TrainingConfig(Settings):
     warmup_fraction: float = Field(default=0.01, ge=0, lt=1, description="Share of the steps spent warming up")
     schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="Decay after the warm-up")
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's decay rates")
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay")
     clip_norm: float | None = Field(default=1.0, gt=0, description="Clip the gradient's norm")
     clip_value: float | None = Field(default=None, gt=0, description="Clip each gradient element, as the official code")
     ema_decay: float | None = Field(default=None, gt=0, lt=1, description="Keep a moving average and validate with it")
@@ -151,9 +151,9 @@ class TrainingConfig(Settings):
         default="auto", description="Compute type; weights stay float32"
     )
     compile: bool = Field(default=False, description="torch.compile the step; pays on a GPU")
-    log_every_steps: int = Field(default=10, ge=1)
-    validate_every_steps: int = Field(default=100, ge=1)
-    checkpoint_every_steps: int = Field(default=100, ge=1)
+    log_every_steps: int = Field(default=10, ge=1, description="Optimizer steps between records")
+    validate_every_steps: int = Field(default=100, ge=1, description="Optimizer steps between validations")
+    checkpoint_every_steps: int = Field(default=100, ge=1, description="Optimizer steps between checkpoints")
     keep_checkpoints: int = Field(default=2, ge=1, description="Last checkpoints kept, beside the best")
     early_stop_validations: int | None = Field(
         default=None, ge=1, description="Stop after this many without a better tau"
@@ -205,13 +205,13 @@ class EvaluationConfig(Settings):
     )
     temperatures: tuple[float, ...] = Field(default=(0.0,), description="Sampling temperatures")
     max_questions: int | None = Field(default=None, ge=1, description="Questions per benchmark")
-    max_new_tokens: int = Field(default=128, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1, description="Tokens an answer may have")
     repeats: int = Field(
         default=1, ge=1, description="Timed runs per question; the fastest counts for each method alike"
     )
-    bootstrap_resamples: int = Field(default=2000, ge=100)
+    bootstrap_resamples: int = Field(default=2000, ge=100, description="Resamples behind each interval")
     lossless_questions: int = Field(default=8, ge=1, description="Questions compared token by token in fp32")
-    seed: int = 0
+    seed: int = Field(default=0, description="Seed of sampling and of the bootstrap")
 
 
 class TrackingConfig(Settings):
@@ -227,7 +227,10 @@ class PromotionConfig(Settings):
 
     automatic: bool = Field(default=True, description="Decide at the end of a retraining; off = wait for promote-draft")
     margin: float = Field(
-        default=0.0, ge=0, le=1, description="Gain over the champion's speed-up that the interval's lower end must exceed"
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Gain over the champion's speed-up that the interval's lower end must exceed",
     )
     tolerance: float = Field(default=0.02, ge=0, le=1, description="Loss of speed-up that one benchmark may show")
 

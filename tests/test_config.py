@@ -1,0 +1,68 @@
+"""Settings refuse what they do not know, naming it, and every shipped preset loads."""
+
+import pytest
+
+from hass_core.config import RunConfig, load_config, parse_config, preset_names
+from hass_core.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_loads_under_its_own_name(name):
+    assert load_config(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.pases=2", r"training\.pases: no such setting; did you mean training\.passes\?"),
+        ("trainign.passes=2", r"trainign: no such setting; did you mean training\?"),
+        ("training.align_steps=99", r"training\.align_steps = 99: .*less than or equal to 8"),
+        ("training.step_weights=[1.0]", r"step_weights has 1 values, training\.align_steps is 3"),
+        ('responses.engine="openai"', r"needs responses\.server_url"),
+        ("responses.sampling=[{share=0.5}]", r"must sum to 1, they sum to 0\.5"),
+        ('name="../escape"', r"name = '\.\./escape'"),
+        ("training.passes", r"not of the form section\.key=value"),
+    ],
+)
+def test_a_bad_setting_is_named_with_its_value(override, says):
+    with pytest.raises(ConfigError, match=says):
+        load_config("smollm2-cpu", [override])
+
+
+def test_all_bad_settings_are_told_at_once():
+    with pytest.raises(ConfigError, match="2 bad settings"):
+        load_config("smollm2-cpu", ["training.top_k=0", "evaluation.repeats=0"])
+
+
+def test_overrides_take_toml_values_and_bare_words():
+    config = load_config("smollm2-cpu", ["training.passes=2", "target.dtype=float32", "draft.vocab_size=none"])
+    assert (config.training.passes, config.target.dtype, config.draft.vocab_size) == (2, "float32", None)
+
+
+def test_a_settings_file_is_read_and_a_missing_or_broken_one_named(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('name = "mine"\n[training]\nalign_steps = 2\n')
+    assert load_config(file).training.align_steps == 2
+    with pytest.raises(ConfigError, match=r"missing\.toml does not exist"):
+        load_config(tmp_path / "missing.toml")
+    with pytest.raises(ConfigError, match="no preset named 'smollm3'"):
+        load_config("smollm3")
+    file.write_text("name = ")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(file)
+
+
+def test_every_setting_has_a_description():
+    plain = [
+        f"{section}.{name}"
+        for section, field in RunConfig.model_fields.items()
+        if hasattr(field.annotation, "model_fields")
+        for name, setting in field.annotation.model_fields.items()
+        if not setting.description
+    ]
+    assert plain == [], "these settings appear without help in the flows' forms"
+
+
+def test_settings_survive_a_round_trip_through_json():
+    config = load_config("smollm2-cpu")
+    assert parse_config(config.model_dump(mode="json")) == config
