@@ -16,7 +16,7 @@ from tasks.tracking import StageRun
 @task(name="train-draft", **NETWORK_RETRIES)
 def train_draft(config: RunConfig, features: Artifact, run_id: str) -> Artifact:
     """Features → a draft. Its curves reach MLflow while it trains."""
-    metrics = core.metrics_path(config, features, store_of(config), target_of(config.target))
+    metrics = core.metrics_path(config, features, store_of(config), target_of(config))
 
     def watch(run: StageRun) -> AbstractContextManager[None]:
         return run.following(metrics)

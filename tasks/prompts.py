@@ -16,7 +16,7 @@ from tasks.tracking import stage_run
 def collect_prompts(config: RunConfig) -> Artifact:
     """Settings → prompts.parquet. Runs before there is an MLflow run: the prompts are part of its identity."""
     with reporting("prompts") as progress:
-        artifact = core.collect_prompts(config, store_of(config), target_of(config.target), progress)
+        artifact = core.collect_prompts(config, store_of(config), target_of(config), progress)
     publish_summary(artifact)
     return artifact
 

@@ -18,11 +18,10 @@ def register_draft(config: RunConfig, stages: list[Artifact], run_id: str) -> tr
     lineage = {f"hass.digest.{name}": artifact.digest for name, artifact in by_name.items()}
     lineage |= {f"hass.url.{name}": artifact.url for name, artifact in by_name.items()}
     lineage |= {"hass.commit": code_commit() or "unknown", "hass.mlflow_run": run_id}
-    draft, store, target = by_name["draft"], store_of(config), target_of(config.target)
+    draft, store, target = by_name["draft"], store_of(config), target_of(config)
     version = tracking.register(config, run_id, draft, store, target, lineage)
-    create_markdown_artifact(
-        f"`{version.model}` version {version.version}, alias `{version.alias}`\n\nMLflow: `{tracking.ui_command(config)}`",
-        key="registered-draft",
-        description="The draft in the model registry",
+    text = (
+        f"`{version.model}` version {version.version}, alias `{version.alias}`. MLflow: `{tracking.ui_command(config)}`"
     )
+    create_markdown_artifact(text, key="registered-draft", description="The draft in the model registry")
     return version

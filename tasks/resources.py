@@ -14,7 +14,11 @@ def store_of(config: RunConfig) -> Store:
     return store
 
 
-@lru_cache(maxsize=1)
-def target_of(config: TargetConfig) -> Target:
+def target_of(config: RunConfig) -> Target:
     """The target, loaded once per process: all stages of a retraining use the same one."""
-    return load_target(config)
+    return _loaded(config.target.model_dump_json())
+
+
+@lru_cache(maxsize=1)
+def _loaded(target: str) -> Target:
+    return load_target(TargetConfig.model_validate_json(target))

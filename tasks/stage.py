@@ -30,7 +30,7 @@ def run_stage(
 
     `watch` is entered while the work is under way.
     """
-    store, target = store_of(config), target_of(config.target)
+    store, target = store_of(config), target_of(config)
     with reporting(stage) as progress, stage_run(config, run_id, stage) as run:
         with watch(run):
             artifact = work(config, source, store, target, progress)

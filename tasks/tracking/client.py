@@ -7,6 +7,8 @@ environment only (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD).
 import logging
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -37,9 +39,8 @@ def connect(config: RunConfig) -> MlflowClient:
         client = _client(uri, local_folder(config))
         experiment_id(client, config)
     except MlflowException as error:
-        raise TrackingError(
-            f"cannot use MLflow at {_shown(uri)}: {error}; start the server or change tracking.uri"
-        ) from error
+        reason = str(error).replace(uri, _shown(uri))  # no cause: its text has the password too
+        raise TrackingError(f"cannot use MLflow at {_shown(uri)}: {reason}; start it or change tracking.uri") from None
     return client
 
 
@@ -75,9 +76,18 @@ def _client(uri: str, folder: Path) -> MlflowClient:
         logging.getLogger(name).setLevel(logging.WARNING)
     if uri.startswith("sqlite:"):
         folder.mkdir(parents=True, exist_ok=True)
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextmanager
+def as_default(uri: str) -> Iterator[None]:
+    """Make `uri` the process's default for MLflow calls that take none; MLflow keeps it in the environment."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)  # pyright: ignore[reportArgumentType]
 
 
 def _is_server(uri: str) -> bool:

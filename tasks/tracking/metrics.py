@@ -1,7 +1,7 @@
 """Training writes metrics.jsonl; this copies it into MLflow while it grows, each value once.
 
-A line is `{"step": 120, "time": 1764000000.0, "train/loss": 1.2, …}`. After a crash the training repeats the steps since its last
-checkpoint: steps MLflow already has are left out.
+A line is `{"step": 120, "time": 1764000000.0, "train/loss": 1.2, …}`. After a crash the training repeats the steps
+since its last checkpoint: steps MLflow already has are left out.
 """
 
 import json
@@ -9,7 +9,6 @@ import logging
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from mlflow import MlflowClient
@@ -45,7 +44,7 @@ class Follower:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._stopped.set()
         self._thread.join()
 

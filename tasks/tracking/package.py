@@ -14,8 +14,19 @@ import hass_core
 from hass_core.config import RunConfig
 from hass_core.store import Artifact, Store
 from hass_core.target.loader import Target
+from tasks.tracking.client import as_default, tracking_uri
 
-SERVING_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "pyarrow", "fsspec", "pydantic", "numpy", "gguf")
+SERVING_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "pyarrow",
+    "fsspec",
+    "pydantic",
+    "numpy",
+    "gguf",
+)
 NOT_SERVED = ("metrics.jsonl", "checkpoint-")
 
 SIGNATURE = ModelSignature(
@@ -32,7 +43,7 @@ def log_draft_model(
     folder = collect_draft(draft, store, scratch / "draft")
     served = {"target": config.target.model_dump(mode="json"), "tree": config.tree.model_dump(mode="json")}
     (folder / "served.json").write_text(json.dumps(served, indent=2))
-    with mlflow.start_run(run_id=run_id):
+    with as_default(tracking_uri(config)), mlflow.start_run(run_id=run_id):
         return mlflow.pyfunc.log_model(
             name="draft",
             python_model=str(Path(__file__).with_name("served_draft.py")),

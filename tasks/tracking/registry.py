@@ -1,12 +1,11 @@
-"""The model registry: one version per draft, the alias `champion` on the draft in use, `challenger` on the newest other.
+"""The model registry: one version per draft; alias `champion` on the draft in use, `challenger` on one that waits.
 
 A version's tags lead back to everything it came from: digests and addresses of its stages, the parent run, the commit.
 """
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -19,10 +18,10 @@ from hass_core.errors import TrackingError
 from hass_core.store import Artifact, Store
 from hass_core.target.loader import Target
 from tasks.tracking.client import connect
+from tasks.tracking.lock import locked
 from tasks.tracking.package import log_draft_model
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-LOCK_SECONDS = 60  # an older lock belongs to a process that died
 
 
 class DraftVersion(BaseModel):
@@ -53,11 +52,11 @@ def register(
         with tempfile.TemporaryDirectory(prefix="hass-draft-") as folder:
             source = log_draft_model(config, run_id, draft, store, target, Path(folder))
         _create_model(client, name, target)
-        with _locked(client, name):
+        with locked(client, name):
             if version_of(client, name, draft) is None:  # another process may have been faster
                 tags = {"hass.draft": draft.digest, "hass.draft.artifact": draft.model_dump_json(), **lineage}
                 client.create_model_version(name, source.model_uri, run_id, tags=tags, model_id=source.model_id)
-    with _locked(client, name):
+    with locked(client, name):
         version = version_of(client, name, draft)
         assert version is not None
         if not _aliases(client, name, version.version):
@@ -98,10 +97,12 @@ def describe(client: MlflowClient, name: str, version: str) -> DraftVersion:
     return DraftVersion(model=name, version=str(version), alias=alias, draft=draft)
 
 
-def crown(client: MlflowClient, challenger: DraftVersion, expected: DraftVersion | None, tags: Mapping[str, str]) -> None:
-    """Make `challenger` the champion if `expected` still is it. Raises TrackingError when another promotion was faster."""
+def crown(
+    client: MlflowClient, challenger: DraftVersion, expected: DraftVersion | None, tags: Mapping[str, str]
+) -> None:
+    """Make `challenger` the champion if `expected` still is it. Raises TrackingError when another promotion won."""
     name = challenger.model
-    with _locked(client, name):
+    with locked(client, name):
         present = champion(client, name)
         if (present and present.version) != (expected and expected.version):
             raise TrackingError(
@@ -119,7 +120,7 @@ def crown(client: MlflowClient, challenger: DraftVersion, expected: DraftVersion
 
 def restore(client: MlflowClient, name: str) -> tuple[DraftVersion, DraftVersion]:
     """Give the alias back to the champion before; returns (restored, withdrawn). Raises TrackingError without one."""
-    with _locked(client, name):
+    with locked(client, name):
         present = champion(client, name)
         if present is None:
             raise TrackingError(f"{name} has no champion; run `python -m flows.retrain` first")
@@ -142,35 +143,3 @@ def _create_model(client: MlflowClient, name: str, target: Target) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-
-
-@contextmanager
-def _locked(client: MlflowClient, name: str) -> Iterator[None]:
-    """One process at a time. The registry lets one caller create a name, so creating `NAME.lock` is the lock."""
-    lock = f"{name}.lock"
-    deadline = time.monotonic() + 2 * LOCK_SECONDS
-    while not _take(client, lock):
-        if time.monotonic() > deadline:
-            raise TrackingError(f"another process holds the registry lock {lock}; delete it if none is running")
-        time.sleep(0.2)
-    try:
-        yield
-    finally:
-        client.delete_registered_model(lock)
-
-
-def _take(client: MlflowClient, lock: str) -> bool:
-    try:
-        client.create_registered_model(lock, description="Held for a moment while an alias changes")
-        return True
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    try:
-        age = time.time() - client.get_registered_model(lock).creation_timestamp / 1000
-        if age > LOCK_SECONDS:
-            client.delete_registered_model(lock)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # released meanwhile
-            raise
-    return False

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run
+from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.time import get_current_time_millis
 
 from hass_core.config import RunConfig
 from hass_core.provenance import code_commit
 from hass_core.store import Artifact, Store, digest_of
-from tasks.tracking.client import connect, experiment_id
+from tasks.tracking.client import connect, experiment_id, tracking_uri
+from tasks.tracking.lock import locked
 from tasks.tracking.metrics import Follower, read_metrics
 
 UNTRACKED = {"name", "store", "tracking", "promotion"}  # settings that change no result
@@ -92,7 +94,7 @@ def stage_run(config: RunConfig, parent: str, stage: str) -> Iterator[StageRun]:
     section = {"evaluation": ("evaluation", "tree"), "draft": ("draft", "training")}.get(stage, (stage,))
     settings = {name: value for name, value in config.model_dump(mode="json").items() if name in section}
     _add_parameters(client, run, flatten(settings))
-    monitor = SystemMetricsMonitor(run.info.run_id, resume_logging=True)
+    monitor = SystemMetricsMonitor(run.info.run_id, resume_logging=True, tracking_uri=tracking_uri(config))
     with _ending(client, run.info.run_id):
         monitor.start()
         try:
@@ -115,25 +117,27 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _find_or_create(
     client: MlflowClient, config: RunConfig, identity: Mapping[str, str], name: str, tags: Mapping[str, str]
 ) -> Run:
-    """The oldest run with these tags. When two processes create it at once, the younger is removed."""
+    """The run with these tags; two processes that look for it at once get the same one."""
     experiment = experiment_id(client, config)
-
-    def oldest() -> Run | None:
-        condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
-        found = client.search_runs([experiment], condition, order_by=["start_time ASC", "run_id ASC"], max_results=1)
-        return found[0] if found else None
-
-    run = oldest()
+    run = _find(client, experiment, identity)
     if run is None:
-        source = {"mlflow.source.name": "hass", "mlflow.source.git.commit": code_commit() or "unknown"}
-        created = client.create_run(experiment, tags={**source, **identity}, run_name=name)
-        run = oldest() or created
-        if run.info.run_id != created.info.run_id:
-            client.delete_run(created.info.run_id)
+        with locked(client, f"hass-run-{digest_of({'experiment': experiment, **identity})}"):
+            run = _find(client, experiment, identity) or _create(client, experiment, identity, name)
     client.update_run(run.info.run_id, status="RUNNING")
     for key, value in tags.items():
         client.set_tag(run.info.run_id, key, value)
     return run
+
+
+def _find(client: MlflowClient, experiment: str, identity: Mapping[str, str]) -> Run | None:
+    condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
+    found = client.search_runs([experiment], condition, max_results=1)
+    return found[0] if found else None
+
+
+def _create(client: MlflowClient, experiment: str, identity: Mapping[str, str], name: str) -> Run:
+    source = {"mlflow.source.name": "hass", "mlflow.source.git.commit": code_commit() or "unknown"}
+    return client.create_run(experiment, tags={**source, **identity}, run_name=name)
 
 
 @contextmanager
@@ -151,8 +155,12 @@ def _ending(client: MlflowClient, run_id: str) -> Iterator[None]:
 
 def _add_parameters(client: MlflowClient, run: Run, parameters: Mapping[str, str]) -> None:
     new = [Param(key, value) for key, value in parameters.items() if key not in run.data.params]
-    for start in range(0, len(new), PARAMS_PER_CALL):
-        client.log_batch(run.info.run_id, params=new[start : start + PARAMS_PER_CALL])
+    try:
+        for start in range(0, len(new), PARAMS_PER_CALL):
+            client.log_batch(run.info.run_id, params=new[start : start + PARAMS_PER_CALL])
+    except MlflowException:  # MLflow refuses parameters that another process writes at the same moment
+        if not parameters.keys() <= client.get_run(run.info.run_id).data.params.keys():
+            raise
 
 
 def _log_numbers(client: MlflowClient, run_id: str, numbers: Mapping[str, float]) -> None:
@@ -167,6 +175,3 @@ def _dataset(context: str, artifact: Artifact) -> DatasetInput:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float))
-
-
-__all__ = ["RunTag", "StageRun", "flatten", "open_retraining", "run_digest", "stage_run"]

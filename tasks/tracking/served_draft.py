@@ -1,15 +1,15 @@
 """The registered model's code: MLflow runs this file to turn the packed draft into a `predict` function.
 
-    mlflow.pyfunc.load_model("models:/hass-draft-smollm2-135m@champion").predict(["Tell me about tides."])
+mlflow.pyfunc.load_model("models:/hass-draft-smollm2-135m@champion").predict(["Tell me about tides."])
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pandas as pd
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 
 class ServedDraft(PythonModel):
@@ -39,7 +39,7 @@ class ServedDraft(PythonModel):
         prompts = [prompt_token_ids(self.target, prompt) for prompt in model_input["prompt"]]
         sampling = SamplingConfig(temperature=options.get("temperature", 0.0))
         answers = self.decoder.generate(prompts, sampling, options.get("max_new_tokens", 128))
-        return [self.target.tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
+        return [str(self.target.tokenizer.decode(answer.token_ids, skip_special_tokens=True)) for answer in answers]
 
 
-mlflow.models.set_model(ServedDraft())
+set_model(ServedDraft())

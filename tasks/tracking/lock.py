@@ -1,0 +1,49 @@
+"""One process at a time, across machines: the registry lets only one caller create a name, so a name is the lock."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from hass_core.errors import TrackingError
+
+STALE_SECONDS = 60  # held for moments only: an older lock belongs to a process that died
+WAIT_SECONDS = 2 * STALE_SECONDS
+
+
+@contextmanager
+def locked(client: MlflowClient, name: str) -> Iterator[None]:
+    """Hold the lock `name` during the block. Raises TrackingError when it stays taken."""
+    name = f"{name}.lock"
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not _take(client, name):
+        if time.monotonic() > deadline:
+            raise TrackingError(f"another process keeps the lock {name} in the model registry; delete it there")
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        client.delete_registered_model(name)
+
+
+def _take(client: MlflowClient, name: str) -> bool:
+    try:
+        client.create_registered_model(name, description="A lock; it is held for a moment")
+        return True
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    _remove_stale(client, name)
+    return False
+
+
+def _remove_stale(client: MlflowClient, name: str) -> None:
+    try:
+        age = time.time() - (client.get_registered_model(name).creation_timestamp or 0) / 1000
+        if age > STALE_SECONDS:
+            client.delete_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # released meanwhile
+            raise

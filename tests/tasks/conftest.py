@@ -1,0 +1,68 @@
+"""A finished store made by hand from a tiny random draft: what the stages leave behind, without running them."""
+
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import torch
+
+from hass_core.config import RunConfig, parse_config
+from hass_core.model.architecture import DraftArchitecture
+from hass_core.model.checkpoint import draft_info, save_draft
+from hass_core.model.draft import DraftModel
+from hass_core.model.head import DraftHead
+from hass_core.store import Artifact, Store
+from hass_core.target.loader import Target
+
+
+@pytest.fixture(scope="session")
+def tracking_database(tmp_path_factory) -> str:
+    """One SQLite file for all tests: making its tables takes seconds. Each test has its own experiment."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def config(store, tracking_database) -> RunConfig:
+    tracking = {"uri": tracking_database, "experiment": uuid4().hex, "registered_model": f"draft-{uuid4().hex}"}
+    return parse_config({"name": "test", "store": store.root, "tracking": tracking})
+
+
+@pytest.fixture
+def prompts(store) -> Artifact:
+    folder = store.stage("prompts", {"of": "tracking test"})
+    folder.write_text("prompts.parquet", "not read here")
+    return folder.finish({"prompts": 12, "skipped": 1, "sources": "builtin"})
+
+
+def make_draft(store: Store, target: Target, seed: int = 0) -> Artifact:
+    """An untrained draft as the training stage would store it."""
+    torch.manual_seed(seed)
+    architecture = DraftArchitecture.from_target_config(target.model.config, fc_bias=False)
+    model, head = DraftModel(architecture, target.embedding), DraftHead.from_target(target.head, None)
+    folder = store.stage("draft", {"seed": seed})
+    scratch = folder.scratch() / "draft"
+    save_draft(scratch, model, head, draft_info(target))
+    for name in ("config.json", "model.safetensors"):
+        with folder.writing(name) as file:
+            file.path.write_bytes((scratch / name).read_bytes())
+    folder.write_text("metrics.jsonl", metrics_text(range(10, 40, 10)))
+    return folder.finish({"steps": 30, "val/tau": 1.5 + seed})
+
+
+def metrics_text(steps: range) -> str:
+    """Lines as the training writes them."""
+    return "".join(f'{{"step": {s}, "time": {1.7e9 + s}, "train/loss": {1 / s}}}\n' for s in steps)
+
+
+@pytest.fixture
+def draft(store, tiny_target) -> Artifact:
+    return make_draft(store, tiny_target)
+
+
+@pytest.fixture
+def saved_target(tiny_target, tmp_path) -> Path:
+    """The tiny target as a folder that `load_target` reads."""
+    folder = tmp_path / "tiny-instruct"
+    tiny_target.model.save_pretrained(folder)
+    tiny_target.tokenizer.save_pretrained(folder)
+    return folder

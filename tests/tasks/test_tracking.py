@@ -1,0 +1,138 @@
+"""The MLflow record: one parent and one child per stage, whatever happens in between."""
+
+import threading
+
+import pytest
+
+from hass_core.config import parse_config
+from hass_core.errors import TrackingError
+from tasks.tracking import connect, open_retraining, stage_run
+from tasks.tracking.client import experiment_id, tracking_uri
+from tasks.tracking.metrics import Follower, read_metrics
+from tests.tasks.conftest import metrics_text
+
+
+def all_runs(config):
+    client = connect(config)
+    return client.search_runs([experiment_id(client, config)], order_by=["start_time ASC"])
+
+
+def record_once(config, store, prompts, draft):
+    with open_retraining(config, prompts, {"prefect.flow_run_id": "1"}) as run_id:
+        with stage_run(config, run_id, "prompts") as run:
+            run.record(store, prompts, {})
+        with stage_run(config, run_id, "draft") as run:
+            run.record(store, draft, {"prompts": prompts})
+    return run_id
+
+
+def test_a_retraining_is_one_parent_with_a_child_per_stage(config, store, prompts, draft):
+    run_id = record_once(config, store, prompts, draft)
+    runs = all_runs(config)
+    assert [run.info.status for run in runs] == ["FINISHED"] * 3
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == run_id]
+    assert sorted(run.data.tags["hass.stage"] for run in children) == ["draft", "prompts"]
+
+
+def test_the_record_holds_settings_numbers_digests_inputs_and_code(config, store, prompts, draft):
+    run_id = record_once(config, store, prompts, draft)
+    client = connect(config)
+    parent = client.get_run(run_id)
+    assert parent.data.params["training.align_steps"] == "3"
+    assert parent.data.metrics["prompts/prompts"] == 12
+    assert parent.data.metrics["train/loss"] == pytest.approx(1 / 30)
+    assert parent.data.tags["hass.digest.draft"] == draft.digest
+    assert parent.data.tags["prefect.flow_run_id"] == "1"
+    assert len(parent.data.tags["mlflow.source.git.commit"]) >= 40
+    child = next(run for run in all_runs(config) if run.data.tags.get("hass.stage") == "draft")
+    assert [item.dataset.digest for item in child.inputs.dataset_inputs] == [prompts.digest]
+    assert {file.path for file in client.list_artifacts(run_id, "draft")} == {
+        "draft/config.json",
+        "draft/metrics.jsonl",
+    }
+
+
+def test_the_same_retraining_again_adds_no_run_and_no_value(config, store, prompts, draft):
+    first = record_once(config, store, prompts, draft)
+    assert record_once(config, store, prompts, draft) == first
+    assert len(all_runs(config)) == 3
+    client = connect(config)
+    assert [m.step for m in client.get_metric_history(first, "train/loss")] == [10, 20, 30]
+    assert len(client.get_metric_history(first, "draft/steps")) == 1
+
+
+def test_another_setting_or_other_prompts_are_another_retraining(config, store, prompts, draft):
+    first = record_once(config, store, prompts, draft)
+    changed = parse_config({**config.model_dump(mode="json"), "seed": 7})
+    assert record_once(changed, store, prompts, draft) != first
+    other = store.stage("prompts", {"of": "other"}).finish({"prompts": 3})
+    assert record_once(config, store, other, draft) != first
+
+
+def test_where_it_is_recorded_is_not_part_of_a_retraining(config, store, prompts, draft):
+    first = record_once(config, store, prompts, draft)
+    renamed = parse_config({**config.model_dump(mode="json"), "name": "other"})
+    assert record_once(renamed, store, prompts, draft) == first
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "KILLED"), (ValueError, "FAILED")])
+def test_an_interrupted_run_says_so_and_is_continued(config, store, prompts, draft, error, status):
+    with pytest.raises(error), open_retraining(config, prompts, {}) as interrupted:
+        raise error
+    assert connect(config).get_run(interrupted).info.status == status
+    assert record_once(config, store, prompts, draft) == interrupted
+    assert connect(config).get_run(interrupted).info.status == "FINISHED"
+
+
+def test_two_processes_that_open_a_retraining_at_once_share_one_run(config, prompts):
+    connect(config)
+    barrier, ids = threading.Barrier(4), []
+
+    def open_it():
+        barrier.wait()
+        with open_retraining(config, prompts, {}) as run_id:
+            ids.append(run_id)
+
+    threads = [threading.Thread(target=open_it) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(all_runs(config)) == 1
+
+
+def test_curves_arrive_while_the_training_runs(config, prompts, tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    client = connect(config)
+    with open_retraining(config, prompts, {}) as run_id, stage_run(config, run_id, "draft") as run:
+        with run.following(file):
+            file.write_text(metrics_text(range(1, 4)) + '{"step": 4, "tra')  # the last line is still being written
+            for _ in range(100):
+                if len(client.get_metric_history(run.id, "train/loss")) == 3:
+                    break
+                threading.Event().wait(0.1)
+            assert [m.step for m in client.get_metric_history(run.id, "train/loss")] == [1, 2, 3]
+            file.write_text(metrics_text(range(1, 6)))
+        assert [m.step for m in client.get_metric_history(run_id, "train/loss")] == [1, 2, 3, 4, 5]
+
+
+def test_steps_repeated_after_a_crash_stand_once(config, prompts, tmp_path):
+    client = connect(config)
+    with open_retraining(config, prompts, {}) as run_id:
+        for steps in (range(1, 8), range(5, 12)):  # the second process continues from a checkpoint at step 4
+            Follower(client, [run_id], tmp_path / "unused").log(read_metrics(metrics_text(steps)))
+        assert [m.step for m in client.get_metric_history(run_id, "train/loss")] == list(range(1, 12))
+
+
+def test_the_default_is_sqlite_beside_the_store(store, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri(parse_config({"store": store.root})) == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_an_unreachable_server_is_named_without_its_password(store, monkeypatch):
+    config = parse_config({"store": store.root})
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ann:hunter2@127.0.0.1:9")
+    with pytest.raises(TrackingError, match=r"cannot use MLflow at http://ann:\*\*\*@127.0.0.1:9") as raised:
+        connect(config)
+    assert "hunter2" not in str(raised.value)
