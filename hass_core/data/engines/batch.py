@@ -1,0 +1,160 @@
+"""The device side of local generation: a fixed number of rows, each holding one answer in the making.
+
+A step reads nothing back and changes no shape, so on a GPU it is captured once per attended width and replayed.
+Shapes: B rows, S slots, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from hass_core.data.engines.base import Request
+from hass_core.data.engines.sampling import sample, uniform_at
+from hass_core.target.kv_cache import KVCache
+from hass_core.target.runner import Runner
+
+MIN_ROWS = 2  # a row alone would be written at a place fixed on the host
+
+
+@dataclass
+class Answer:
+    """An answer in the making."""
+
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer so far."""
+        return len(self.request.prompt_token_ids) + len(self.token_ids)
+
+    @property
+    def final_length(self) -> int:
+        """Tokens of the prompt and the longest possible answer."""
+        return len(self.request.prompt_token_ids) + self.request.max_new_tokens
+
+
+class Batch:
+    """Key-value cache, last tokens and sampling settings of B rows. A row without an answer computes scrap."""
+
+    def __init__(self, runner: Runner, rows: int, slots: int):
+        self.runner, self.rows, self.slots = runner, max(rows, MIN_ROWS), slots
+        device = runner.device
+        cache = runner.new_cache(self.rows, slots)
+        self.lengths = torch.zeros(self.rows, dtype=torch.long, device=device)
+        # rows differ in length as far as the host knows: the runner then places each row by its own length
+        self.cache = KVCache(cache.blocks, self.lengths, np.arange(self.rows))
+        self.tokens = torch.zeros(self.rows, dtype=torch.long, device=device)
+        self.seeds = torch.zeros(self.rows, dtype=torch.long, device=device)
+        self.temperature = torch.zeros(self.rows, device=device)
+        self.top_p = torch.ones(self.rows, device=device)
+        self.top_k = torch.zeros(self.rows, dtype=torch.long, device=device)
+        self.answers: dict[int, Answer] = {}  # by row
+        self._slot_numbers = torch.arange(slots, device=device)
+        self._row_numbers = torch.arange(self.rows, device=device)
+        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph | None] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    @property
+    def free(self) -> list[int]:
+        """Numbers of the rows without an answer."""
+        return [row for row in range(self.rows) if row not in self.answers]
+
+    def resized(self, rows: int, slots: int) -> "Batch":
+        """The running answers, in order, in a batch of another size."""
+        kept = sorted(self.answers)
+        other = Batch(self.runner, rows, slots)
+        source = torch.tensor(kept, dtype=torch.long, device=self.lengths.device)
+        width = min(slots, self.slots)
+        for old, new in zip(self.cache.blocks, other.cache.blocks, strict=True):
+            new[:, :, : len(kept), :, :width] = old[:, :, source, :, :width]
+        for name in ("lengths", "tokens", "seeds", "temperature", "top_p", "top_k"):
+            getattr(other, name)[: len(kept)] = getattr(self, name)[source]
+        other.answers = {row: self.answers[old] for row, old in enumerate(kept)}
+        return other
+
+    @property
+    def filters(self) -> tuple[int, bool]:
+        """The largest top-k among the running answers, and whether any of them uses top-p."""
+        running = [answer.request.sampling for answer in self.answers.values()]
+        return max((s.top_k for s in running), default=0), any(s.top_p < 1 for s in running)
+
+    @torch.inference_mode()
+    def start(self, requests: Sequence[Request]) -> None:
+        """Read the prompts into free rows and draw the first token of each answer."""
+        rows = self.free[: len(requests)]
+        self.answers |= {row: Answer(request) for row, request in zip(rows, requests, strict=True)}
+        index = torch.tensor(rows, device=self.lengths.device)
+        for name, values in _settings(requests).items():
+            getattr(self, name)[index] = values.to(index.device)
+        prompts = [torch.tensor(request.prompt_token_ids) for request in requests]
+        last = self._read(pad_sequence(prompts, batch_first=True).to(index.device), index)
+        self.tokens[index] = self._draw(last, index, self.lengths[index] - 1, *self.filters)
+        for row, token in zip(rows, self.tokens[index].tolist(), strict=True):
+            self.answers[row].token_ids.append(token)
+
+    def _read(self, token_ids: Tensor, index: Tensor) -> Tensor:
+        """Put the keys and values of right-padded prompts into rows `index`; features of each one's last token."""
+        count, width = token_ids.shape
+        scratch = self.runner.new_cache(count, width)
+        positions = torch.arange(width, device=index.device).expand(count, -1)
+        features = self.runner.forward(token_ids, positions, scratch)
+        for block, new in zip(self.cache.blocks, scratch.blocks, strict=True):
+            block[:, :, index, :, :width] = new
+        return features[torch.arange(count, device=index.device), self.lengths[index] - 1]
+
+    @torch.inference_mode()
+    def steps(self, count: int, width: int) -> Tensor:
+        """`count` more tokens of every row [B, count], attending to the first `width` slots; nothing is read back."""
+        drawn = torch.empty(self.rows, count, dtype=torch.long, device=self.tokens.device)
+        key = (width, *self.filters)
+        for i in range(count):
+            self._run(key)
+            drawn[:, i] = self.tokens
+        return drawn
+
+    def _run(self, key: tuple[int, int, bool]) -> None:
+        """One step; on a GPU a graph of it, captured when the same step comes a second time."""
+        if self.tokens.device.type != "cuda":
+            self._step(*key)
+        elif key not in self._graphs:
+            self._step(*key)  # the first one warms up what cannot be captured
+            self._graphs[key] = None
+        else:
+            graph = self._graphs[key]
+            if graph is None:
+                graph = self._graphs[key] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self._pool):
+                    self._step(*key)
+            graph.replay()
+
+    def _step(self, width: int, max_top_k: int, use_top_p: bool) -> None:
+        visible = (self._slot_numbers[:width] <= self.lengths[:, None])[:, None, None]
+        features = self.runner.forward(self.tokens[:, None], self.lengths[:, None], self.cache, visible)
+        drawn = self._draw(features[:, 0], self._row_numbers, self.lengths, max_top_k, use_top_p)
+        self.tokens.copy_(drawn)
+        # a row that has ended goes on until the host looks; it must not run over the end of its slots
+        self.lengths.add_(1).clamp_(max=width - 1)
+
+    def _draw(
+        self, features: Tensor, index: Tensor, positions: Tensor, max_top_k: int, use_top_p: bool
+    ) -> Tensor:
+        logits = self.runner.logits(features)
+        uniform = uniform_at(self.seeds[index], positions)
+        settings = (self.temperature[index], self.top_p[index], self.top_k[index])
+        return sample(logits, *settings, uniform, max_top_k, use_top_p)
+
+
+def _settings(requests: Sequence[Request]) -> dict[str, Tensor]:
+    """Row settings by the name of the tensor that holds them."""
+    return {
+        "lengths": torch.tensor([len(r.prompt_token_ids) for r in requests]),
+        "seeds": torch.tensor([r.seed % 2**63 for r in requests]),
+        "temperature": torch.tensor([r.sampling.temperature for r in requests], dtype=torch.float32),
+        "top_p": torch.tensor([r.sampling.top_p for r in requests], dtype=torch.float32),
+        "top_k": torch.tensor([r.sampling.top_k for r in requests]),
+    }

@@ -1,0 +1,100 @@
+"""Answers from the loaded target, many at once.
+
+A fixed number of rows is decoded together (continuous batching): when answers end, their rows take the next prompts.
+The host looks at the drawn tokens every few steps only; in between, nothing leaves the device.
+
+What is reproducible: an answer's random numbers depend on its own seed and positions alone. Logits in 16-bit types
+can differ in the last digit with the number of rows computed together, so exact repetition needs the same settings.
+"""
+
+from collections.abc import Iterator
+
+from hass_core.data.engines.base import Completion, Request, RequestQueue
+from hass_core.data.engines.batch import MIN_ROWS, Answer, Batch
+from hass_core.data.templates import special_token_ids
+from hass_core.target.loader import Target
+from hass_core.target.runner import make_runner
+
+REFILL_SHARE = 1 / 8  # read new prompts when this share of the rows is free: reading one alone wastes a pass
+STEPS_BETWEEN_LOOKS = {"cpu": 2, "cuda": 16}
+PREFILL_TOKENS = {"cpu": 2048, "cuda": 65_536}  # of one pass over prompts, padding included
+WIDTH_STEP = {"cpu": 16, "cuda": 128}  # the attended width grows in such steps; on a GPU each is a graph of its own
+SLOT_STEP = 256
+
+
+class LocalEngine:
+    """See `Engine`. `max_rows` answers are decoded at once; memory grows with it."""
+
+    def __init__(self, target: Target, max_rows: int):
+        self._runner = make_runner(target)
+        self._max_rows = max_rows
+        self._ends = special_token_ids(target.tokenizer) | frozenset(target.eos_token_ids)
+        self._eos = frozenset(target.eos_token_ids)
+        kind = target.device.type
+        self._look, self._prefill_tokens, self._width_step = STEPS_BETWEEN_LOOKS[kind], PREFILL_TOKENS[kind], WIDTH_STEP[kind]
+
+    def complete(self, queue: RequestQueue) -> Iterator[Completion]:
+        """See `Engine`."""
+        batch = Batch(self._runner, 0, 0)
+        while True:
+            batch = self._refilled(batch, queue)
+            if not batch.answers:
+                return
+            yield from self._ended(batch)
+            self._advance(batch)
+            yield from self._ended(batch)
+
+    def _refilled(self, batch: Batch, queue: RequestQueue) -> Batch:
+        """Give free rows the next prompts; let the batch grow to what they need, and shrink when none are left."""
+        running = len(batch.answers)
+        free = self._max_rows - running
+        if running and free < REFILL_SHARE * self._max_rows:
+            return batch
+        new = queue.take(free)
+        if new:
+            longest = max(a.final_length for a in [*batch.answers.values(), *map(Answer, new)])
+            slots = max(batch.slots, rounded_up(longest + self._look, SLOT_STEP))
+            rows = max(batch.rows, running + len(new))
+            if (rows, slots) != (batch.rows, batch.slots):
+                batch = batch.resized(rows, slots)
+            for part in self._parts(new):
+                batch.start(part)
+        elif running <= batch.rows // 2 and batch.rows > MIN_ROWS:
+            batch = batch.resized(running, batch.slots)
+        return batch
+
+    def _parts(self, requests: list[Request]) -> Iterator[list[Request]]:
+        """Prompts of similar length together, so that little of a pass is padding."""
+        part: list[Request] = []
+        for request in sorted(requests, key=lambda r: len(r.prompt_token_ids)):
+            if part and (len(part) + 1) * len(request.prompt_token_ids) > self._prefill_tokens:
+                yield part
+                part = []
+            part.append(request)
+        if part:
+            yield part
+
+    def _advance(self, batch: Batch) -> None:
+        """Some more tokens for every row, up to the end of its answer."""
+        if not batch.answers:
+            return
+        width = rounded_up(max(a.length for a in batch.answers.values()) + self._look, self._width_step)
+        drawn = batch.steps(self._look, min(width, batch.slots)).tolist()
+        for row, answer in batch.answers.items():
+            for token in drawn[row][: answer.request.max_new_tokens - len(answer.token_ids)]:
+                answer.token_ids.append(token)
+                if token in self._ends:
+                    break
+
+    def _ended(self, batch: Batch) -> Iterator[Completion]:
+        """Take the answers that are complete out of the batch."""
+        for row, answer in list(batch.answers.items()):
+            last = answer.token_ids[-1]
+            if last in self._ends or len(answer.token_ids) == answer.request.max_new_tokens:
+                del batch.answers[row]
+                yield Completion(answer.request.key, answer.token_ids, finished=last in self._eos)
+
+
+def rounded_up(value: int, step: int) -> int:
+    """The smallest multiple of `step` that is not below `value`."""
+    return -(-value // step) * step
