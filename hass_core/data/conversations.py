@@ -32,6 +32,7 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }
+ID_KEYS = ("id", "question_id", "conversation_id", "task_id")
 FORMS = "messages, conversations, instruction, turns or prompt"
 
 
@@ -62,7 +63,7 @@ def parse_row(row: Any, source: str, number: int) -> Record:
         raise Unusable("no user turn")
     if any(message["role"] == "user" and not message["content"].strip() for message in messages):
         raise Unusable("empty user turn")
-    name = next((row[key] for key in ("id", "question_id", "conversation_id", "task_id") if row.get(key) is not None), number)
+    name = next((row[key] for key in ID_KEYS if row.get(key) is not None), number)
     category = row.get("category")
     return Record(f"{source}/{name}", str(category) if category else "general", source, tuple(messages))
 

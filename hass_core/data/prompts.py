@@ -39,7 +39,13 @@ from hass_core.target.loader import Target
 STEP_VERSION = 1
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 PROMPTS_SCHEMA = pa.schema(
-    [("id", pa.string()), ("category", pa.string()), ("source", pa.string()), ("messages", MESSAGES), ("sha256", pa.string())]
+    [
+        ("id", pa.string()),
+        ("category", pa.string()),
+        ("source", pa.string()),
+        ("messages", MESSAGES),
+        ("sha256", pa.string()),
+    ]
 )
 SKIPPED_SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("reason", pa.string())])
 
@@ -48,9 +54,7 @@ SELF_WRITTEN_MAX_TOKENS = 256
 MIN_YIELD = 0.05  # give up when fewer texts than this are usable
 
 
-def collect_prompts(
-    config: RunConfig, store: Store, target: Target, progress: Progress = no_progress
-) -> Artifact:
+def collect_prompts(config: RunConfig, store: Store, target: Target, progress: Progress = no_progress) -> Artifact:
     """Collect the training prompts. Raises BadInput, TemplateError or LeakedBenchmark before any long work."""
     forbidden = forbidden_questions(config.evaluation)
     folder = store.stage("prompts", _key(config, target, sorted(forbidden.hashes)))

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 MIN_CHARACTERS = 15
 MIN_LETTER_SHARE = 0.6
@@ -19,7 +20,8 @@ SELF_REFERENCE = re.compile(
     re.IGNORECASE,
 )
 ANSWER_OPENING = re.compile(
-    r"^(sure|certainly|of course|absolutely|i'm sorry|i apologi[sz]e|thank you for|here (is|are)\b)[,.! ]", re.IGNORECASE
+    r"^(sure|certainly|of course|absolutely|i'm sorry|i apologi[sz]e|thank you for|here (is|are)\b)[,.! ]",
+    re.IGNORECASE,
 )
 
 
@@ -52,7 +54,7 @@ def prompt_problem(text: str) -> str | None:
 def diversity(texts: Sequence[str]) -> dict[str, float]:
     """How varied prompts are: distinct word pairs / all, distinct first three words / prompts, mean length in words."""
     words = [text.lower().split() for text in texts]
-    pairs = [pair for line in words for pair in zip(line, line[1:], strict=False)]
+    pairs = [pair for line in words for pair in pairwise(line)]
     openings = {tuple(line[:3]) for line in words}
     return {
         "distinct_2": round(len(set(pairs)) / max(1, len(pairs)), 4),

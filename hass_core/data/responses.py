@@ -36,7 +36,7 @@ RESPONSES_SCHEMA = pa.schema(
         ("category", pa.string()),
         ("source", pa.string()),
         ("messages", MESSAGES),
-        ("answer_token_ids", pa.list_(pa.list_(pa.int32()))),  # one list per assistant message; empty = given, not generated
+        ("answer_token_ids", pa.list_(pa.list_(pa.int32()))),  # one list per assistant message; empty = not generated
         ("finished", pa.bool_()),  # every answer ended by itself
         ("num_new_tokens", pa.int32()),
         ("temperature", pa.float32()),

@@ -15,14 +15,11 @@ from hass_core.data.templates import SkippedConversation, encode_prompt, special
 class Selection:
     """Collects prompts in order; equal settings and candidates give an equal selection."""
 
-    def __init__(
-        self, config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, forbidden: Forbidden, keep_answers: bool = False
-    ):
+    def __init__(self, config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, forbidden: Forbidden):
         self.kept: list[Record] = []
         self.skipped: list[Skipped] = []
         self.seen = 0
         self._config, self._tokenizer, self._forbidden = config, tokenizer, forbidden
-        self._keep_answers = keep_answers
         self._ids: set[str] = set()
         self._hashes: set[str] = set()
         self._similar = NearDuplicates(config.near_duplicate_similarity)
@@ -40,7 +37,7 @@ class Selection:
             self.skipped.append(candidate)
             return False
         try:
-            prompt = candidate if self._keep_answers else as_prompt(candidate)
+            prompt = as_prompt(candidate)
             self._judge(prompt)
         except (Unusable, SkippedConversation) as problem:
             self.skipped.append(Skipped(candidate.id, candidate.source, str(problem)))

@@ -42,9 +42,7 @@ def write_prompts(
     return texts
 
 
-def _user_text(
-    tokenizer: PreTrainedTokenizerBase, token_ids: list[int], finished: bool, closing: str
-) -> str | None:
+def _user_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], finished: bool, closing: str) -> str | None:
     special = special_token_ids(tokenizer)
     end = next((i for i, token in enumerate(token_ids) if token in special), None)
     text = decode(tokenizer, token_ids[:end])

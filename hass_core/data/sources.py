@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import fsspec
 import pyarrow as pa
@@ -95,7 +95,7 @@ def _rows(path: str, name: str) -> Iterator[tuple[int, Any]]:
 
 def _json_rows(path: str) -> Iterator[tuple[int, Any]]:
     """(line number, object) of JSON lines; (position, object) of a JSON list, told by its first character."""
-    with fsspec.open(path, "rb", compression="infer") as file:
+    with cast(BinaryIO, fsspec.open(path, "rb", compression="infer")) as file:
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(codecs.BOM_UTF8).strip()
             if line.startswith(b"[") and number == 1:
@@ -110,7 +110,8 @@ def _decoded(text: bytes, path: str, number: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise BadInput(f"{path}, line {number or error.lineno}: not valid JSON: {error.msg}; correct the line") from None
+        line = number or error.lineno
+        raise BadInput(f"{path}, line {line}: not valid JSON: {error.msg}; correct the line") from None
     except UnicodeDecodeError as error:
         line = number or text.count(b"\n", 0, error.start) + 1
         raise BadInput(f"{path}, line {line}: not valid UTF-8; save the file as UTF-8") from None

@@ -94,9 +94,7 @@ def encode_prompt(
     return _join(tokenizer, text, spans, answers, rewritten, with_tail=True).token_ids
 
 
-def answer_tokens(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], finished: bool = True
-) -> list[int]:
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], finished: bool = True) -> list[int]:
     """The tokenizer's own ids of the last message, an answer; without its end-of-turn token if not `finished`."""
     encoded = encode_conversation(tokenizer, messages)
     start = len(encoded.loss_mask)
@@ -106,9 +104,7 @@ def answer_tokens(
     return ids if finished or ids[-1] not in special_token_ids(tokenizer) else ids[:-1]
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
-) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
     """The template's text. Raises SkippedConversation when the template refuses these messages."""
     try:
         text = tokenizer.apply_chat_template(

@@ -140,9 +140,7 @@ class Batch:
         # a row that has ended goes on until the host looks; it must not run over the end of its slots
         self.lengths.add_(1).clamp_(max=width - 1)
 
-    def _draw(
-        self, features: Tensor, index: Tensor, positions: Tensor, max_top_k: int, use_top_p: bool
-    ) -> Tensor:
+    def _draw(self, features: Tensor, index: Tensor, positions: Tensor, max_top_k: int, use_top_p: bool) -> Tensor:
         logits = self.runner.logits(features)
         uniform = uniform_at(self.seeds[index], positions)
         settings = (self.temperature[index], self.top_p[index], self.top_k[index])

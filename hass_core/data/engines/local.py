@@ -31,7 +31,9 @@ class LocalEngine:
         self._ends = special_token_ids(target.tokenizer) | frozenset(target.eos_token_ids)
         self._eos = frozenset(target.eos_token_ids)
         kind = target.device.type
-        self._look, self._prefill_tokens, self._width_step = STEPS_BETWEEN_LOOKS[kind], PREFILL_TOKENS[kind], WIDTH_STEP[kind]
+        self._look = STEPS_BETWEEN_LOOKS[kind]
+        self._prefill_tokens = PREFILL_TOKENS[kind]
+        self._width_step = WIDTH_STEP[kind]
 
     def complete(self, queue: RequestQueue) -> Iterator[Completion]:
         """See `Engine`."""

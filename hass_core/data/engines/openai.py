@@ -26,7 +26,7 @@ WORTH_REPEATING = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
 class OpenAIEngine:
-    """Requests to one server. The API key comes from the environment variable OPENAI_API_KEY, if the server wants one."""
+    """Requests to one server; a key, if it wants one, comes from the environment variable OPENAI_API_KEY."""
 
     def __init__(self, settings: ResponsesConfig, tokenizer: PreTrainedTokenizerBase):
         if not settings.server_url:
@@ -122,13 +122,14 @@ class OpenAIEngine:
             return Completion(request.key, ids, finished)
         answer = {"role": "assistant", "content": choice["message"]["content"] or ""}
         try:
-            return Completion(request.key, answer_tokens(self._tokenizer, [*request.messages, answer], finished), finished)
+            ids = answer_tokens(self._tokenizer, [*request.messages, answer], finished)
+            return Completion(request.key, ids, finished)
         except SkippedConversation as problem:
             return Completion(request.key, [], finished, error=problem.reason)
 
 
 def backoff_seconds(attempt: int, retry_after: str | None) -> float:
-    """The pause before the next attempt: what the server asks for, else doubling, with a random share against stampedes."""
+    """Seconds before the next attempt: what the server asks for, else doubling, partly random against stampedes."""
     if retry_after is not None and retry_after.strip().replace(".", "", 1).isdigit():
         return min(float(retry_after), MAX_PAUSE_SECONDS)
     return min(FIRST_PAUSE_SECONDS * 2**attempt, MAX_PAUSE_SECONDS) * random.uniform(0.5, 1.0)
