@@ -1,0 +1,1 @@
+"""Decoding with and without a draft: trees, verification, the cycle, planning and benchmarking."""

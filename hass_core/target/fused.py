@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from hass_core.target.kv_cache import KVCache, LayerShape
 from hass_core.target.loader import Target
+from hass_core.target.placement import Placement
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # their frequencies change with the sequence: no table holds them
@@ -76,7 +77,7 @@ class FusedRunner:
 
     @torch.no_grad()
     def forward(self, token_ids: Tensor, position_ids: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:
-        place = Placement.of(token_ids.shape[1], cache, mask, self.heads // self.shape.num_key_value_heads)
+        place = Placement.of(token_ids.shape[1], cache, mask, self.heads // self.shape.num_key_value_heads, self.dtype)
         cos, sin = self.rope.at(position_ids)
         x = F.embedding(token_ids, self.embedding)
         for weights, stored in zip(self.layers, cache.layers, strict=True):
@@ -88,7 +89,7 @@ class FusedRunner:
         return F.rms_norm(x, (self.hidden_size,), self.final_norm, self.eps)
 
     def _attend(
-        self, weights: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, stored: Tensor, place: "Placement"
+        self, weights: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, stored: Tensor, place: Placement
     ) -> Tensor:
         batch, tokens, kv, dim = x.shape[0], x.shape[1], self.shape.num_key_value_heads, self.head_dim
         mixed = F.linear(x, weights.qkv, weights.qkv_bias).view(batch, tokens, self.heads + 2 * kv, dim)
@@ -100,47 +101,9 @@ class FusedRunner:
         turned = turning * cos + turning.roll(dim // 2, -1) * sin
         place.write(stored[0], turned[:, :, self.heads :])
         place.write(stored[1], mixed[:, :, self.heads + kv :])
-        # query heads of one key-value head stand side by side: a group is attended to as if it were more tokens
-        queries = turned[:, :, : self.heads].transpose(1, 2).reshape(batch, kv, -1, dim)
-        attended = F.scaled_dot_product_attention(
-            queries, stored[0, :, :, : place.width], stored[1, :, :, : place.width], place.mask
-        )
-        merged = attended.view(batch, self.heads, tokens, dim).transpose(1, 2).reshape(batch, tokens, -1)
+        attended = place.attend(turned[:, :, : self.heads].transpose(1, 2), stored)
+        merged = attended.transpose(1, 2).reshape(batch, tokens, -1)
         return F.linear(merged, weights.o, weights.o_bias)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where one forward pass writes and what it sees; the same for all layers."""
-
-    width: int  # S
-    mask: Tensor | None  # [B, 1, G·T, S], G query heads per key-value head; None = everything
-    start: int | None  # first slot written, when it is the same for all rows
-    slots: Tensor  # [B, T]
-
-    @classmethod
-    def of(cls, tokens: int, cache: KVCache, mask: Tensor | None, group: int) -> "Placement":
-        """`tokens` new tokens a row behind the live lengths of `cache`."""
-        lengths = cache.host_lengths
-        same = int(lengths[0]) if (lengths == lengths[0]).all() else None
-        slots = cache.lengths[:, None] + torch.arange(tokens, device=cache.lengths.device)
-        if mask is None:
-            width = cache.longest + tokens
-            if same is None or tokens > 1:  # one token in rows of one length sees all there is
-                mask = (torch.arange(width, device=slots.device) <= slots[:, :, None])[:, None]
-        else:
-            width = mask.shape[-1]
-        if mask is not None and group > 1:
-            mask = mask.repeat(1, 1, group, 1)
-        return cls(width, mask, same, slots)
-
-    def write(self, stored: Tensor, new: Tensor) -> None:
-        """Put `new` [B, T, KV, d] into `stored` [B, KV, S, d]."""
-        if self.start is not None:
-            stored[:, :, self.start : self.start + new.shape[1]] = new.transpose(1, 2)
-        else:
-            batch = torch.arange(new.shape[0], device=new.device)[:, None]
-            stored.transpose(1, 2)[batch, self.slots] = new
 
 
 class RopeTable:

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from hass_core.errors import TargetError
 from hass_core.target.kv_cache import KVCache, LayerShape
 from hass_core.target.loader import Target
+from hass_core.target.placement import additive
 
 
 class HFRunner:
@@ -38,12 +39,10 @@ class HFRunner:
         if mask is None:
             width = cache.longest + token_ids.shape[1]
             mask = (torch.arange(width, device=self.device) <= slots[:, :, None])[:, None]
-        bias = torch.zeros(mask.shape, device=self.device, dtype=self.dtype)
-        bias.masked_fill_(~mask, torch.finfo(self.dtype).min)
         out = self._body(
             input_ids=token_ids,
             position_ids=position_ids,
-            attention_mask=bias,
+            attention_mask=additive(mask, self.dtype),
             past_key_values=SlotCache(cache, slots, mask.shape[-1]),
             use_cache=True,
         )

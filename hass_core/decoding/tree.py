@@ -1,0 +1,114 @@
+"""Draft trees as tensors of fixed shape: choosing nodes from a pool of candidates, parents, depths and visibility.
+
+Drafting fills a pool level by level: the root's K children, then K children for each of K frontier nodes a level. A
+candidate's score is the sum of its path's log-probabilities (EAGLE-2), or of constants that depend on the ranks along
+the path alone (a static tree, EAGLE). The best nodes of the pool form the tree; a chain is the case K = 1.
+
+Ties are broken by pool index, a total order. A child's score is never above its parent's and its index is always
+higher, so the chosen set is closed under taking parents.
+
+Shapes: B batch, P pool, N nodes with the root, K children a node.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hass_core.config import TreeConfig
+
+ROOT = -1  # parent of the pool's first level
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Candidates in the order drafted."""
+
+    token_ids: Tensor  # [B, P]
+    scores: Tensor  # [B, P], at most the parent's
+    parents: Tensor  # [B, P] pool index of the parent, ROOT on the first level
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Nodes in breadth-first order, node 0 the root: the token drawn last, not yet seen by the target."""
+
+    token_ids: Tensor  # [B, N]
+    parents: Tensor  # [B, N] node numbers, the root's is itself
+    depths: Tensor  # [B, N], root 0
+    ranks: Tensor  # [B, N] place among the siblings by draft probability, from 0
+    visible: Tensor  # [B, N, N] True where the column is the row's ancestor or itself
+
+    def to(self, device: torch.device) -> "Tree":
+        return Tree(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """The sizes a tree setting leads to."""
+
+    depth: int
+    top_k: int
+    nodes: int  # N
+    static: bool
+
+    @classmethod
+    def of(cls, config: TreeConfig, draft_vocab_size: int) -> "TreeShape":
+        """A chain has one child a node; no tree has more nodes than its pool plus the root."""
+        top_k = 1 if config.kind == "chain" else min(config.top_k, draft_vocab_size)
+        pool = pool_size(config.depth, top_k)
+        nodes = pool + 1 if config.kind == "chain" else min(config.nodes, pool + 1)
+        return cls(config.depth, top_k, nodes, static=config.kind == "static")
+
+
+def pool_size(depth: int, top_k: int) -> int:
+    """P = K + (depth - 1)·K²."""
+    return top_k + (depth - 1) * top_k * top_k
+
+
+def static_scores(top_k: int) -> Tensor:
+    """[K] log-scores by rank for a static tree: the first child is right in about 6 of 10 cases, the next in 2, …
+
+    With 26 nodes and depth 5 this gives the proportions of EAGLE's hand-made tree (arXiv 2401.15077, Fig. 7).
+    """
+    return torch.log(0.6 * 0.35 ** torch.arange(top_k, dtype=torch.float32))
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """Indices [B, count] of the highest scores [B, P], best first, ties to the lower index."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def assemble(root: Tensor, pool: Pool, shape: TreeShape) -> Tree:
+    """The tree over root tokens [B] with the pool's N-1 best candidates."""
+    chosen = best(pool.scores, shape.nodes - 1).sort(-1).values
+    parent_index = pool.parents.gather(1, chosen)
+    parents = torch.searchsorted(chosen, parent_index) + (parent_index != ROOT)
+    first = torch.zeros_like(root)[:, None]
+    levels = (chosen - shape.top_k).div(shape.top_k * shape.top_k, rounding_mode="floor") + 2
+    parents = torch.cat([first, parents], 1)
+    return Tree(
+        token_ids=torch.cat([root[:, None], pool.token_ids.gather(1, chosen)], 1),
+        parents=parents,
+        depths=torch.cat([first, levels], 1),
+        ranks=torch.cat([first, chosen % shape.top_k], 1),
+        visible=ancestors(parents, shape.depth),
+    )
+
+
+def ancestors(parents: Tensor, depth: int) -> Tensor:
+    """[B, N, N], True where the column is an ancestor of the row or the row itself, from parents [B, N]."""
+    node = torch.arange(parents.shape[1], device=parents.device).expand_as(parents)
+    path = [node]
+    for _ in range(depth):
+        path.append(parents.gather(1, path[-1]))
+    seen = torch.zeros(*parents.shape, parents.shape[1], dtype=torch.bool, device=parents.device)
+    return seen.scatter_(2, torch.stack(path, -1), True)
+
+
+def attention_mask(visible: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """[B, 1, T, width]: T rows see all slots below `lengths` [B], and from there on what `visible` [B, T, C] says."""
+    offset = (torch.arange(width, device=lengths.device) - lengths[:, None])[:, None]
+    inside = (offset >= 0) & (offset < visible.shape[2])
+    index = offset.clamp(0, visible.shape[2] - 1).expand(-1, visible.shape[1], -1)
+    return ((offset < 0) | (inside & visible.gather(2, index)))[:, None]
