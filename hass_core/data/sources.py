@@ -84,7 +84,7 @@ def _unique(item: Record | Skipped, seen: set[str]) -> Record | Skipped:
 
 
 def _unit(name: str) -> str:
-    return "row" if name.endswith(".parquet") else "line"
+    return {"parquet": "row", "json": "record"}.get(name.rpartition(".")[2], "line")
 
 
 def _rows(path: str, name: str) -> Iterator[tuple[int, Any]]:
@@ -97,11 +97,11 @@ def _json_rows(path: str) -> Iterator[tuple[int, Any]]:
     """(line number, object) of JSON lines; (position, object) of a JSON list, told by its first character."""
     with cast(BinaryIO, fsspec.open(path, "rb", compression="infer")) as file:
         for number, line in enumerate(file, start=1):
-            line = line.removeprefix(codecs.BOM_UTF8).strip()
-            if line.startswith(b"[") and number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+            if number == 1 and line.lstrip().startswith(b"["):
                 yield from enumerate(_decoded(line + file.read(), path, 0), start=1)
                 return
-            if line:
+            if line.strip():
                 yield number, _decoded(line, path, number)
 
 
