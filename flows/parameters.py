@@ -45,6 +45,6 @@ class RunParameters(_Changes):
 
     def config(self) -> RunConfig:
         """The whole settings. Raises ConfigError naming a wrong one."""
-        changes = self.model_dump(mode="json", exclude_none=True, exclude={"preset", "overrides"})
+        changes = self.model_dump(mode="json", exclude_none=True, include=set(RunConfig.model_fields))
         preset = load_config(self.preset, self.overrides).model_dump(mode="json")
         return parse_config(merged(preset, changes), where=self.preset)

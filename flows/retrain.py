@@ -30,7 +30,7 @@ def retrain(run: RunParameters) -> Retrained:
     config = run.config()
     with run_until("evaluation", config) as chain:
         version = register_draft(config, chain.artifacts, chain.run_id)
-        verdict = decide(config, version, chain.run_id) if config.promotion.automatic else None
+        verdict = decide(config, version) if config.promotion.automatic else None
     return Retrained(run_id=chain.run_id, evaluation=chain.last, version=version, verdict=verdict)
 
 

@@ -7,24 +7,34 @@ the settings and prompts, so a retry or a second identical run continues them an
 import os
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read while mlflow is imported
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-from tasks.tracking.client import connect, ui_command
+from tasks.tracking.client import as_default, connect, ui_command
 from tasks.tracking.registry import (
     DraftVersion,
     champion,
+    crown,
+    find_version,
+    record_verdict,
     register,
     registered_name,
+    restore,
 )
 from tasks.tracking.runs import StageRun, open_retraining, stage_run
 
 __all__ = [
     "DraftVersion",
     "StageRun",
+    "as_default",
     "champion",
     "connect",
+    "crown",
+    "find_version",
     "open_retraining",
+    "record_verdict",
     "register",
     "registered_name",
+    "restore",
     "stage_run",
     "ui_command",
 ]

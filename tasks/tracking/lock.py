@@ -33,7 +33,7 @@ def _take(client: MlflowClient, name: str) -> bool:
         client.create_registered_model(name, description="A lock; it is held for a moment")
         return True
     except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+        if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):  # taken, just released
             raise
     _remove_stale(client, name)
     return False

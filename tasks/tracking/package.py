@@ -5,16 +5,17 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
-import mlflow
-from mlflow.models import ModelSignature
-from mlflow.models.model import ModelInfo
+import pandas as pd
+from mlflow import pyfunc
+from mlflow.entities import LoggedModel, LoggedModelOutput
+from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 import hass_core
 from hass_core.config import RunConfig
 from hass_core.store import Artifact, Store
 from hass_core.target.loader import Target
-from tasks.tracking.client import as_default, tracking_uri
+from tasks.tracking.client import connect, experiment_id
 
 SERVING_PACKAGES = (
     "torch",
@@ -34,26 +35,38 @@ SIGNATURE = ModelSignature(
     outputs=Schema([ColSpec("string")]),
     params=ParamSchema([ParamSpec("max_new_tokens", "integer", 128), ParamSpec("temperature", "float", 0.0)]),
 )
+INPUT_EXAMPLE = pd.DataFrame({"prompt": ["What is the capital of France?"]})
 
 
 def log_draft_model(
     config: RunConfig, run_id: str, draft: Artifact, store: Store, target: Target, scratch: Path
-) -> ModelInfo:
-    """Log the draft with the code that decodes with it. `scratch` takes the folder while it is uploaded."""
+) -> LoggedModel:
+    """Log the draft with the code that decodes with it. `scratch` takes the folder while it is uploaded.
+
+    In steps, because `mlflow.pyfunc.log_model` would load the target a second time to try the input example.
+    """
+    client = connect(config)
     folder = collect_draft(draft, store, scratch / "draft")
     served = {"target": config.target.model_dump(mode="json"), "tree": config.tree.model_dump(mode="json")}
     (folder / "served.json").write_text(json.dumps(served, indent=2))
-    with as_default(tracking_uri(config)), mlflow.start_run(run_id=run_id):
-        return mlflow.pyfunc.log_model(
-            name="draft",
-            python_model=str(Path(__file__).with_name("served_draft.py")),
-            artifacts={"draft": str(folder)},
-            code_paths=[str(Path(hass_core.__file__).parent)],
-            signature=SIGNATURE,
-            input_example={"prompt": ["What is the capital of France?"]},
-            pip_requirements=[f"{name}=={version(name)}" for name in SERVING_PACKAGES],
-            metadata={"target": target.name, "target_fingerprint": target.fingerprint, "draft": draft.digest},
-        )
+    about = {"target": target.name, "target_fingerprint": target.fingerprint, "draft": draft.digest}
+    logged = client.create_logged_model(
+        experiment_id(client, config), name="draft", source_run_id=run_id, tags=about, model_type="speculative-draft"
+    )
+    pyfunc.save_model(
+        path=str(scratch / "model"),
+        python_model=str(Path(__file__).with_name("served_draft.py")),
+        artifacts={"draft": str(folder)},
+        code_paths=[str(Path(hass_core.__file__).parent)],
+        signature=SIGNATURE,
+        input_example=INPUT_EXAMPLE,
+        pip_requirements=[f"{name}=={version(name)}" for name in SERVING_PACKAGES],
+        metadata=about,
+        mlflow_model=Model(model_uuid=logged.model_id, run_id=run_id, model_id=logged.model_id),
+    )
+    client.log_model_artifacts(logged.model_id, str(scratch / "model"))
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    return client.finalize_logged_model(logged.model_id, "READY")
 
 
 def collect_draft(draft: Artifact, store: Store, folder: Path) -> Path:

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from hass_core.config import RunConfig
 from hass_core.errors import TrackingError
 from hass_core.store import Artifact, Store
-from hass_core.target.loader import Target
-from tasks.tracking.client import connect
+from hass_core.target.loader import Target, target_name
+from tasks.tracking.client import as_default, connect, tracking_uri
 from tasks.tracking.lock import locked
 from tasks.tracking.package import log_draft_model
 
@@ -32,36 +32,39 @@ class DraftVersion(BaseModel):
     version: str
     alias: str | None
     draft: Artifact
+    withdrawn: bool = False  # by a rollback
 
     @property
     def uri(self) -> str:
         return f"models:/{self.model}/{self.version}"
 
 
-def registered_name(config: RunConfig, target: Target) -> str:
+def registered_name(config: RunConfig) -> str:
     """`hass-draft-<target>`, without the word that all targets share."""
-    return config.tracking.registered_model or f"hass-draft-{target.name.removesuffix('-instruct')}"
+    target = target_name(config.target.source).removesuffix("-instruct")
+    return config.tracking.registered_model or f"hass-draft-{target}"
 
 
 def register(
     config: RunConfig, run_id: str, draft: Artifact, store: Store, target: Target, lineage: Mapping[str, str]
 ) -> DraftVersion:
     """The draft's version: the one that exists, or a new one with alias champion (the first) or challenger."""
-    client, name = connect(config), registered_name(config, target)
+    client, name = connect(config), registered_name(config)
     if version_of(client, name, draft) is None:
         with tempfile.TemporaryDirectory(prefix="hass-draft-") as folder:
             source = log_draft_model(config, run_id, draft, store, target, Path(folder))
-        _create_model(client, name, target)
         with locked(client, name):
             if version_of(client, name, draft) is None:  # another process may have been faster
+                _create_model(client, name, target)
                 tags = {"hass.draft": draft.digest, "hass.draft.artifact": draft.model_dump_json(), **lineage}
-                client.create_model_version(name, source.model_uri, run_id, tags=tags, model_id=source.model_id)
-    with locked(client, name):
-        version = version_of(client, name, draft)
-        assert version is not None
-        if not _aliases(client, name, version.version):
-            alias = CHALLENGER if champion(client, name) else CHAMPION
-            client.set_registered_model_alias(name, alias, version.version)
+                with as_default(tracking_uri(config)):  # where `models:/` addresses are looked up
+                    new = client.create_model_version(
+                        name, source.model_uri, run_id, tags=tags, model_id=source.model_id
+                    )
+                alias = CHALLENGER if champion(client, name) else CHAMPION
+                client.set_registered_model_alias(name, alias, new.version)
+    version = version_of(client, name, draft)
+    assert version is not None
     return describe(client, name, version.version)
 
 
@@ -86,36 +89,59 @@ def by_alias(client: MlflowClient, name: str, alias: str) -> DraftVersion | None
         raise
 
 
+def find_version(client: MlflowClient, name: str, number: int | None) -> DraftVersion:
+    """A version by its number; None = the challenger. Raises TrackingError when there is none."""
+    if number is None:
+        waiting = by_alias(client, name, CHALLENGER)
+        if waiting is None:
+            raise TrackingError(f"{name} has no challenger; run a retraining first, or give a version number")
+        return waiting
+    try:
+        return describe(client, name, str(number))
+    except MlflowException as error:
+        raise TrackingError(f"{name} has no version {number}; `make ui` lists them under Models") from error
+
+
 def describe(client: MlflowClient, name: str, version: str) -> DraftVersion:
     """A version with its draft. Raises TrackingError for a version that this pipeline did not register."""
     tags = client.get_model_version(name, version).tags
     if "hass.draft.artifact" not in tags:
         raise TrackingError(f"version {version} of {name} was not registered by this pipeline; remove its alias")
     aliases = _aliases(client, name, version)
-    alias = CHAMPION if CHAMPION in aliases else next(iter(aliases), None)
-    draft = Artifact.model_validate_json(tags["hass.draft.artifact"])
-    return DraftVersion(model=name, version=str(version), alias=alias, draft=draft)
+    return DraftVersion(
+        model=name,
+        version=str(version),
+        alias=CHAMPION if CHAMPION in aliases else next(iter(aliases), None),
+        draft=Artifact.model_validate_json(tags["hass.draft.artifact"]),
+        withdrawn="hass.withdrawn" in tags,
+    )
 
 
-def crown(
-    client: MlflowClient, challenger: DraftVersion, expected: DraftVersion | None, tags: Mapping[str, str]
-) -> None:
-    """Make `challenger` the champion if `expected` still is it. Raises TrackingError when another promotion won."""
+def crown(client: MlflowClient, challenger: DraftVersion, expected: DraftVersion | None) -> bool:
+    """Make `challenger` the champion if `expected` still is it; False when another promotion came first."""
     name = challenger.model
     with locked(client, name):
         present = champion(client, name)
         if (present and present.version) != (expected and expected.version):
-            raise TrackingError(
-                f"the champion of {name} changed to version {present and present.version} meanwhile; "
-                "run the promotion again to compare with it"
-            )
-        for key, value in tags.items():
-            client.set_model_version_tag(name, challenger.version, key, value)
+            return False
         if expected:
             client.set_model_version_tag(name, challenger.version, "hass.replaced", expected.version)
         client.set_registered_model_alias(name, CHAMPION, challenger.version)
         if CHALLENGER in _aliases(client, name, challenger.version):
             client.delete_registered_model_alias(name, CHALLENGER)
+        if challenger.withdrawn:
+            client.delete_model_version_tag(name, challenger.version, "hass.withdrawn")
+    return True
+
+
+def record_verdict(client: MlflowClient, challenger: DraftVersion, promoted: bool, text: str) -> None:
+    """Tags and description of the version, and a file in the run that made it."""
+    version = client.get_model_version(challenger.model, challenger.version)
+    client.set_model_version_tag(challenger.model, challenger.version, "hass.promoted", str(promoted).lower())
+    client.update_model_version(challenger.model, challenger.version, description=text)
+    if version.run_id:
+        client.set_tag(version.run_id, "hass.promoted", str(promoted).lower())
+        client.log_text(version.run_id, text, "promotion.md")
 
 
 def restore(client: MlflowClient, name: str) -> tuple[DraftVersion, DraftVersion]:
@@ -123,7 +149,7 @@ def restore(client: MlflowClient, name: str) -> tuple[DraftVersion, DraftVersion
     with locked(client, name):
         present = champion(client, name)
         if present is None:
-            raise TrackingError(f"{name} has no champion; run `python -m flows.retrain` first")
+            raise TrackingError(f"{name} has no champion; run `make retrain` first")
         before = client.get_model_version(name, present.version).tags.get("hass.replaced")
         if before is None:
             raise TrackingError(f"version {present.version} of {name} replaced no other: nothing to go back to")

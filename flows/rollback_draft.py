@@ -1,0 +1,18 @@
+"""Go back to the champion before: `python -m flows.rollback_draft [PRESET] [section.key=value …]`."""
+
+from prefect import flow
+
+from flows.parameters import RunParameters
+from flows.terminal import main
+from tasks.promotion import roll_back
+from tasks.tracking import DraftVersion
+
+
+@flow(name="rollback-draft", flow_run_name="rollback-draft {run.preset}")
+def rollback_draft(run: RunParameters) -> DraftVersion:
+    """Withdraw the champion; the one it replaced is the champion again."""
+    return roll_back(run.config())
+
+
+if __name__ == "__main__":
+    main(rollback_draft)

@@ -1,0 +1,138 @@
+"""The registry: one version per draft, one champion, whoever else is at work."""
+
+import threading
+
+import pytest
+
+from hass_core.errors import TrackingError
+from tasks import tracking
+from tasks.tracking import lock, open_retraining, registered_name
+from tests.tasks.conftest import make_draft
+
+
+@pytest.fixture
+def register(config, store, prompts, tiny_target):
+    """Registers the draft of a seed."""
+
+    def call(seed: int) -> tracking.DraftVersion:
+        with open_retraining(config, prompts, {}) as run_id:
+            draft = make_draft(store, tiny_target, seed)
+            return tracking.register(config, run_id, draft, store, tiny_target, {"hass.commit": "abc"})
+
+    return call
+
+
+@pytest.fixture
+def client(config):
+    return tracking.connect(config)
+
+
+def test_the_first_draft_is_champion_the_next_is_challenger(register):
+    assert register(0).alias == "champion"
+    assert register(1).alias == "challenger"
+
+
+def test_the_same_draft_is_one_version(register, client, config):
+    first = register(0)
+    assert register(0) == first
+    assert len(client.search_model_versions(f"name = '{registered_name(config)}'")) == 1
+
+
+def test_a_version_leads_back_to_the_draft_and_the_code(register, client, config, store):
+    version = register(0)
+    assert store.open(version.draft).manifest() is not None
+    tags = client.get_model_version(version.model, version.version).tags
+    assert tags["hass.commit"] == "abc"
+    assert tags["hass.draft"] == version.draft.digest
+
+
+def test_the_registered_folder_is_a_draft_without_checkpoints_or_pickles(register, client, config, tmp_path):
+    version = register(0)
+    import mlflow.artifacts
+
+    with tracking.as_default(config.tracking.uri):
+        folder = mlflow.artifacts.download_artifacts(version.uri, dst_path=str(tmp_path / "down"))
+    names = {path.name for path in (tmp_path / "down").rglob("*") if path.is_file()}
+    assert {"config.json", "model.safetensors", "served.json", "MLmodel", "served_draft.py"} <= names
+    assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pt", ".bin", "metrics.jsonl"))]
+    assert folder
+
+
+def test_a_crowned_challenger_replaces_the_champion(register, client):
+    first, second = register(0), register(1)
+    assert tracking.crown(client, second, first)
+    assert tracking.champion(client, first.model).version == second.version
+    with pytest.raises(TrackingError, match="has no challenger; run a retraining first"):
+        tracking.find_version(client, first.model, None)
+
+
+def test_two_promotions_at_once_have_one_winner(register, client):
+    champion, *challengers = (register(seed) for seed in range(4))
+    barrier, won = threading.Barrier(3), []
+
+    def promote(challenger):
+        barrier.wait()
+        if tracking.crown(client, challenger, champion):
+            won.append(challenger.version)
+
+    threads = [threading.Thread(target=promote, args=[challenger]) for challenger in challengers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert won == [tracking.champion(client, champion.model).version]
+
+
+def test_a_rollback_restores_the_champion_before(register, client):
+    first, second = register(0), register(1)
+    tracking.crown(client, second, first)
+    restored, withdrawn = tracking.restore(client, first.model)
+    assert (restored.version, restored.alias) == (first.version, "champion")
+    assert withdrawn.version == second.version
+    assert withdrawn.withdrawn
+
+
+def test_a_rollback_with_nothing_before_says_so(register, client):
+    version = register(0)
+    with pytest.raises(TrackingError, match=r"version 1 of draft-\w+ replaced no other: nothing to go back to"):
+        tracking.restore(client, version.model)
+
+
+def test_a_rollback_without_a_champion_says_what_to_run(client):
+    with pytest.raises(TrackingError, match="nobody has no champion; run `make retrain` first"):
+        tracking.restore(client, "nobody")
+
+
+def test_an_unknown_version_is_named(register, client):
+    model = register(0).model
+    with pytest.raises(TrackingError, match=f"{model} has no version 77"):
+        tracking.find_version(client, model, 77)
+
+
+def test_a_version_from_elsewhere_is_refused(client, config):
+    name = registered_name(config)
+    client.create_registered_model(name)
+    client.create_model_version(name, "file:///nowhere")
+    with pytest.raises(TrackingError, match="was not registered by this pipeline"):
+        tracking.find_version(client, name, 1)
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(client, config, monkeypatch):
+    name = registered_name(config)
+    client.create_registered_model(f"{name}.lock")
+    monkeypatch.setattr(lock, "STALE_SECONDS", 0.5)
+    with lock.locked(client, name):
+        pass
+    with pytest.raises(Exception, match="not found"):
+        client.get_registered_model(f"{name}.lock")
+
+
+def test_a_lock_that_stays_taken_is_named(client, config, monkeypatch):
+    name = registered_name(config)
+    monkeypatch.setattr(lock, "WAIT_SECONDS", 0.3)
+    with (
+        lock.locked(client, name),
+        pytest.raises(TrackingError, match=f"another process keeps the lock {name}.lock"),
+        lock.locked(client, name),
+    ):
+        pass
