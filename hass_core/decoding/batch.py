@@ -29,7 +29,7 @@ class Batch:
         seed: int | None = None,
         depth: int = 0,
     ):
-        _check(prompts, runner.context_tokens)
+        check_prompts(prompts, runner.context_tokens)
         self.sampling, self.device = sampling, runner.device
         self.lengths = [len(prompt) for prompt in prompts]
         self.token_ids = padded(prompts, runner.device)
@@ -65,7 +65,7 @@ class Batch:
         taken = []
         for row, answer in enumerate(self.answers):
             if answer.finished is None:
-                _check_sound(sound[row], row, len(answer.token_ids))
+                check_sound(sound[row], row, len(answer.token_ids))
                 if traces is not None:
                     self.traces[row].append(traces[row])
             taken.append(len(answer.take(emitted[row])))
@@ -91,7 +91,8 @@ class Batch:
         return seen.scatter_(1, torch.where(live, self.token_ids, self.token_ids[:, :1]), True)
 
 
-def _check(prompts: list[list[int]], context_tokens: int) -> None:
+def check_prompts(prompts: list[list[int]], context_tokens: int) -> None:
+    """Raise BadInput for an empty prompt, ContextTooLong for one that leaves no room for an answer."""
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise BadInput(f"prompt {row} has no tokens; give at least one")
@@ -102,7 +103,8 @@ def _check(prompts: list[list[int]], context_tokens: int) -> None:
             )
 
 
-def _check_sound(sound: bool, row: int, position: int) -> None:
+def check_sound(sound: bool, row: int, position: int) -> None:
+    """Raise NonFinite unless the logits behind `position` new tokens of prompt `row` are sound."""
     if not sound:
         raise NonFinite(
             f"the target's logits for prompt {row} are NaN or infinite after {position} new tokens; "

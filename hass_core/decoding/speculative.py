@@ -10,6 +10,7 @@ Shapes: B batch, N tree nodes, R = depth + 1 places of a path, H hidden.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,15 +44,26 @@ class Committed:
         return self.token_ids.gather(1, last[:, None])[:, 0]
 
 
-class SpeculativeDecoder:
-    """See `hass_core.decoding.generation.Decoder`. Raises DraftMismatch when draft and target differ in size."""
+class TreeDrafter(Protocol):
+    """Whatever proposes a tree: `Drafter` with a draft model, or a rival without one."""
 
-    def __init__(self, runner: Runner, draft: Draft, tree: TreeConfig, name: str = "hass"):
-        _check_sizes(runner, draft)
+    shape: TreeShape
+
+    def new_cache(self, batch_size: int, max_tokens: int) -> KVCache: ...
+
+    def extend(self, cache: KVCache, features: Tensor, token_ids: Tensor, counts: list[int]) -> Tensor: ...
+
+    def grow(self, cache: KVCache, root: Tensor, estimate: Tensor) -> Tree: ...
+
+
+class TreeDecoder:
+    """Verification of any drafter's trees; see `hass_core.decoding.generation.Decoder`."""
+
+    def __init__(self, runner: Runner, drafter: TreeDrafter, name: str):
         self.name = name
         self._runner = runner
-        self.shape = TreeShape.of(tree, draft.head.size)
-        self._drafter = Drafter(draft, self.shape)
+        self.shape = drafter.shape
+        self._drafter = drafter
 
     def stream(
         self, prompt_token_ids: list[int], sampling: SamplingConfig, max_new_tokens: int, stop: StopRule
@@ -133,6 +145,14 @@ class SpeculativeDecoder:
         kept = features.gather(1, accepted.path[:, :, None].expand(-1, -1, features.shape[2]))
         cache.keep(accepted.path, counts)
         return Committed(kept, accepted.token_ids, counts), taken
+
+
+class SpeculativeDecoder(TreeDecoder):
+    """HASS, EAGLE-2 and EAGLE: a draft model's trees. Raises DraftMismatch when draft and target differ in size."""
+
+    def __init__(self, runner: Runner, draft: Draft, tree: TreeConfig, name: str = "hass"):
+        _check_sizes(runner, draft)
+        super().__init__(runner, Drafter(draft, TreeShape.of(tree, draft.head.size)), name)
 
 
 def _for_trace(tree: Tree, accepted: Accepted) -> tuple[list[int], list[list[int]], list[list[int]]]:

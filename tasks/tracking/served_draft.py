@@ -19,27 +19,31 @@ class ServedDraft(PythonModel):
         """Load target and draft. Raises DraftMismatch when the target has changed since training."""
         from hass_core.config import TargetConfig, TreeConfig
         from hass_core.decoding.speculative import SpeculativeDecoder
+        from hass_core.decoding.stop import StopRule
         from hass_core.model.checkpoint import load_draft
         from hass_core.target.loader import load_target
+        from hass_core.target.runner import make_runner
+        from hass_core.target.runner import make_runner
 
         folder = Path(context.artifacts["draft"])
         served = json.loads((folder / "served.json").read_text())
         self.target = load_target(TargetConfig(**served["target"]))
         draft = load_draft(folder, self.target)
-        self.decoder = SpeculativeDecoder(self.target, draft, TreeConfig(**served["tree"]))
+        self.decoder = SpeculativeDecoder(make_runner(self.target), draft, TreeConfig(**served["tree"]))
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[str]:
-        """One answer per row of the column `prompt`."""
+        """One answer per prompt."""
         from hass_core.config import SamplingConfig
-        from hass_core.data.templates import prompt_token_ids
+        from hass_core.data.templates import encode_prompt
+        from hass_core.decoding.stop import StopRule
 
-        options = params or {}
-        prompts = [prompt_token_ids(self.target, prompt) for prompt in model_input["prompt"]]
+        options, tokenizer = params or {}, self.target.tokenizer
+        prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in model_input.iloc[:, 0]]
         sampling = SamplingConfig(temperature=options.get("temperature", 0.0))
-        answers = self.decoder.generate(prompts, sampling, options.get("max_new_tokens", 128))
-        return [str(self.target.tokenizer.decode(answer.token_ids, skip_special_tokens=True)) for answer in answers]
+        answers = self.decoder.generate(prompts, sampling, options.get("max_new_tokens", 128), StopRule.of(self.target))
+        return [str(tokenizer.decode(answer.token_ids, skip_special_tokens=True)) for answer in answers]
 
 
 set_model(ServedDraft())

@@ -41,7 +41,8 @@ class OracleDrafter(Drafter):
         self._vocab, self._luck, self._random = draft.head.size, luck, random.Random(0)
 
     def grow(self, cache: KVCache, root: torch.Tensor, estimate: torch.Tensor) -> Tree:
-        rows = [self._pool(sequence[length + 1 :]) for sequence, length in zip(self._sequences, cache.lengths.tolist())]
+        pairs = zip(self._sequences, cache.lengths.tolist(), strict=True)
+        rows = [self._pool(sequence[length + 1 :]) for sequence, length in pairs]
         tokens, scores, parents = (torch.tensor(part) for part in zip(*rows, strict=True))
         return assemble(root, Pool(tokens, scores, parents), self.shape)
 
