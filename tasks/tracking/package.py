@@ -5,7 +5,6 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
-import pandas as pd
 from mlflow import pyfunc
 from mlflow.entities import LoggedModel, LoggedModelOutput
 from mlflow.models import Model, ModelSignature
@@ -31,11 +30,11 @@ SERVING_PACKAGES = (
 NOT_SERVED = ("metrics.jsonl", "checkpoint-")
 
 SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec("string", "prompt")]),
+    inputs=Schema([ColSpec("string")]),
     outputs=Schema([ColSpec("string")]),
     params=ParamSchema([ParamSpec("max_new_tokens", "integer", 128), ParamSpec("temperature", "float", 0.0)]),
 )
-INPUT_EXAMPLE = pd.DataFrame({"prompt": ["What is the capital of France?"]})
+INPUT_EXAMPLE = ["What is the capital of France?"]
 
 
 def log_draft_model(
