@@ -1,0 +1,1 @@
+"""The feature store: the target's hidden states as Parquet, one conversation a row."""
