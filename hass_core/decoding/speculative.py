@@ -10,7 +10,7 @@ Shapes: B batch, N tree nodes, R = depth + 1 places of a path, H hidden.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,11 +49,17 @@ class TreeDrafter(Protocol):
 
     shape: TreeShape
 
-    def new_cache(self, batch_size: int, max_tokens: int) -> KVCache: ...
+    def new_cache(self, batch_size: int, max_tokens: int) -> Any:
+        """What the drafter remembers of the rows; handed back to it in every call."""
+        ...
 
-    def extend(self, cache: KVCache, features: Tensor, token_ids: Tensor, counts: list[int]) -> Tensor: ...
+    def extend(self, cache: Any, features: Tensor, token_ids: Tensor, counts: list[int]) -> Tensor:
+        """Take in what the target has made certain; see `Drafter.extend`."""
+        ...
 
-    def grow(self, cache: KVCache, root: Tensor, estimate: Tensor) -> Tree: ...
+    def grow(self, cache: Any, root: Tensor, estimate: Tensor) -> Tree:
+        """The tree over root tokens [B], from what `extend` returned."""
+        ...
 
 
 class TreeDecoder:

@@ -33,8 +33,8 @@ METRICS = (
     Metric("time_per_output_token_p50", "ms", "median over questions of decoding time / new tokens"),
     Metric("time_per_output_token_p95", "ms", "95th percentile over questions of decoding time / new tokens"),
     Metric("acceptance_depth_D", "share", "cycles that accept at least D tokens / cycles, D = 1, 2, …"),
-    Metric("acceptance_rank_R", "share", "accepted tokens that were the draft's R-th choice / accepted tokens"),
-    Metric("n_alpha_N", "share", "chain: drafts right after N drafted inputs / drafts tried with all before right, N = 0, 1, …"),
+    Metric("acceptance_rank_R", "share", "places accepting the draft's R-th choice / places offering one"),
+    Metric("n_alpha_N", "share", "chain: right drafts / drafts tried, after N accepted drafts; N = 0, 1, …"),
     Metric("lossless", "yes/no", "greedy output equals plain greedy output token by token in float32"),
 )
 
@@ -54,7 +54,8 @@ class Measurement(BaseModel):
     decode_seconds: float
     accepted: list[int]
     drafted_depth: list[int]  # levels offered for verification
-    ranks: list[int] = []  # per accepted token: 1 = the draft's first choice at its place
+    ranks: list[int] = []  # one per accepted token: its place among its siblings, 0 = the draft's first choice
+    offered: list[int] = []  # one per tree node reached: how many children it had
     token_ids: list[list[int]]  # the answer of each turn
 
 
@@ -113,10 +114,9 @@ def n_alpha(measured: Sequence[Measurement], drafted_inputs: int) -> Sample:
 
 
 def acceptance_at_rank(measured: Sequence[Measurement], rank: int) -> Sample:
-    """Share of the accepted tokens that were the draft's `rank`-th choice among their siblings (1 = first)."""
-    return Sample(
-        ratio_of_sums, (_sums(measured, lambda m: m.ranks.count(rank)), _sums(measured, lambda m: len(m.ranks)))
-    )
+    """Share of the places offering a `rank`-th choice (1 = the draft's first) at which it was accepted."""
+    accepted = _sums(measured, lambda m: m.ranks.count(rank - 1))
+    return Sample(ratio_of_sums, (accepted, _sums(measured, lambda m: sum(n >= rank for n in m.offered))))
 
 
 def deepest(measured: Sequence[Measurement]) -> int:
@@ -124,9 +124,9 @@ def deepest(measured: Sequence[Measurement]) -> int:
     return max((depth for m in measured for depth in m.drafted_depth), default=0)
 
 
-def highest_rank(measured: Sequence[Measurement]) -> int:
-    """The last rank that was ever accepted."""
-    return max((rank for m in measured for rank in m.ranks), default=0)
+def widest(measured: Sequence[Measurement]) -> int:
+    """The largest number of children ever offered at one place."""
+    return max((number for m in measured for number in m.offered), default=0)
 
 
 def _question(m: Measurement) -> tuple[str, str, float]:

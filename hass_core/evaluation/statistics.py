@@ -68,7 +68,8 @@ def bootstrap(
     """
     data = tuple(np.asarray(column, dtype=np.float64) for column in columns)
     questions = len(data[0])
-    assert questions and all(len(column) == questions for column in data), [len(column) for column in data]
+    assert questions > 0
+    assert all(len(column) == questions for column in data), [len(column) for column in data]
     value = float(statistic(*data))
     drawn = _resampled(statistic, data, resamples, seed)
     if questions == 1 or np.ptp(drawn) == 0:

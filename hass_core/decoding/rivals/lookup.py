@@ -1,0 +1,70 @@
+"""Prompt lookup decoding (PLD): the draft is what followed the last few tokens where they stood before.
+
+The longest suffix of at most three tokens that occurs earlier in prompt or answer is found, latest occurrence first;
+the tokens behind it are verified as a chain. It costs no model, and pays where answers quote their prompts.
+The chain always has the same length: without a match it repeats the root, which costs what any chain costs.
+"""
+
+import torch
+from torch import Tensor
+
+from hass_core.config import TreeConfig
+from hass_core.decoding.speculative import TreeDecoder
+from hass_core.decoding.tree import Tree, TreeShape, ancestors
+from hass_core.target.runner import Runner
+
+LONGEST_MATCH = 3
+DRAFT_TOKENS = 10
+
+
+class PromptLookupDecoder(TreeDecoder):
+    """See `hass_core.decoding.generation.Decoder`."""
+
+    def __init__(self, runner: Runner, draft_tokens: int = DRAFT_TOKENS):
+        super().__init__(runner, LookupDrafter(draft_tokens, runner.device), name="pld")
+
+
+Contexts = list[list[int]]
+"""What stands for the draft's cache: each row's tokens so far, without the prompt's first."""
+
+
+class LookupDrafter:
+    """See `hass_core.decoding.speculative.TreeDrafter`."""
+
+    def __init__(self, draft_tokens: int, device: torch.device):
+        self.shape = TreeShape.of(TreeConfig(kind="chain", depth=draft_tokens, top_k=1), 1)
+        self._parents = torch.arange(-1, draft_tokens, device=device).clamp(min=0)[None]
+
+    def new_cache(self, batch_size: int, max_tokens: int) -> Contexts:
+        return [[] for _ in range(batch_size)]
+
+    def extend(self, cache: Contexts, features: Tensor, token_ids: Tensor, counts: list[int]) -> Tensor:
+        """Remember the tokens [B, R] just made certain; there is no feature to estimate."""
+        for context, new, count in zip(cache, token_ids.tolist(), counts, strict=True):
+            context += new[:count]
+        return features[:, 0]
+
+    def grow(self, cache: Contexts, root: Tensor, estimate: Tensor) -> Tree:
+        """A chain behind root tokens [B]."""
+        depth, batch = self.shape.depth, len(cache)
+        drafted = [lookup(context, depth) for context in cache]
+        rows = [draft + [last] * (depth - len(draft)) for draft, last in zip(drafted, root.tolist(), strict=True)]
+        nodes = torch.arange(depth + 1, device=root.device).expand(batch, -1)
+        parents = self._parents.expand(batch, -1)
+        return Tree(
+            token_ids=torch.cat([root[:, None], torch.tensor(rows, device=root.device)], 1),
+            parents=parents,
+            depths=nodes,
+            ranks=torch.zeros_like(nodes),
+            visible=ancestors(parents, depth),
+        )
+
+
+def lookup(context: list[int], count: int) -> list[int]:
+    """Up to `count` tokens that followed the latest earlier occurrence of the context's longest repeated suffix."""
+    for size in range(min(LONGEST_MATCH, len(context) - 1), 0, -1):
+        suffix = context[-size:]
+        for start in range(len(context) - size - 1, -1, -1):
+            if context[start : start + size] == suffix:
+                return context[start + size : start + size + count]
+    return []

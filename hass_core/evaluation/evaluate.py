@@ -1,0 +1,191 @@
+"""The evaluation stage: what a draft is worth on questions it has never seen, and that it changes no output.
+
+In: a trained draft. Out: report.json, report.md, per_question.parquet (a Measurement per row) and PNG figures.
+Everything that can be wrong with the input is found before anything is measured; measured questions survive a crash.
+"""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from hass_core.config import EvaluationConfig, RunConfig, TargetConfig, TreeConfig
+from hass_core.evaluation import figures
+from hass_core.evaluation.benchmarks import Question, assert_unseen, load_benchmarks
+from hass_core.evaluation.measure import check_lengths
+from hass_core.evaluation.methods import HASS, check_methods
+from hass_core.evaluation.metrics import Measurement
+from hass_core.evaluation.render import markdown
+from hass_core.evaluation.report import Report
+from hass_core.evaluation.session import Session
+from hass_core.model.checkpoint import CONFIG, VOCABULARY, WEIGHTS, load_draft
+from hass_core.progress import Progress, no_progress
+from hass_core.provenance import provenance
+from hass_core.store import Artifact, StageFolder, Store, digest_of
+from hass_core.target.loader import Target, load_target
+
+STEP_VERSION = 1
+REPORT = "report.json"
+
+
+def evaluate_draft(
+    config: RunConfig, draft: Artifact, store: Store, target: Target, progress: Progress = no_progress
+) -> Artifact:
+    """Measure `draft` on the questions of `config.evaluation`.
+
+    Raises BadInput, LeakedBenchmark, ContextTooLong, ConfigError or DraftMismatch before anything slow.
+    """
+    questions = load_benchmarks(config.evaluation)
+    folder = store.stage("evaluation", _key(config, draft, target, questions))
+    if done := folder.artifact():
+        return done
+    seen = assert_unseen(questions, store, draft)
+    source = store.open(draft)
+    work = Work(target, questions, {HASS: local_draft(source)}, config.evaluation, config.tree, seen)
+    report, measured = work.run(folder.scratch(), progress)
+    _publish(folder, report, measured, _training_metrics(source))
+    return folder.finish(report.summary())
+
+
+def evaluate_folder(
+    draft_dir: Path | None,
+    target_config: TargetConfig,
+    evaluation_config: EvaluationConfig,
+    tree_config: TreeConfig,
+    out_dir: Path,
+    methods: Sequence[str],
+    drafts: Mapping[str, Path] | None = None,
+    progress: Progress = no_progress,
+) -> Report:
+    """Measure the draft in a folder, and rivals, without a store; results go into `out_dir`.
+
+    `drafts` names further drafts by method (`eagle2`, `sps`). A second call with the same settings continues the first.
+    Raises as `evaluate_draft` does.
+    """
+    given = ({HASS: draft_dir} if draft_dir else {}) | dict(drafts or {})
+    settings = EvaluationConfig.model_validate(evaluation_config.model_dump() | {"methods": tuple(methods)})
+    check_methods(settings.methods, given)
+    questions = load_benchmarks(settings)
+    target = load_target(target_config)
+    work = Work(target, questions, given, settings, tree_config, training_prompts_known=False)
+    scratch = out_dir / "scratch" / digest_of(work.identity())
+    scratch.mkdir(parents=True, exist_ok=True)
+    report, measured = work.run(scratch, progress)
+    write_outputs(report, measured, [], out_dir)
+    return report
+
+
+def read_report(store: Store, evaluation: Artifact) -> Report:
+    """The report of a finished evaluation stage."""
+    return Report.model_validate_json(store.open(evaluation).read_text(REPORT))
+
+
+def local_draft(folder: StageFolder) -> Path:
+    """The local folder that holds a draft stage's files."""
+    manifest = folder.manifest()
+    assert manifest is not None
+    paths = [folder.local_path(name) for name in (CONFIG, WEIGHTS, VOCABULARY) if name in manifest.files]
+    return paths[0].parent
+
+
+@dataclass(frozen=True)
+class Work:
+    """One evaluation, from questions to report."""
+
+    target: Target
+    questions: Sequence[Question]
+    drafts: Mapping[str, Path]  # by method
+    config: EvaluationConfig
+    tree: TreeConfig
+    training_prompts_known: bool
+
+    def run(self, scratch: Path, progress: Progress) -> tuple[Report, list[Measurement]]:
+        """Check, measure, and put the report together."""
+        check_methods(self.config.methods, self.drafts)
+        check_lengths(self.target, self.questions, self.config, self.tree)
+        session = Session(self.target, self.questions, self.drafts, self.config, self.tree, scratch)
+        measured, findings = session.run(progress)
+        report = Report(
+            target=self.target.name,
+            target_fingerprint=self.target.fingerprint,
+            draft=load_draft(self.drafts[HASS], self.target).info if HASS in self.drafts else {},
+            device=device_name(self.target.device),
+            max_new_tokens=self.config.max_new_tokens,
+            repeats=self.config.repeats,
+            leak_checked=self.training_prompts_known,
+            provenance=provenance(),
+            **findings,
+        )
+        return report, measured
+
+    def identity(self) -> dict[str, Any]:
+        """All that determines the measurements of drafts that lie in folders."""
+        weights = {name: (folder / WEIGHTS).stat().st_mtime_ns for name, folder in self.drafts.items()}
+        return {"drafts": weights, **_measured_by(self.config, self.tree, self.target, self.questions)}
+
+
+def write_outputs(
+    report: Report, measured: list[Measurement], training: list[dict[str, Any]], folder: Path
+) -> list[Path]:
+    """All files of an evaluation, written into a local folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {REPORT: report.model_dump_json(indent=2), "report.md": markdown(report)}
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    table = folder / "per_question.parquet"
+    pq.write_table(pa.Table.from_pylist([m.model_dump() for m in measured]), table)
+    drawn = figures.draw_report(report, folder) + figures.draw_training(training, folder)
+    return [*(folder / name for name in texts), table, *drawn]
+
+
+def device_name(device: torch.device) -> str:
+    """The hardware, as far as it decides speed."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _key(config: RunConfig, draft: Artifact, target: Target, questions: Sequence[Question]) -> dict[str, Any]:
+    return {"draft": draft.digest, **_measured_by(config.evaluation, config.tree, target, questions)}
+
+
+def _measured_by(
+    config: EvaluationConfig, tree: TreeConfig, target: Target, questions: Sequence[Question]
+) -> dict[str, Any]:
+    return {
+        "evaluation": config.model_dump(mode="json", exclude={"benchmarks"}),
+        "tree": tree.model_dump(),
+        "questions": digest_of([[q.benchmark, q.id, q.messages] for q in questions]),
+        "target": target.fingerprint,
+        "template": target.template_hash,
+        "device": device_name(target.device),
+        "dtype": str(target.dtype),
+        "version": STEP_VERSION,
+    }
+
+
+def _training_metrics(draft: StageFolder) -> list[dict[str, Any]]:
+    manifest = draft.manifest()
+    if manifest is None or "metrics.jsonl" not in manifest.files:
+        return []
+    return figures.read_metrics(draft.read_text("metrics.jsonl"))
+
+
+def _publish(
+    folder: StageFolder, report: Report, measured: list[Measurement], training: list[dict[str, Any]]
+) -> None:
+    for path in write_outputs(report, measured, training, folder.scratch() / "outputs"):
+        with folder.writing(path.name) as file:
+            file.path.write_bytes(path.read_bytes())

@@ -1,0 +1,171 @@
+"""Figures of a report: speed bars, acceptance by depth, τ per benchmark, and the training's curves.
+
+Drawn without a display; matplotlib is imported only when a figure is made.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hass_core.evaluation.render import label
+from hass_core.evaluation.report import ALL, PLAIN, Report
+from hass_core.evaluation.statistics import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SIZE_INCHES = (7, 4.2)
+DOTS_PER_INCH = 130
+STYLE = {
+    "font.size": 10.5,
+    "axes.titlesize": 12.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e6ea",
+    "axes.edgecolor": "#8a919a",
+    "text.color": "#24292f",
+    "legend.frameon": False,
+}
+COLORS = {
+    "plain": "#9aa3ad",
+    "pld": "#c9a227",
+    "sps": "#b07aa1",
+    "eagle": "#76b7b2",
+    "eagle2": "#4e79a7",
+    "hass": "#d1495b",
+}
+STEP_COLORS = ("#d1495b", "#4e79a7", "#59a14f", "#c9a227", "#b07aa1", "#76b7b2", "#9aa3ad", "#24292f")
+
+SPLITS = {"train": "training", "val": "validation"}
+
+Draw = Callable[["Axes"], None]
+
+
+def draw_report(report: Report, folder: Path) -> list[Path]:
+    """The figures of a report as PNG files in `folder`."""
+    drawn = [draw(folder / "speed.png", lambda axes: _speed(axes, report))]
+    drawn.append(draw(folder / "tau.png", lambda axes: _tau(axes, report)))
+    if report.score(report.main_method).acceptance_by_depth:
+        drawn.append(draw(folder / "acceptance.png", lambda axes: _acceptance(axes, report)))
+    return drawn
+
+
+def draw_training(metrics: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Loss and step accuracy over the optimizer steps, from the lines of metrics.jsonl; what is absent is not drawn."""
+    names = sorted({name for row in metrics for name in row})
+    losses = {name: SPLITS[name.partition("/")[0]] for name in names if name in ("train/loss", "val/loss")}
+    steps = [name for name in names if "/accuracy_step_" in name]
+    kept = [name for name in steps if name.startswith("val/")] or steps
+    accuracies = {name: f"step {name.rpartition('_')[2]}" for name in kept}
+    drawn = []
+    if losses:
+        drawn.append(draw(folder / "loss.png", lambda axes: _curves(axes, metrics, losses, "Loss", "loss")))
+    if accuracies:
+        title = f"Accuracy of each alignment step, {SPLITS[kept[0].partition('/')[0]]} data"
+        accuracy = folder / "accuracy.png"
+        drawn.append(draw(accuracy, lambda axes: _curves(axes, metrics, accuracies, title, "share right")))
+    return drawn
+
+
+def read_metrics(text: str) -> list[dict[str, Any]]:
+    """The complete lines of a metrics.jsonl."""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
+
+
+def draw(path: Path, fill: Draw) -> Path:
+    """One figure with one pair of axes, filled by `fill`, as a PNG."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+        FigureCanvasAgg(figure)
+        fill(figure.add_subplot())
+        figure.savefig(path, dpi=DOTS_PER_INCH)
+    return path
+
+
+def _speed(axes: "Axes", report: Report) -> None:
+    methods = report.methods
+    rates = [report.score(method).tokens_per_second for method in methods]
+    axes.bar(range(len(methods)), [rate.value for rate in rates], width=0.62, color=[COLORS[m] for m in methods])
+    axes.errorbar(range(len(methods)), *_bars(rates), fmt="none", ecolor="#24292f", capsize=5, linewidth=1.3)
+    for place, (method, rate) in enumerate(zip(methods, rates, strict=True)):
+        gain = "" if method == PLAIN else f"\n{report.score(method).speedup.value:.2f} ×"
+        axes.annotate(
+            f"{rate.value:.1f}{gain}", (place, rate.high), (0, 5), textcoords="offset points", ha="center", va="bottom"
+        )
+    axes.set_xticks(range(len(methods)), [label(method) for method in methods])
+    axes.set_ylim(0, 1.25 * max(rate.high for rate in rates))
+    axes.grid(axis="x", visible=False)
+    axes.set_ylabel("tokens per second")
+    axes.set_title(f"Speed, T = {report.temperatures[0]:g}, 95 % intervals")
+
+
+def _tau(axes: "Axes", report: Report) -> None:
+    names = [*report.benchmarks, ALL] if len(report.benchmarks) > 1 else list(report.benchmarks)
+    methods = [method for method in report.methods if method != PLAIN] or report.methods
+    width = 0.75 / len(methods)
+    for i, method in enumerate(methods):
+        taus = [report.score(method, name).tau_macro for name in names]
+        places = [place + (i - (len(methods) - 1) / 2) * width for place in range(len(names))]
+        heights = [tau.value for tau in taus]
+        axes.bar(places, heights, width=0.92 * min(width, 0.5), color=COLORS[method], label=label(method))
+        axes.errorbar(places, *_bars(taus), fmt="none", ecolor="#24292f", capsize=3, linewidth=1.1)
+    axes.axhline(1, color="#8a919a", linewidth=1, linestyle="--")
+    axes.set_xticks(range(len(names)), [name[:24] for name in names], parse_math=False)
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.grid(axis="x", visible=False)
+    axes.set_ylabel("τ, tokens per cycle")
+    axes.set_title("Acceptance length per benchmark, 95 % intervals (dashed: plain decoding)")
+    if len(methods) > 1:
+        axes.legend(ncols=len(methods), loc="upper center", bbox_to_anchor=(0.5, -0.1))
+
+
+def _acceptance(axes: "Axes", report: Report) -> None:
+    for method in report.methods:
+        shares = report.score(method).acceptance_by_depth
+        if method == PLAIN or not shares:
+            continue
+        depths = range(1, len(shares) + 1)
+        color = COLORS[method]
+        axes.plot(depths, [100 * s.value for s in shares], marker="o", color=color, linewidth=2, label=label(method))
+        axes.fill_between(
+            depths, [100 * s.low for s in shares], [100 * s.high for s in shares], color=color, alpha=0.16, linewidth=0
+        )
+    if report.n_alpha:
+        rates = [100 * rate.value for rate in report.n_alpha]
+        name = f"{label(report.main_method)} chain, n-α"
+        axes.plot(range(1, len(rates) + 1), rates, marker="s", color="#24292f", linestyle=":", label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(0, None)
+    axes.set_xlabel("depth")
+    axes.set_ylabel("% of cycles reaching the depth (n-α: % of tries)")
+    axes.set_title("Acceptance by depth")
+    axes.legend()
+
+
+def _curves(axes: "Axes", metrics: list[dict[str, Any]], names: dict[str, str], title: str, unit: str) -> None:
+    for (name, shown), color in zip(sorted(names.items()), STEP_COLORS * 4, strict=False):
+        points = [(row["step"], row[name]) for row in metrics if name in row]
+        marker = "o" if len(points) <= 40 else None
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=1.8, marker=marker, markersize=4, label=shown)
+    axes.set_ylim(0, None)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(unit)
+    axes.set_title(title)
+    axes.legend()
+
+
+def _bars(estimates: list[Estimate]) -> tuple[list[float], list[list[float]]]:
+    """Values and the interval's two distances from them, as errorbar takes them."""
+    values = [e.value for e in estimates]
+    distances = [[max(0.0, e.value - e.low) for e in estimates], [max(0.0, e.high - e.value) for e in estimates]]
+    return values, distances

@@ -1,0 +1,163 @@
+"""The report for people, as Markdown; its tables are also what `terminal` prints.
+
+A table is its column titles and rows of text. Names from outside (targets, benchmarks, questions) may hold markup;
+whoever writes them out escapes them.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from hass_core.evaluation.lossless import Certificate
+from hass_core.evaluation.report import ALL, PLAIN, Report, Score
+from hass_core.evaluation.statistics import Estimate
+
+LABELS = {"plain": "plain", "pld": "PLD", "sps": "SpS", "eagle": "EAGLE", "eagle2": "EAGLE-2", "hass": "HASS"}
+Rows = list[list[str]]
+
+
+def markdown(report: Report) -> str:
+    """report.md"""
+    lines = [f"# Evaluation of a draft for {md(report.target)}", "", *_md_table(["", ""], headline(report))]
+    lines += ["", "## Speed-up and τ", "", *_md_table(*paper_table(report))]
+    lines += ["", "Each value with its 95 % bootstrap interval over questions.", "", "## Speed", ""]
+    lines += _md_table(*speed_table(report))
+    for title, (columns, rows) in (
+        ("Acceptance", acceptance_table(report)),
+        ("Choices of the draft", rank_table(report)),
+        ("Chain drafting: n-α", n_alpha_table(report)),
+        ("Methods compared on the same questions", comparison_table(report)),
+        ("Places where outputs part", difference_table(report)),
+    ):
+        if rows:
+            lines += ["", f"## {title}", "", *_md_table(columns, rows)]
+    return "\n".join([*lines, "", "## How it was measured", "", *_settings(report)]) + "\n"
+
+
+def headline(report: Report) -> Rows:
+    """What the reader wants to know first."""
+    main, plain = report.score(report.main_method), report.score(PLAIN)
+    return [
+        ["method", label(report.main_method)],
+        ["speed-up", f"{interval(main.speedup)} ×"],
+        ["tokens/s with draft", interval(main.tokens_per_second, 1)],
+        ["tokens/s without", interval(plain.tokens_per_second, 1)],
+        ["τ, tokens per cycle (macro)", interval(main.tau_macro)],
+        ["τ, tokens per cycle (micro)", interval(main.tau_micro)],
+        ["lossless", lossless_words(report.lossless, report.same_precision)],
+        ["questions, new tokens", f"{main.questions}, {main.new_tokens}"],
+    ]
+
+
+def lossless_words(exact: Certificate | None, same_precision: Certificate | None) -> str:
+    """The certificate in a sentence."""
+    if exact is None:
+        return "not asked: no draft was measured"
+    count = f"{exact.tokens} tokens of {exact.questions} answers in {exact.dtype}"
+    verdict = f"yes, {count} identical" if exact.identical else f"NO, outputs part in {len(exact.differences)} answers"
+    if same_precision is None or same_precision.identical:
+        return verdict
+    parted = f"{len(same_precision.differences)} of {same_precision.questions} answers part"
+    cause = "all at near-ties" if same_precision.only_near_ties else "NOT ALL at near-ties"
+    return f"{verdict}; in {same_precision.dtype} {parted}, {cause}"
+
+
+def paper_table(report: Report) -> tuple[list[str], Rows]:
+    """The paper's table: a row per temperature and method, speed-up and τ per benchmark and over all."""
+    names = [*report.benchmarks, ALL] if len(report.benchmarks) > 1 else list(report.benchmarks)
+    columns = ["T", "method", *(f"{name} {what}" for name in names for what in ("speed-up", "τ"))]
+    rows = []
+    for temperature in report.temperatures:
+        for method in report.methods:
+            scores = [report.score(method, name, temperature) for name in names]
+            cells = [cell for s in scores for cell in (f"{interval(s.speedup)} ×", interval(s.tau_macro))]
+            rows.append([f"{temperature:g}", label(method), *cells])
+    return columns, rows
+
+
+def speed_table(report: Report) -> tuple[list[str], Rows]:
+    """Rates and times over all benchmarks."""
+    columns = ["T", "method", "tokens/s", "ms/token p50", "ms/token p95", "τ micro"]
+    return columns, [[f"{s.temperature:g}", label(s.method), *_speed_cells(s)] for s in _over_all(report)]
+
+
+def acceptance_table(report: Report) -> tuple[list[str], Rows]:
+    """Share of cycles that accept at least d tokens, for the main method."""
+    shares = report.score(report.main_method).acceptance_by_depth
+    rows = [[f"{d}", f"{interval(e, 1, 100)} %"] for d, e in enumerate(shares, start=1)]
+    return ["depth", "cycles accepting at least so many"], rows
+
+
+def rank_table(report: Report) -> tuple[list[str], Rows]:
+    """How often the draft's first, second, … choice was right where it was offered."""
+    shares = report.score(report.main_method).acceptance_by_rank
+    rows = [[f"{r}", f"{interval(e, 1, 100)} %"] for r, e in enumerate(shares, start=1)]
+    return ["choice", "accepted where offered"], rows
+
+
+def n_alpha_table(report: Report) -> tuple[list[str], Rows]:
+    """n-α, a row per n."""
+    rows = [[f"{n}", f"{interval(e, 1, 100)} %"] for n, e in enumerate(report.n_alpha)]
+    return ["drafted inputs n", "next draft accepted"], rows
+
+
+def comparison_table(report: Report) -> tuple[list[str], Rows]:
+    """The main method's rate over each other method's."""
+    rows = [
+        [f"{c.temperature:g}", f"{label(c.method)} / {label(c.other)}", interval(c.speed_ratio)]
+        for c in report.comparisons
+    ]
+    return ["T", "methods", "ratio of tokens/s"], rows
+
+
+def difference_table(report: Report) -> tuple[list[str], Rows]:
+    """Every first difference between answers with and without the draft."""
+    certificates = [c for c in (report.lossless, report.same_precision) if c]
+    rows = [
+        [c.dtype, d.question, f"{d.position}", f"{d.logit_gap:.3g}", f"{d.rounding:.3g}", "yes" if d.near_tie else "NO"]
+        for c in certificates
+        for d in c.differences
+    ]
+    return ["precision", "question", "token", "logit gap", "rounding error", "near-tie"], rows
+
+
+def label(method: str) -> str:
+    """A method's name as papers write it."""
+    return LABELS.get(method, method)
+
+
+def interval(estimate: Estimate, digits: int = 2, scale: float = 1) -> str:
+    """`1.62 [1.55, 1.70]`"""
+    value, low, high = (f"{scale * number:.{digits}f}" for number in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"
+
+
+def md(text: str) -> str:
+    """Text safe inside a Markdown table."""
+    for character in "\\|`*_[]<>":
+        text = text.replace(character, "\\" + character)
+    return " ".join(text.split())
+
+
+def _settings(report: Report) -> Iterator[str]:
+    tree = report.tree
+    shape = f"{tree.kind}, depth {tree.depth}, top_k {tree.top_k}, {tree.nodes} nodes"
+    yield f"- machine: {md(report.device)}, {report.dtype}; batch 1; times include the prefill"
+    yield f"- tree: {shape}" + (", chosen by measuring this machine and draft" if report.plan else "")
+    yield f"- answers of at most {report.max_new_tokens} tokens, the fastest of {report.repeats} run(s) of each method"
+    yield f"- questions: {', '.join(f'{count} of {md(name)}' for name, count in report.benchmarks.items())}"
+    yield f"- transformers' own `generate` on one question: {report.generate_tokens_per_second:.1f} tokens/s"
+    known = "compared by hash: none was trained on" if report.leak_checked else "unknown: this draft came from outside"
+    yield f"- training prompts: {known}"
+
+
+def _over_all(report: Report) -> list[Score]:
+    return [report.score(m, ALL, t) for t in report.temperatures for m in report.methods]
+
+
+def _speed_cells(score: Score) -> list[str]:
+    p50, p95 = score.time_per_output_token_p50, score.time_per_output_token_p95
+    return [interval(score.tokens_per_second, 1), interval(p50, 1), interval(p95, 1), interval(score.tau_micro)]
+
+
+def _md_table(columns: Sequence[str], rows: Rows) -> list[str]:
+    lines = [columns, ["---"] * len(columns), *([md(cell) for cell in row] for row in rows)]
+    return ["| " + " | ".join(line) + " |" for line in lines]

@@ -1,0 +1,136 @@
+"""One evaluation's measuring, step by step; each finished step is written down, and not repeated after a crash.
+
+    plan ─► questions, all methods ─► chain drafting (n-α) ─► outputs compared ─► transformers' generate
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hass_core.config import EvaluationConfig, TreeConfig
+from hass_core.evaluation.benchmarks import Question
+from hass_core.evaluation.journal import Journal
+from hass_core.evaluation.lossless import Certificate, Prompt, certify, dtype_name, in_float32
+from hass_core.evaluation.measure import PLAIN, Examiner, encode, with_answers_due
+from hass_core.evaluation.methods import EAGLE, EAGLE2, HASS, build_decoders
+from hass_core.evaluation.metrics import Measurement
+from hass_core.evaluation.report import Estimator
+from hass_core.progress import Progress
+from hass_core.target.loader import Target
+
+DRAFTED = (HASS, EAGLE2, EAGLE)  # methods with a draft model, the first one present is compared and chained
+CHAIN_DEPTH = 5
+
+
+class Session:
+    """Everything that is measured in one evaluation."""
+
+    def __init__(
+        self,
+        target: Target,
+        questions: Sequence[Question],
+        drafts: Mapping[str, Path],
+        config: EvaluationConfig,
+        tree: TreeConfig,
+        scratch: Path,
+    ):
+        self._target, self._questions, self._drafts = target, questions, drafts
+        self._config, self._tree = config, tree
+        self._journal = Journal(scratch / "measured.jsonl")
+        self._main = next((method for method in DRAFTED if method in config.methods), None)
+        self._few = questions[: config.lossless_questions]
+
+    def run(self, progress: Progress) -> tuple[list[Measurement], dict[str, Any]]:
+        """All measurements, and the fields of the report that come from measuring."""
+        plan, tree = self._plan()
+        decoders = build_decoders(self._target, self._config.methods, self._drafts, tree)
+        measured = Examiner(self._target, decoders, self._config).measure_all(
+            self._questions, self._journal, progress
+        )
+        estimator = Estimator(measured, self._config.bootstrap_resamples, self._config.seed)
+        exact, same = self._certificates(tree, progress)
+        findings = {
+            "dtype": dtype_name(self._target),
+            "tree": tree,
+            "plan": plan,
+            "benchmarks": {name: len([q for q in self._questions if q.benchmark == name]) for name in self._names()},
+            "scores": estimator.scores(),
+            "comparisons": estimator.comparisons(self._main) if self._main else [],
+            "n_alpha": estimator.n_alpha(self._chain(progress)) if self._main else [],
+            "lossless": exact,
+            "same_precision": same,
+            "generate_tokens_per_second": self._step("generate", self._generate),
+        }
+        return measured, findings
+
+    def _step(self, name: str, work: Callable[[], Any]) -> Any:
+        """The JSON-able result of one step, from the journal when it was finished before."""
+        if name not in self._journal:
+            self._journal[name] = work()
+        return self._journal[name]
+
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(question.benchmark for question in self._questions))
+
+    def _plan(self) -> tuple[dict[str, Any] | None, TreeConfig]:
+        """The tree to decode with: as set, or measured on this machine."""
+        return None, self._tree
+
+    def _chain(self, progress: Progress) -> list[Measurement]:
+        """The main draft as a chain on a few questions, greedily: what n-α is computed from."""
+        config = self._config.model_copy(update={"temperatures": (0.0,), "repeats": 1, "methods": (self._main,)})
+        tree = TreeConfig(kind="chain", depth=CHAIN_DEPTH, top_k=1, nodes=CHAIN_DEPTH + 1)
+
+        def work() -> list[dict[str, Any]]:
+            decoders = build_decoders(self._target, config.methods, self._drafts, tree)
+            examiner = Examiner(self._target, decoders, config)
+            measured = []
+            for done, question in enumerate(self._few):
+                progress(done, len(self._few), "chain drafting")
+                measured += [m.model_dump() for m in examiner.measure(question, 0.0) if m.method == self._main]
+            return measured
+
+        return [Measurement.model_validate(row) for row in self._step("chain", work)]
+
+    def _certificates(
+        self, tree: TreeConfig, progress: Progress
+    ) -> tuple[Certificate | None, Certificate | None]:
+        """Outputs compared in float32, and in the precision measured when that is another."""
+        if self._main is None:
+            return None, None
+
+        def work() -> list[dict[str, Any]]:
+            exact = in_float32(self._target)
+            return [
+                self._certificate(target, exact, tree, progress).model_dump()
+                for target in ([exact] if exact is self._target else [exact, self._target])
+            ]
+
+        found = [Certificate.model_validate(row) for row in self._step("lossless", work)]
+        return found[0], found[1] if len(found) > 1 else None
+
+    def _certificate(self, target: Target, exact: Target, tree: TreeConfig, progress: Progress) -> Certificate:
+        assert self._main is not None
+        decoders = build_decoders(target, [self._main], self._drafts, tree)
+        prompts = [self._opening(question) for question in self._few]
+        return certify(
+            target, exact, decoders[PLAIN], decoders[self._main], prompts, self._config.max_new_tokens, progress
+        )
+
+    def _opening(self, question: Question) -> Prompt:
+        """A question's first turn."""
+        first = next(i for i, (_, due) in enumerate(with_answers_due(question.messages)) if due)
+        return question.id, encode(self._target, question, question.messages[: first + 1])
+
+    def _generate(self) -> float:
+        """Tokens per second of transformers' own greedy `generate` on the first question: a reference, no baseline."""
+        prompt = torch.tensor([self._opening(self._questions[0])[1]], device=self._target.device)
+        options: dict[str, Any] = {"do_sample": False, "attention_mask": torch.ones_like(prompt)}
+        limit = self._config.max_new_tokens
+        self._target.model.generate(prompt, max_new_tokens=2, **options)  # pyright: ignore[reportCallIssue]
+        started = time.perf_counter()
+        answer = self._target.model.generate(prompt, max_new_tokens=limit, **options)  # pyright: ignore[reportCallIssue]
+        return (answer.shape[1] - prompt.shape[1]) / (time.perf_counter() - started)
