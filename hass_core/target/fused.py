@@ -1,8 +1,8 @@
 """A lean forward pass over the weights of a Llama, Mistral, Qwen2 or Qwen3 model, for decoding.
 
 It uses the model's own parameters. The q/k/v and the gate/up matrices of a layer are laid out one after the other, so
-that each trio and pair is one product; the model's parameters become views of those, so no memory is doubled and the
-model works as before.
+that each trio and pair is one product. On a GPU the model's parameters become views of those, so no memory is doubled
+and the model works as before; on a CPU the products' weights are packed copies, see `hass_core.target.linear`.
 
 Shapes: B batch, T new tokens, S slots attended to, H hidden, A heads, KV key-value heads, d head size, V vocabulary.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hass_core.target.kv_cache import KVCache, LayerShape
+from hass_core.target.linear import Linear, packable
 from hass_core.target.loader import Target
 from hass_core.target.placement import Placement
 
@@ -26,18 +27,16 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # their frequencies change with
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer: matrices as [out, in], norms as [H] or [d]."""
+    """One decoder layer; norms are [H] or [d]."""
 
     input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
+    qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: Tensor
-    o_bias: Tensor | None
+    o: Linear
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Linear
+    down: Linear
 
 
 class FusedRunner:
@@ -53,7 +52,7 @@ class FusedRunner:
         self.shape = LayerShape(config.num_key_value_heads, self.head_dim)
         self.eps = config.rms_norm_eps
         decoder = cast(Any, model).model
-        self.embedding, self.head = target.embedding, target.head
+        self.embedding, self._head = target.embedding, Linear(target.head)
         self.layers = [_layer_weights(layer) for layer in decoder.layers]
         self.final_norm = decoder.norm.weight
         self.rope = RopeTable(decoder.rotary_emb, self.device, self.dtype)
@@ -73,7 +72,7 @@ class FusedRunner:
         return KVCache.allocate(shapes, batch_size, max_tokens, self.device, self.dtype)
 
     def logits(self, features: Tensor) -> Tensor:
-        return F.linear(features, self.head)
+        return self._head(features)
 
     @torch.no_grad()
     def forward(self, token_ids: Tensor, position_ids: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:
@@ -84,15 +83,15 @@ class FusedRunner:
             normed = F.rms_norm(x, (self.hidden_size,), weights.input_norm, self.eps)
             x = x + self._attend(weights, normed, cos, sin, stored, place)
             normed = F.rms_norm(x, (self.hidden_size,), weights.mlp_norm, self.eps)
-            gate, up = F.linear(normed, weights.gate_up).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, weights.down)
+            gate, up = weights.gate_up(normed).chunk(2, dim=-1)
+            x = x + weights.down(F.silu(gate) * up)
         return F.rms_norm(x, (self.hidden_size,), self.final_norm, self.eps)
 
     def _attend(
         self, weights: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, stored: Tensor, place: Placement
     ) -> Tensor:
         batch, tokens, kv, dim = x.shape[0], x.shape[1], self.shape.num_key_value_heads, self.head_dim
-        mixed = F.linear(x, weights.qkv, weights.qkv_bias).view(batch, tokens, self.heads + 2 * kv, dim)
+        mixed = weights.qkv(x).view(batch, tokens, self.heads + 2 * kv, dim)
         turning = mixed[:, :, : self.heads + kv]
         if weights.q_norm is not None and weights.k_norm is not None:
             queries = F.rms_norm(turning[:, :, : self.heads], (dim,), weights.q_norm, self.eps)
@@ -103,7 +102,7 @@ class FusedRunner:
         place.write(stored[1], mixed[:, :, self.heads + kv :])
         attended = place.attend(turned[:, :, : self.heads].transpose(1, 2), stored)
         merged = attended.transpose(1, 2).reshape(batch, tokens, -1)
-        return F.linear(merged, weights.o, weights.o_bias)
+        return weights.o(merged)
 
 
 class RopeTable:
@@ -144,30 +143,37 @@ def _layer_weights(layer: Any) -> LayerWeights:
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     return LayerWeights(
         input_norm=layer.input_layernorm.weight,
-        qkv=side_by_side(projections, "weight"),
-        qkv_bias=None if attention.q_proj.bias is None else side_by_side(projections, "bias"),
+        qkv=joined(projections),
         q_norm=None if q_norm is None else q_norm.weight,
         k_norm=None if k_norm is None else k_norm.weight,
-        o=attention.o_proj.weight,
-        o_bias=attention.o_proj.bias,
+        o=Linear(attention.o_proj.weight, attention.o_proj.bias),
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=side_by_side([mlp.gate_proj, mlp.up_proj], "weight"),
-        down=mlp.down_proj.weight,
+        gate_up=joined([mlp.gate_proj, mlp.up_proj]),
+        down=Linear(mlp.down_proj.weight),
     )
 
 
-def side_by_side(linears: list[nn.Linear], name: str) -> Tensor:
-    """One tensor of all the linears' parameters `name` along the outputs; the linears then hold views of it."""
-    parameters = [cast(Tensor, getattr(linear, name)) for linear in linears]
-    if (already := _adjoining(parameters)) is not None:  # an earlier runner of the same model did it
+def joined(linears: list[nn.Linear]) -> Linear:
+    """One product for several of the same input. Packing copies anyway; else the linears become views of the whole."""
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    bias = torch.cat([b.detach() for b in biases]) if biases else None
+    if packable(linears[0].weight):
+        return Linear(torch.cat([linear.weight.detach() for linear in linears]), bias)
+    return Linear(side_by_side(linears), bias)
+
+
+def side_by_side(linears: list[nn.Linear]) -> Tensor:
+    """One tensor of all the linears' weights along the outputs; the linears then hold views of it."""
+    weights = [linear.weight for linear in linears]
+    if (already := _adjoining(weights)) is not None:  # an earlier runner of the same model did it
         return already
-    joined = torch.cat([parameter.detach() for parameter in parameters])
-    for linear, view in zip(linears, joined.split([len(p) for p in parameters]), strict=True):
-        setattr(linear, name, nn.Parameter(view, requires_grad=False))
-    return joined
+    whole = torch.cat([weight.detach() for weight in weights])
+    for linear, view in zip(linears, whole.split([len(weight) for weight in weights]), strict=True):
+        linear.weight = nn.Parameter(view, requires_grad=False)
+    return whole
 
 
-def _adjoining(tensors: list[Tensor]) -> Tensor | None:
+def _adjoining(tensors: list[nn.Parameter]) -> Tensor | None:
     """The one tensor that all of them are parts of, if they stand one after the other in memory."""
     first, offset = tensors[0], tensors[0].storage_offset()
     for tensor in tensors:

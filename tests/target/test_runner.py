@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hass_core.target.fused import FusedRunner
+from hass_core.target.fused import FusedRunner, side_by_side
 from hass_core.target.generic import HFRunner
 from hass_core.target.loader import Target
 from hass_core.target.runner import Runner, make_runner
@@ -94,15 +94,22 @@ def test_logits_equal_the_models_own(any_target):
         torch.testing.assert_close(run.logits(features), any_target.model(ids).logits, **CLOSE)
 
 
-def test_joining_weights_leaves_the_model_as_it_was_and_is_shared_by_later_runners():
-    target = tiny_model("qwen2")
-    ids = random_ids(10)
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_runner_leaves_the_model_as_it_was(monkeypatch, packs):
+    monkeypatch.setattr("hass_core.target.fused.packable", lambda weight: packs)
+    target, ids = tiny_model("qwen2"), random_ids(10)
     before = truth(target, ids)
-    first, second = FusedRunner(target), FusedRunner(target)
-    assert first.layers[0].qkv.data_ptr() == second.layers[0].qkv.data_ptr()
+    FusedRunner(target)
     torch.testing.assert_close(truth(target, ids), before, atol=1e-6, rtol=1e-6)
-    query = target.model.model.layers[0].self_attn.q_proj.weight
-    assert query.data_ptr() == first.layers[0].qkv.data_ptr()
+
+
+def test_weights_side_by_side_are_views_of_one_tensor_made_once():
+    mlp = tiny_model("llama").model.model.layers[0].mlp
+    gate = mlp.gate_proj.weight.clone()
+    whole = side_by_side([mlp.gate_proj, mlp.up_proj])
+    assert whole.data_ptr() == mlp.gate_proj.weight.data_ptr() == side_by_side([mlp.gate_proj, mlp.up_proj]).data_ptr()
+    assert torch.equal(mlp.gate_proj.weight, gate)
+    assert torch.equal(whole, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
 
 
 def test_other_families_and_sliding_windows_take_the_generic_runner():
