@@ -1,0 +1,67 @@
+"""A small chat server for tests: `python chat_server.py PORT [FAULT …]` fails some requests on purpose.
+
+Every question's first request is answered 429, with Retry-After, when it contains "busy"; 500 when it contains
+"broken"; always 400 when it contains "refuse"; always 503 when it contains "down".
+"""
+
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+seen: set[str] = set()
+state = {"now": 0, "most": 0}
+lock = threading.Lock()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.reply(200, state if self.path.endswith("/state") else {"data": [{"id": "tiny"}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][-1]["content"]
+        with lock:
+            first = question not in seen
+            seen.add(question)
+            state["now"] += 1
+            state["most"] = max(state["most"], state["now"])
+        threading.Event().wait(0.02)
+        with lock:
+            state["now"] -= 1
+        status = self.fault(question, first)
+        if status != 200:
+            return self.reply(status, {"error": "on purpose"}, {"Retry-After": "0.01"})
+        finished = "long" not in question
+        text = f"You said: {question} (T={body['temperature']})"
+        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop" if finished else "length"}
+        return self.reply(200, {"choices": [choice]})
+
+    @staticmethod
+    def fault(question: str, first: bool) -> int:
+        always = {"refuse": 400, "down": 503}
+        once = {"busy": 429, "broken": 500}
+        for word, status in (always | (once if first else {})).items():
+            if word in question:
+                return status
+        return 200
+
+    def reply(self, status, content, headers=None):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+if __name__ == "__main__":
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    print(server.server_address[1], flush=True)
+    sys.stdout.flush()
+    server.serve_forever()
