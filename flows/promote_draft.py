@@ -2,9 +2,12 @@
 
 from prefect import flow
 from pydantic import Field
+from rich.console import Console
+from rich.markdown import Markdown
 
 from flows.parameters import RunParameters
 from flows.terminal import main
+from hass_core.config import RunConfig
 from tasks.gate import Verdict
 from tasks.promotion import decide, find_version
 
@@ -22,5 +25,12 @@ def promote_draft(run: PromotionParameters) -> Verdict:
     return decide(config, find_version(config, run.version), again=run.version is not None)
 
 
+def show(console: Console, config: RunConfig, verdict: Verdict) -> None:
+    """The verdict and its reasons."""
+    console.print(Markdown(verdict.markdown()))
+
+
 if __name__ == "__main__":
-    main(promote_draft, PromotionParameters)
+    main(
+        promote_draft, lambda console, config, verdict: console.print(Markdown(verdict.markdown())), PromotionParameters
+    )

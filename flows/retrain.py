@@ -5,14 +5,17 @@ Prompts, answers, features, training, evaluation, registration; what the store a
 
 from prefect import flow
 from pydantic import BaseModel
+from rich.console import Console
 
 from flows.chain import run_until
 from flows.parameters import RunParameters
 from flows.terminal import main
+from hass_core.config import RunConfig
 from hass_core.store import Artifact
 from tasks.promotion import Verdict, decide
 from tasks.registration import register_draft
-from tasks.tracking import DraftVersion
+from tasks.summary import report_tables, version_lines
+from tasks.tracking import DraftVersion, ui_command
 
 
 class Retrained(BaseModel):
@@ -34,5 +37,12 @@ def retrain(run: RunParameters) -> Retrained:
     return Retrained(run_id=chain.run_id, evaluation=chain.last, version=version, verdict=verdict)
 
 
+def show(console: Console, config: RunConfig, done: Retrained) -> None:
+    """The report, the registered version and how to see more."""
+    console.print(report_tables(config, done.evaluation))
+    console.print(version_lines(done.version, done.verdict), highlight=False)
+    console.print(f"runs and figures: {ui_command(config)}", highlight=False)
+
+
 if __name__ == "__main__":
-    main(retrain)
+    main(retrain, show)

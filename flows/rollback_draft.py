@@ -5,6 +5,7 @@ from prefect import flow
 from flows.parameters import RunParameters
 from flows.terminal import main
 from tasks.promotion import roll_back
+from tasks.summary import version_lines
 from tasks.tracking import DraftVersion
 
 
@@ -15,4 +16,4 @@ def rollback_draft(run: RunParameters) -> DraftVersion:
 
 
 if __name__ == "__main__":
-    main(rollback_draft)
+    main(rollback_draft, lambda console, config, version: console.print(version_lines(version, None)))

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,41 +14,60 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from flows.parameters import RunParameters
+from hass_core.config import RunConfig
 from hass_core.errors import HassError
 from tasks.progress import terminal
-from tasks.summary import show
+from tasks.summary import stage_table
 
 USER_ERROR, INTERRUPTED = 2, 130
-console = Console()
+SERVER_ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_SERVER_LEVEL": "CRITICAL",
+}
+
+Show = Callable[[Console, RunConfig, Any], None]
 
 
-def main(flow: Flow[[RunParameters], Any]) -> None:
-    """Read PRESET and overrides from the command line, run the flow, print what came out, exit."""
-    preset, overrides = _arguments(sys.argv[1:])
-    started = time.monotonic()
+def main(flow: Flow[..., Any], show: Show | None = None, parameters: type[RunParameters] = RunParameters) -> None:
+    """Read the command line, run the flow, print what came out. Exits with 2 after a user's mistake.
+
+    Arguments are a preset's name (optional, first) and changes as `section.key=value`; a name without a section is a
+    field of `parameters`.
+    """
+    console, started = Console(), time.monotonic()
     try:
-        run = RunParameters(preset=preset, overrides=overrides)
+        run = _parameters(sys.argv[1:], parameters)
         config = run.config()  # a wrong setting is told before anything starts
-        with _quiet_prefect(), _progress():
+        with _quiet_prefect(), _progress(console):
             result = flow(run)
     except HassError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         console.print("stopped; the same command continues from what is finished")
         sys.exit(INTERRUPTED)
-    show(console, config, result, time.monotonic() - started)
+    (show or _show_stage)(console, config, result)
+    console.print(f"took {time.monotonic() - started:.0f} s", highlight=False)
 
 
-def _arguments(arguments: list[str]) -> tuple[str, list[str]]:
-    if arguments and "=" not in arguments[0]:
-        return arguments[0], arguments[1:]
-    return "smollm2-cpu", arguments
+def _parameters(arguments: list[str], kind: type[RunParameters]) -> RunParameters:
+    preset = arguments.pop(0) if arguments and "=" not in arguments[0] else "smollm2-cpu"
+    own = kind.model_fields.keys() - RunParameters.model_fields.keys()
+    given = dict(argument.split("=", 1) for argument in arguments if argument.partition("=")[0] in own)
+    rest = [argument for argument in arguments if argument.partition("=")[0] not in own]
+    return kind(preset=preset, overrides=rest, **given)
+
+
+def _show_stage(console: Console, config: RunConfig, result: Any) -> None:
+    console.print(stage_table(result))
 
 
 @contextmanager
 def _quiet_prefect() -> Iterator[None]:
-    """Prefect's own log goes to its database, not to the terminal; a slow machine may take its time to start."""
+    """Prefect's log stays in its database; the server started for this run may take its time on a busy machine."""
+    for name, value in SERVER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).setLevel(os.environ.get("PREFECT_LOGGING_LEVEL", "CRITICAL"))
     with temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 120}):
@@ -56,7 +75,7 @@ def _quiet_prefect() -> Iterator[None]:
 
 
 @contextmanager
-def _progress() -> Iterator[None]:
+def _progress(console: Console) -> Iterator[None]:
     """One line that follows the present stage."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:

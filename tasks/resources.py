@@ -2,6 +2,8 @@
 
 from functools import lru_cache
 
+from transformers.utils.logging import disable_progress_bar
+
 from hass_core.config import RunConfig, TargetConfig
 from hass_core.store import Store
 from hass_core.target.loader import Target, load_target
@@ -21,4 +23,5 @@ def target_of(config: RunConfig) -> Target:
 
 @lru_cache(maxsize=1)
 def _loaded(target: str) -> Target:
+    disable_progress_bar()  # a flow has one of its own
     return load_target(TargetConfig.model_validate_json(target))

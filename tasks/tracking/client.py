@@ -72,7 +72,7 @@ def ui_command(config: RunConfig) -> str:
 
 @cache
 def _client(uri: str, folder: Path) -> MlflowClient:
-    for name in ("alembic", "mlflow.store", "mlflow.pyfunc"):  # database tables at first use, packing
+    for name in ("alembic", "mlflow.store", "mlflow.pyfunc", "mlflow.system_metrics"):  # what they do is no news
         logging.getLogger(name).setLevel(logging.WARNING)
     if uri.startswith("sqlite:"):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,35 @@
+"""What a person reads in the terminal when a flow has ended."""
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from hass_core.config import RunConfig
+from hass_core.evaluation.evaluate import read_report
+from hass_core.evaluation.terminal import terminal
+from hass_core.store import Artifact
+from tasks.gate import Verdict
+from tasks.resources import store_of
+from tasks.tracking import DraftVersion
+
+
+def stage_table(artifact: Artifact) -> RenderableType:
+    """A stage's numbers and where its files are."""
+    table = Table("", "", title=f"{artifact.stage} {artifact.digest}", title_justify="left", show_header=False)
+    for name, value in artifact.summary.items():
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    table.add_row("stored in", artifact.url)
+    return table
+
+
+def report_tables(config: RunConfig, evaluation: Artifact) -> RenderableType:
+    """The evaluation's tables."""
+    return terminal(read_report(store_of(config), evaluation))
+
+
+def version_lines(version: DraftVersion, verdict: Verdict | None) -> str:
+    """The registered version, its alias, and what the gate said."""
+    lines = [f"registered  {version.model} version {version.version}, alias {version.alias or 'none'}"]
+    if verdict:
+        said = "promoted" if verdict.promoted else "not promoted"
+        lines += [f"{said}: {reason}" for reason in verdict.reasons]
+    return "\n".join(lines)
