@@ -47,4 +47,7 @@ def test_diversity_counts_pairs_and_openings():
 
 
 def test_reasons_become_names_that_trackers_accept():
-    assert metric_name("skipped", "the template refuses: roles (a/b) must…") == "skipped/the template refuses roles ab must"
+    assert (
+        metric_name("skipped", "the template refuses: roles (a/b) must…")
+        == "skipped/the template refuses roles ab must"
+    )
