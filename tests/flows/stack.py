@@ -1,0 +1,118 @@
+"""A real Prefect server and worker on loopback, in processes of their own, stopped by their ids."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).parents[2]
+PREFECT = [sys.executable, "-m", "prefect"]
+
+
+class Stack:
+    """Server, pool `cpu`, all deployments, one worker; everything under `home`."""
+
+    def __init__(self, home: Path):
+        self.home = home
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.api = f"http://127.0.0.1:{port}/api"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))},
+            "PREFECT_HOME": str(home / "prefect"),
+            "PREFECT_API_URL": self.api,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "DO_NOT_TRACK": "1",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.server = self.start("server", "server", "start", "--host", "127.0.0.1", "--port", str(port))
+        wait_for(lambda: _healthy(self.api), "the Prefect server", 120)
+        self.prefect("work-pool", "create", "cpu", "--type", "process", "--overwrite")
+        self.prefect("work-pool", "create", "gpu", "--type", "process", "--overwrite")
+        self.prefect("--no-prompt", "deploy", "--all")
+        self.worker = self.start_worker()
+
+    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """A long-running prefect command; its output goes to NAME.log."""
+        with (self.home / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [*PREFECT, *arguments],
+                cwd=ROOT,
+                env=self.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._processes.append(process)
+        return process
+
+    def start_worker(self) -> subprocess.Popen[bytes]:
+        """A process worker on the pool `cpu`."""
+        return self.start("worker", "worker", "start", "--pool", "cpu", "--name", "test")
+
+    def prefect(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """A prefect command, run to its end."""
+        done = subprocess.run(
+            [*PREFECT, *arguments], cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0 or not check, done.stdout + done.stderr + self.log("worker")
+        return done
+
+    def log(self, name: str) -> str:
+        """What a long-running command has printed."""
+        path = self.home / f"{name}.log"
+        return path.read_text(errors="replace")[-8000:] if path.exists() else ""
+
+    def flow_runs(self) -> list[dict]:
+        """All flow runs, newest first."""
+        answer = httpx.post(f"{self.api}/flow_runs/filter", json={"sort": "START_TIME_DESC"}, timeout=30)
+        return answer.raise_for_status().json()
+
+    def flow_process(self) -> psutil.Process | None:
+        """The process that executes a flow run for the worker."""
+        running = psutil.Process(self.worker.pid).children(recursive=True)
+        return next(
+            (p for p in running if "prefect.flow_engine" in p.cmdline() or "prefect.engine" in p.cmdline()), None
+        )
+
+    def stop(self) -> None:
+        """End every process that was started here, children first."""
+        for process in reversed(self._processes):
+            if process.poll() is None:
+                end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and its children by their ids."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        try:
+            member.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    process.wait(30)
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float) -> None:
+    """Wait until the condition holds. Fails naming what did not come."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.25)
+
+
+def _healthy(api: str) -> bool:
+    try:
+        return httpx.get(f"{api}/health", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False

@@ -1,0 +1,89 @@
+"""Deployments on a real server with a real process worker, and what happens when one of them dies."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.flows.stack import Stack, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory) -> Iterator[Stack]:
+    stack = Stack(tmp_path_factory.mktemp("stack"))
+    try:
+        yield stack
+    finally:
+        stack.stop()
+
+
+def run_retraining(stack: Stack, preset: Path, *options: str, overrides: tuple[str, ...] = ()):
+    parameters = json.dumps({"preset": str(preset), "overrides": list(overrides)})
+    return stack.prefect("deployment", "run", "retrain/smollm2-cpu", "-p", f"run={parameters}", *options, check=False)
+
+
+def records(preset: Path) -> tuple[list, list]:
+    """MLflow's parent runs and the registered versions of the preset's local database."""
+    client = MlflowClient(f"sqlite:///{preset.parent}/.hass/mlflow.db")
+    experiment = client.get_experiment_by_name("hass")
+    runs = client.search_runs([experiment.experiment_id]) if experiment else []
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    return parents, client.search_model_versions("name = 'hass-draft-tiny'")
+
+
+def manifests(preset: Path) -> dict[str, int]:
+    """Time of completion of every finished stage."""
+    return {path.parts[-3]: path.stat().st_mtime_ns for path in (preset.parent / ".hass/store").rglob("manifest.json")}
+
+
+def test_every_flow_is_deployed_with_a_described_form(stack):
+    names = set(stack.prefect("deployment", "ls", "-o", "json").stdout.split('"'))
+    found = json.loads(stack.prefect("deployment", "inspect", "retrain/smollm2-cpu", "-o", "json").stdout)
+    assert found["schedules"][0]["schedule"]["cron"] == "0 3 * * 0"
+    training = found["parameter_openapi_schema"]["definitions"]["TrainingChanges"]["properties"]
+    assert training["passes"]["description"]
+    assert training["align_steps"]["anyOf"][0]["maximum"] == 8
+    assert names
+
+
+def test_a_wrong_parameter_is_refused_before_the_run_starts(stack):
+    done = stack.prefect(
+        "deployment", "run", "retrain/smollm2-cpu", "-p", 'run={"training": {"passes": -1}}', check=False
+    )
+    assert done.returncode != 0
+    assert "passes" in done.stdout + done.stderr
+
+
+def test_a_deployment_runs_to_its_end_and_a_second_run_adds_nothing(stack, tiny_preset):
+    for _ in range(2):
+        done = run_retraining(stack, tiny_preset, "--watch")
+        assert done.returncode == 0, done.stdout + stack.log("worker")
+    parents, versions = records(tiny_preset)
+    assert [run.info.status for run in parents] == ["FINISHED"]
+    assert [version.aliases for version in versions] == [["champion"]]
+    assert parents[0].data.tags["prefect.flow_run_url"].startswith("http://127.0.0.1")
+
+
+def test_a_killed_flow_continues_without_doing_anything_twice(stack, tiny_preset):
+    long_training = ("training.passes=60", "training.checkpoint_every_steps=2")
+    run_retraining(stack, tiny_preset, overrides=long_training)
+    draft = tiny_preset.parent / ".hass/store/draft"
+    wait_for(lambda: list(draft.rglob("metrics.jsonl")), "the training to begin", 120)
+    process = stack.flow_process()
+    assert process is not None
+    process.kill()
+    before = manifests(tiny_preset)
+    assert sorted(before) == ["features", "prompts", "responses"]
+    wait_for(lambda: stack.flow_runs()[0]["state_type"] == "CRASHED", "the crash to be noticed", 60)
+
+    done = run_retraining(stack, tiny_preset, "--watch", overrides=long_training)
+    assert done.returncode == 0, done.stdout + stack.log("worker")
+    after = manifests(tiny_preset)
+    assert {stage: after[stage] for stage in before} == before
+    parents, versions = records(tiny_preset)
+    assert [run.info.status for run in parents] == ["FINISHED"]
+    assert len(versions) == 1
