@@ -12,7 +12,7 @@ PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := infra/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install retrain test lint types ui constraints clean
+.PHONY: help install retrain test lint types ui deploy constraints clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,12 @@ types: $(VENV)/.installed  ## check types
 ui: $(VENV)/.installed  ## open the MLflow UI at http://127.0.0.1:5000
 	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 \
 		--backend-store-uri sqlite:///$(CURDIR)/.hass/mlflow.db --artifacts-destination .hass/mlartifacts
+
+deploy: $(VENV)/.installed  ## create work pools and deployments on the Prefect server of PREFECT_API_URL
+	@$(BIN)/prefect work-pool create cpu --type process --overwrite
+	@$(BIN)/prefect work-pool create gpu --type process --overwrite
+	@$(BIN)/prefect work-pool set-concurrency-limit gpu 1
+	@$(BIN)/prefect --no-prompt deploy --all
 
 constraints: $(VENV)/.installed  ## write the installed versions to infra/constraints.txt
 	@{ echo "# Versions that passed the tests together. Made by \`make constraints\`."; \
