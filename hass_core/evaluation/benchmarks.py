@@ -8,7 +8,7 @@ in a conversation of several turns, the history holds the target's own answers.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hass_core.config import EvaluationConfig
 from hass_core.data.conversations import Record, Unusable, as_prompt
@@ -139,6 +139,6 @@ def _rows(name: str, dataset: HubDataset) -> Iterator[dict[str, Any]]:
     except ImportError:
         raise BadInput(f"the benchmark {name} needs the package datasets (pip install datasets); or {advice}") from None
     try:
-        yield from load_dataset(dataset.path, dataset.subset, split=dataset.split)
+        yield from cast(Any, load_dataset(dataset.path, dataset.subset, split=dataset.split))
     except (OSError, ValueError) as error:  # not found, no connection, hub switched off
         raise BadInput(f"cannot load the benchmark {name} from {dataset.path}: {error}; {advice}") from error

@@ -5,6 +5,7 @@ Everything that can be wrong with the input is found before anything is measured
 """
 
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def evaluate_folder(
 ) -> Report:
     """Measure the draft in a folder, and rivals, without a store; results go into `out_dir`.
 
-    `drafts` names further drafts by method (`eagle2`, `sps`). A second call with the same settings continues the first.
+    `drafts` names further drafts by method (`eagle2`, `sps`). After a crash the same call continues.
     Raises as `evaluate_draft` does.
     """
     given = ({HASS: draft_dir} if draft_dir else {}) | dict(drafts or {})
@@ -77,6 +78,7 @@ def evaluate_folder(
     scratch.mkdir(parents=True, exist_ok=True)
     report, measured = work.run(scratch, progress)
     write_outputs(report, measured, [], out_dir)
+    shutil.rmtree(scratch.parent)
     return report
 
 
@@ -183,9 +185,7 @@ def _training_metrics(draft: StageFolder) -> list[dict[str, Any]]:
     return figures.read_metrics(draft.read_text("metrics.jsonl"))
 
 
-def _publish(
-    folder: StageFolder, report: Report, measured: list[Measurement], training: list[dict[str, Any]]
-) -> None:
+def _publish(folder: StageFolder, report: Report, measured: list[Measurement], training: list[dict[str, Any]]) -> None:
     for path in write_outputs(report, measured, training, folder.scratch() / "outputs"):
         with folder.writing(path.name) as file:
             file.path.write_bytes(path.read_bytes())

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SIZE_INCHES = (7, 4.2)
 DOTS_PER_INCH = 130
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10.5,
     "axes.titlesize": 12.5,
     "axes.titleweight": "bold",
@@ -124,7 +124,7 @@ def _tau(axes: "Axes", report: Report) -> None:
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("τ, tokens per cycle")
-    axes.set_title("Acceptance length per benchmark, 95 % intervals (dashed: plain decoding)")
+    axes.set_title("Acceptance length per benchmark, 95 % intervals")
     if len(methods) > 1:
         axes.legend(ncols=len(methods), loc="upper center", bbox_to_anchor=(0.5, -0.1))
 
@@ -142,12 +142,12 @@ def _acceptance(axes: "Axes", report: Report) -> None:
         )
     if report.n_alpha:
         rates = [100 * rate.value for rate in report.n_alpha]
-        name = f"{label(report.main_method)} chain, n-α"
+        name = f"{label(report.main_method)} chain: n-α, % of tries"
         axes.plot(range(1, len(rates) + 1), rates, marker="s", color="#24292f", linestyle=":", label=name)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xticks(range(1, 1 + max(len(report.score(method).acceptance_by_depth) for method in report.methods)))
     axes.set_ylim(0, None)
     axes.set_xlabel("depth")
-    axes.set_ylabel("% of cycles reaching the depth (n-α: % of tries)")
+    axes.set_ylabel("% of cycles that reach the depth")
     axes.set_title("Acceptance by depth")
     axes.legend()
 

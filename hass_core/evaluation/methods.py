@@ -1,9 +1,9 @@
 """The decoders that an evaluation compares, all over one runner of the target.
 
-    plain    one token a pass                         pld    n-gram lookup in the context
-    sps      a small language model drafts a chain    eagle  the draft in a static tree
-    eagle2   a draft trained with n = 1 and no Top-K, in a dynamic tree
-    hass     the draft under test, in a dynamic tree
+plain    one token a pass                         pld    n-gram lookup in the context
+sps      a small language model drafts a chain    eagle  the draft in a static tree
+eagle2   a draft trained with n = 1 and no Top-K, in a dynamic tree
+hass     the draft under test, in a dynamic tree
 """
 
 from collections.abc import Mapping, Sequence

@@ -131,10 +131,10 @@ def interval(estimate: Estimate, digits: int = 2, scale: float = 1) -> str:
 
 
 def md(text: str) -> str:
-    """Text safe inside a Markdown table."""
-    for character in "\\|`*_[]<>":
-        text = text.replace(character, "\\" + character)
-    return " ".join(text.split())
+    """Text that shows as it is inside a Markdown table; brackets stay, but make no link."""
+    for special in ("\\", "|", "`", "*", "_", "<", ">"):
+        text = text.replace(special, "\\" + special)
+    return " ".join(text.replace("](", "]\\(").split())
 
 
 def _settings(report: Report) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """One evaluation's measuring, step by step; each finished step is written down, and not repeated after a crash.
 
-    plan ─► questions, all methods ─► chain drafting (n-α) ─► outputs compared ─► transformers' generate
+plan ─► questions, all methods ─► chain drafting (n-α) ─► outputs compared ─► transformers' generate
 """
 
 import time
@@ -47,9 +47,7 @@ class Session:
         """All measurements, and the fields of the report that come from measuring."""
         plan, tree = self._plan()
         decoders = build_decoders(self._target, self._config.methods, self._drafts, tree)
-        measured = Examiner(self._target, decoders, self._config).measure_all(
-            self._questions, self._journal, progress
-        )
+        measured = Examiner(self._target, decoders, self._config).measure_all(self._questions, self._journal, progress)
         estimator = Estimator(measured, self._config.bootstrap_resamples, self._config.seed)
         exact, same = self._certificates(tree, progress)
         findings = {
@@ -95,9 +93,7 @@ class Session:
 
         return [Measurement.model_validate(row) for row in self._step("chain", work)]
 
-    def _certificates(
-        self, tree: TreeConfig, progress: Progress
-    ) -> tuple[Certificate | None, Certificate | None]:
+    def _certificates(self, tree: TreeConfig, progress: Progress) -> tuple[Certificate | None, Certificate | None]:
         """Outputs compared in float32, and in the precision measured when that is another."""
         if self._main is None:
             return None, None

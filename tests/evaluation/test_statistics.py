@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from hass_core.evaluation.statistics import (
     bootstrap,
     mean,

@@ -1,0 +1,212 @@
+"""Whole evaluations of random drafts on the tiny target: results, resumption, and inputs that must be refused."""
+
+import copy
+import json
+import re
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from hass_core.config import RunConfig, TargetConfig
+from hass_core.data.prompts import PROMPTS_SCHEMA
+from hass_core.errors import BadInput, ConfigError, ContextTooLong, DraftMismatch, LeakedBenchmark, NonFinite
+from hass_core.evaluation import evaluate
+from hass_core.evaluation.evaluate import evaluate_draft, evaluate_folder, read_report
+from hass_core.evaluation.measure import Examiner
+from hass_core.evaluation.metrics import METRICS, Measurement
+from hass_core.evaluation.render import markdown
+from hass_core.evaluation.report import Report
+from hass_core.target.loader import freeze
+
+from .conftest import TREE, random_draft
+
+
+@pytest.fixture
+def config(settings):
+    return RunConfig(evaluation=settings, tree=TREE)
+
+
+@pytest.fixture
+def draft(store, draft_dir):
+    """A finished draft stage, as training leaves it, whose prompts the store does not hold."""
+    folder = store.stage("draft", {"made": "for a test"})
+    for path in draft_dir.iterdir():
+        with folder.writing(path.name) as file:
+            file.path.write_bytes(path.read_bytes())
+    rows = [
+        {"step": s, "time": 0.0, "train/loss": 3 - s / 10, "val/accuracy_step_1": s / 40, "val/accuracy_step_2": s / 50}
+        for s in range(0, 20, 5)
+    ]
+    folder.write_text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return folder.finish({})
+
+
+@pytest.fixture
+def on_tiny(monkeypatch, tiny_target):
+    """`evaluate_folder` loads its target from settings; the tiny one has no folder."""
+    monkeypatch.setattr(evaluate, "load_target", lambda config: tiny_target)
+
+
+def changed(config, **evaluation):
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=evaluation)})
+
+
+def test_an_evaluation_writes_report_table_rows_and_figures(config, draft, store, tiny_target):
+    artifact = evaluate_draft(config, draft, store, tiny_target)
+    folder = store.open(artifact)
+    names = set(folder.finished())
+    assert names == {
+        "report.json", "report.md", "per_question.parquet",
+        "speed.png", "tau.png", "acceptance.png", "loss.png", "accuracy.png",
+    }  # fmt: skip
+    rows = pq.read_table(folder.local_path("per_question.parquet")).to_pylist()
+    assert [(row["question"], row["method"]) for row in rows] == [
+        (f"mine/{q}", method) for q in (1, 2, 3) for method in ("plain", "hass")
+    ]
+    assert Measurement.model_validate(rows[0]).new_tokens == 24  # two turns of twelve tokens
+
+
+def test_the_summary_bears_the_documented_names(config, draft, store, tiny_target):
+    summary = evaluate_draft(config, draft, store, tiny_target).summary
+    documented = {m.name for m in METRICS}
+    for name in summary:
+        assert {name, re.sub(r"\d+$", "D", name), re.sub(r"\d+$", "R", name), re.sub(r"\d+$", "N", name)} & documented
+    assert summary["lossless"] is True
+    assert summary["speedup_low"] <= summary["speedup"] <= summary["speedup_high"]
+    assert summary["tau_macro"] >= 1
+
+
+def test_drafted_answers_are_the_plain_answers(config, draft, store, tiny_target):
+    artifact = evaluate_draft(changed(config, temperatures=(0.0, 1.0)), draft, store, tiny_target)
+    rows = pq.read_table(store.open(artifact).local_path("per_question.parquet")).to_pylist()
+    answers = {(r["question"], r["temperature"], r["method"]): r["token_ids"] for r in rows}
+    for (question, temperature, _), tokens in answers.items():
+        assert tokens == answers[question, temperature, "plain"]
+    assert answers["mine/1", 0.0, "plain"] != answers["mine/1", 1.0, "plain"]
+
+
+def test_a_report_survives_json(config, draft, store, tiny_target):
+    report = read_report(store, evaluate_draft(config, draft, store, tiny_target))
+    assert Report.model_validate_json(report.model_dump_json()) == report
+    assert report.summary() == evaluate_draft(config, draft, store, tiny_target).summary
+
+
+def test_figures_are_pictures_with_content(config, draft, store, tiny_target):
+    from matplotlib.image import imread
+
+    folder = store.open(evaluate_draft(config, draft, store, tiny_target))
+    for name in folder.finished():
+        if name.endswith(".png"):
+            pixels = imread(folder.local_path(name))
+            assert pixels.shape[0] > 400, name
+            assert len({tuple(p) for p in pixels[::7, ::7, :3].reshape(-1, 3).tolist()}) > 5, name
+
+
+def test_a_stopped_evaluation_continues_with_the_next_question(config, draft, store, tiny_target, monkeypatch):
+    measure, asked = Examiner.measure, []
+
+    def stopping(self, question, temperature):
+        asked.append(question.id)
+        if asked == ["mine/1", "mine/2"]:
+            raise KeyboardInterrupt
+        return measure(self, question, temperature)
+
+    monkeypatch.setattr(Examiner, "measure", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_draft(config, draft, store, tiny_target)
+    evaluate_draft(config, draft, store, tiny_target)
+    assert asked[2:4] == ["mine/2", "mine/3"]  # then the chain
+    before = len(asked)
+    evaluate_draft(config, draft, store, tiny_target)
+    assert len(asked) == before
+
+
+def test_all_six_methods_stand_in_one_table(on_tiny, tiny_target, settings, draft_dir, tmp_path):
+    other = random_draft(tiny_target, tmp_path / "other", seed=1)
+    methods = ["plain", "pld", "sps", "eagle", "eagle2", "hass"]
+    out = tmp_path / "out"
+    report = evaluate_folder(draft_dir, TargetConfig(), settings, TREE, out, methods, {"eagle2": other})
+    assert report.methods == methods
+    text = (out / "report.md").read_text()
+    assert text == markdown(report)
+    for name in ("plain", "PLD", "SpS", "EAGLE", "EAGLE-2", "HASS"):
+        assert f"| 0 | {name} |" in text
+    assert {c.other for c in report.comparisons} == {"pld", "sps", "eagle", "eagle2"}
+    assert not (out / "scratch").exists()
+    for method in methods:  # greedy: every method gives the target's own answer
+        assert report.score(method).new_tokens == report.score("plain").new_tokens
+
+
+def test_eagle2_without_a_draft_says_how_to_get_one(on_tiny, settings, draft_dir, tmp_path):
+    with pytest.raises(ConfigError, match=r"eagle2 needs a draft of its own.*align_steps=1.*--draft eagle2=DIR"):
+        evaluate_folder(draft_dir, TargetConfig(), settings, TREE, tmp_path / "out", ["plain", "eagle2"])
+
+
+def test_a_draft_for_a_method_that_takes_none_is_refused(on_tiny, settings, draft_dir, tmp_path):
+    with pytest.raises(ConfigError, match="no method 'pld' takes a draft"):
+        evaluate_folder(draft_dir, TargetConfig(), settings, TREE, tmp_path, ["pld"], {"pld": draft_dir})
+
+
+def test_the_draft_of_another_target_is_refused_by_name(on_tiny, settings, tiny_target, tmp_path):
+    stranger = random_draft(tiny_target, tmp_path / "stranger", target_fingerprint="0" * 16, target="elsewhere")
+    with pytest.raises(DraftMismatch, match=r"trained for elsewhere with target_fingerprint 0000.*the target tiny has"):
+        evaluate_folder(stranger, TargetConfig(), settings, TREE, tmp_path / "out", ["plain", "hass"])
+
+
+def test_a_question_longer_than_the_context_is_named_at_once(config, draft, store, tiny_target, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"id": "novel", "prompt": "x" * 600}) + "\n")
+    long = changed(config, benchmarks=(str(path),))
+    with pytest.raises(ContextTooLong, match=r"question long/novel of long has \d+ prompt tokens.*512 tokens of tiny"):
+        evaluate_draft(long, draft, store, tiny_target)
+
+
+def test_logits_that_are_not_numbers_name_method_and_question(config, draft, store, tiny_target):
+    broken = copy.deepcopy(tiny_target.model)
+    with torch.no_grad():
+        broken.lm_head.weight[5] = float("nan")
+    target = replace(freeze(broken, tiny_target.tokenizer, "tiny"), fingerprint=tiny_target.fingerprint)
+    with pytest.raises(NonFinite, match="NaN or infinite"):
+        evaluate_draft(config, draft, store, target)
+
+
+def test_a_question_that_was_trained_on_is_refused(config, store, tiny_target, draft_dir):
+    prompts = store.stage("prompts", {"n": 1})
+    row = {"id": "p/1", "category": "c", "source": "p", "sha256": "-"}
+    row["messages"] = [{"role": "user", "content": "what is 2 + 3 ?!"}]
+    with prompts.writing("prompts.parquet") as file:
+        pq.write_table(pa.Table.from_pylist([row], PROMPTS_SCHEMA), file.path)
+    source = prompts.finish({})
+    for stage, before in (("responses", "prompts"), ("features", "responses"), ("draft", "features")):
+        folder = store.stage(stage, {before: source.digest})
+        if stage == "draft":
+            for path in draft_dir.iterdir():
+                with folder.writing(path.name) as file:
+                    file.path.write_bytes(path.read_bytes())
+        source = folder.finish({})
+    with pytest.raises(LeakedBenchmark, match=r"training prompt 'what is 2 \+ 3 \?!'"):
+        evaluate_draft(config, source, store, tiny_target)
+
+
+def test_names_with_markup_are_shown_as_they_are(config, draft, store, tiny_target):
+    from rich.console import Console
+
+    from hass_core.evaluation.terminal import terminal
+
+    report = read_report(store, evaluate_draft(config, draft, store, tiny_target))
+    name = "[bold]x|y[/]"
+    scores = [s.model_copy(update={"benchmark": s.benchmark.replace("mine", name)}) for s in report.scores]
+    odd = report.model_copy(update={"benchmarks": {name: 3}, "scores": scores})
+    console = Console(width=160, record=True, force_terminal=False)
+    console.print(terminal(odd))
+    assert "[bold]x|y[/]" in console.export_text()
+    assert "3 of [bold]x\\|y[/]" in markdown(odd)
+
+
+def test_a_broken_question_file_stops_the_stage_at_once(config, draft, store, tiny_target, questions_file):
+    questions_file.write_text("{}\n")
+    with pytest.raises(BadInput, match=r"mine\.jsonl, line 1: expected one of the keys"):
+        evaluate_draft(config, draft, store, tiny_target)
