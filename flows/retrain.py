@@ -41,7 +41,7 @@ def show(console: Console, config: RunConfig, done: Retrained) -> None:
     """The report, the registered version and how to see more."""
     console.print(report_tables(config, done.evaluation))
     console.print(version_lines(done.version, done.verdict), highlight=False)
-    console.print(f"runs and figures: {ui_command(config)}", highlight=False)
+    console.print(f"runs and figures: {ui_command(config)}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,16 @@ class Verdict(BaseModel):
     champion: str | None = None
     challenger: str | None = None
 
+    @property
+    def outcome(self) -> str:
+        """One or two words."""
+        if self.champion == self.challenger:
+            return "champion"
+        return "promoted" if self.promoted else "not promoted"
+
     def markdown(self) -> str:
         """The verdict for people."""
-        title = "promoted" if self.promoted else "not promoted"
-        lines = [f"## Challenger {self.challenger} {title} (champion: {self.champion or 'none'})", ""]
+        lines = [f"## Version {self.challenger}: {self.outcome} (champion before: {self.champion or 'none'})", ""]
         lines += [f"- {reason}" for reason in self.reasons]
         if self.gain_by_benchmark:
             lines += ["", "| benchmark | speed-up over the champion's |", "|---|---|"]

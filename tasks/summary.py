@@ -30,6 +30,5 @@ def version_lines(version: DraftVersion, verdict: Verdict | None) -> str:
     """The registered version, its alias, and what the gate said."""
     lines = [f"registered  {version.model} version {version.version}, alias {version.alias or 'none'}"]
     if verdict:
-        said = "promoted" if verdict.promoted else "not promoted"
-        lines += [f"{said}: {reason}" for reason in verdict.reasons]
+        lines += [f"{verdict.outcome}: {reason}" for reason in verdict.reasons]
     return "\n".join(lines)

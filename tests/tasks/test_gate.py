@@ -82,5 +82,5 @@ def test_equal_drafts_keep_the_champion():
 def test_the_verdict_reads_as_a_table():
     verdict = judge(measured({"a": around(1.6)}), measured({"a": around(1.5)}), True, RULES)
     text = verdict.model_copy(update={"challenger": "4", "champion": "3"}).markdown()
-    assert "## Challenger 4 promoted (champion: 3)" in text
+    assert "## Version 4: promoted (champion before: 3)" in text
     assert "| a | +6.7% |" in text
