@@ -1,7 +1,5 @@
 """The draft's output head: the target's own, frozen, or only its rows of the draft vocabulary."""
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,10 +37,8 @@ class DraftHead(nn.Module):
         """The target's token ids of indices into the draft vocabulary."""
         return indices if self.token_ids is None else self.token_ids[indices]
 
-    def positions(self, vocab_size: int) -> Tensor:
-        """[V]: each target token's index in the draft vocabulary, -1 where it is not in it."""
+    def contains(self, token_ids: Tensor) -> Tensor:
+        """Whether each of the target's tokens is in the draft vocabulary."""
         if self.token_ids is None:
-            return torch.arange(vocab_size, device=self.weight.device)
-        where = torch.full((vocab_size,), -1, dtype=torch.long, device=self.weight.device)
-        where[cast(Tensor, self.token_ids)] = torch.arange(self.size, device=self.weight.device)
-        return where
+            return torch.ones_like(token_ids, dtype=torch.bool)
+        return torch.isin(token_ids, self.token_ids)

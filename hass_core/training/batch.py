@@ -5,9 +5,9 @@ token x_{r+1}. Target position p holds feature f_p, which the head turns into th
 step j predicts it from anchor r = p - j (the last verified feature of a drafted chain).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -138,8 +138,8 @@ def _documents(starts: Tensor, document: Tensor, position_ids: Tensor, anchors: 
     )
 
 
-def _moved(value, move):  # noqa: ANN001, ANN202
-    changed = {}
+def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    changed: dict[str, Any] = {}
     for field in fields(value):
         part = getattr(value, field.name)
         if isinstance(part, Tensor):

@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from hass_core.features.schema import FeatureInfo
+from hass_core.features.writer import FeatureWriter
 from hass_core.model.architecture import DraftArchitecture
 from hass_core.model.draft import DraftModel
+from hass_core.store import Artifact, Store
+from hass_core.target.loader import Target
 
 VOCABULARY, HIDDEN = 97, 32
 
@@ -57,3 +61,27 @@ def make_draft(seed: int = 0, **overrides: object) -> DraftModel:
 def talks() -> list[Talk]:
     lengths = ((19, 5), (7, 2), (30, 11), (12, 1))
     return [make_talk(f"talk-{i}", length, prompt, seed=i) for i, (length, prompt) in enumerate(lengths)]
+
+
+def store_features(store: Store, target: Target, conversations: int = 24, seed: int = 0) -> Artifact:
+    """A finished features stage: random conversations through the tiny target."""
+    info = FeatureInfo(
+        hidden_size=target.head.shape[1],
+        encoding="bf16",
+        target_fingerprint=target.fingerprint,
+        template_hash=target.template_hash,
+    )
+    folder = store.stage("features", {"seed": seed, "conversations": conversations})
+    generator = torch.Generator().manual_seed(seed)
+    with folder.writing("part-00000.parquet") as file:
+        with FeatureWriter(file.path, info) as writer:
+            for i in range(conversations):
+                length = int(torch.randint(20, 50, (1,), generator=generator))
+                token_ids = torch.randint(3, target.head.shape[0], (length,), generator=generator)
+                with torch.no_grad():
+                    features = target.model.model(token_ids[None]).last_hidden_state[0]
+                mask = [int(t >= 8) for t in range(length)]
+                split = "validation" if i % 6 == 5 else "train"
+                writer.add(f"talk-{i}", split, token_ids.tolist(), mask, features)
+        file.rows = conversations
+    return folder.finish({})

@@ -1,0 +1,104 @@
+"""Training state in one safetensors file: weights, optimizer, moving average, position.
+
+Everything random in training is a function of the seed and the position, so the position is all the random state
+there is. Files appear whole or not at all (store.py); the last few and the best are kept.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hass_core.store import StageFolder
+from hass_core.training.optim import MovingAverage
+
+PREFIX = "checkpoint-"
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far training is. `best_*` tell of the best validation so far, `stale` counts those since."""
+
+    step: int = 0
+    tokens_seen: int = 0
+    best_step: int = 0
+    best_tau: float = 0.0
+    stale: int = 0
+
+    def validated(self, tau: float) -> "Position":
+        """After a validation at this step."""
+        if tau > self.best_tau:
+            return replace(self, best_step=self.step, best_tau=tau, stale=0)
+        return replace(self, stale=self.stale + 1)
+
+
+def save_checkpoint(
+    folder: StageFolder, model: nn.Module, optimizers: list[Optimizer], average: MovingAverage | None, at: Position
+) -> None:
+    """Write the file of step `at.step`."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{index}.{key}": value for key, value in state.items()}
+    if average:
+        tensors |= {f"average.{name}": value for name, value in average.weights.items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with folder.writing(checkpoint_name(at.step), step=at.step) as file:
+        save_file(tensors, file.path, metadata={"position": json.dumps(asdict(at))})
+
+
+def load_checkpoint(
+    folder: StageFolder, name: str, model: nn.Module, optimizers: list[Optimizer], average: MovingAverage | None
+) -> Position:
+    """Put back what `save_checkpoint` wrote. Raises CorruptFile when the file is damaged."""
+    folder.verify(name)
+    with safe_open(folder.local_path(name), framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        position = Position(**json.loads(file.metadata()["position"]))
+    model.load_state_dict(_below("model.", tensors))
+    for number, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, Any]] = {}
+        for key, value in _below(f"optimizer.{number}.", tensors).items():
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if average:
+        for key, value in _below("average.", tensors).items():
+            average.weights[key].copy_(value)
+    return position
+
+
+def checkpoint_name(step: int) -> str:
+    return f"{PREFIX}{step:07d}.safetensors"
+
+
+def checkpoints(folder: StageFolder) -> list[str]:
+    """Names of the checkpoints in place, oldest first."""
+    return sorted(name for name in folder.finished() if name.startswith(PREFIX))
+
+
+def remove_old(folder: StageFolder, keep: int, best_step: int) -> None:
+    """Keep the last `keep` and the best."""
+    for name in checkpoints(folder)[:-keep]:
+        if name != checkpoint_name(best_step):
+            folder.remove(name)
+
+
+def load_weights(folder: StageFolder, step: int, model: nn.Module) -> None:
+    """The weights to use from the checkpoint of `step`: the moving average where there is one."""
+    with safe_open(folder.local_path(checkpoint_name(step)), framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+    model.load_state_dict(_below("model.", tensors))
+    with torch.no_grad():
+        parameters = dict(model.named_parameters())
+        for name, value in _below("average.", tensors).items():
+            parameters[name].copy_(value)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

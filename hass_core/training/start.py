@@ -1,0 +1,75 @@
+"""A start better than random: the best linear prediction of the next feature.
+
+Row t sees [embedding(x_{t+1}) ; f_t] and shall return f_{t+1}. The fusion layer's weight is fitted to that by ridge
+regression in closed form, and the two projections that write into the residual stream, o_proj and down_proj, start at
+zero: the untrained draft is exactly the fitted linear map, and training only adds to it.
+
+(The fit is the same whichever way the error is measured: every output is its own regression, so weighting the outputs,
+by the head for instance, has the same minimiser.)
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from hass_core.model.draft import DraftModel
+from hass_core.training.batch import Conversation
+
+ROWS_PER_BLOCK = 8192
+
+
+def start_least_squares(
+    draft: DraftModel, conversations: Iterable[Conversation], max_rows: int = 100_000, ridge: float = 1e-4
+) -> None:
+    """Fit `fc` on up to `max_rows` supervised rows and silence attention and MLP. Changes `draft` in place.
+
+    `ridge` is relative to the mean square of the inputs.
+    """
+    squares, products, rows = _moments(draft, conversations, max_rows)
+    if rows == 0:
+        return
+    damping = ridge * squares.diagonal().mean() * torch.eye(len(squares), dtype=squares.dtype, device=squares.device)
+    weight = torch.linalg.solve(squares + damping, products)
+    hidden = draft.architecture.hidden_size
+    with torch.no_grad():
+        draft.fc.weight.copy_(weight[: 2 * hidden].T)
+        if draft.fc.bias is not None:
+            draft.fc.bias.zero_()
+        draft.layer.self_attn.o_proj.weight.zero_()
+        draft.layer.mlp.down_proj.weight.zero_()
+
+
+def _moments(draft: DraftModel, conversations: Iterable[Conversation], max_rows: int) -> tuple[Tensor, Tensor, int]:
+    """Σ x xᵀ [2H, 2H], Σ x yᵀ [2H, H] in float64, and the number of rows."""
+    hidden, device = draft.architecture.hidden_size, draft.embedding.device
+    squares = torch.zeros(2 * hidden, 2 * hidden, dtype=torch.float64, device=device)
+    products = torch.zeros(2 * hidden, hidden, dtype=torch.float64, device=device)
+    rows, pending = 0, []
+    for conversation in conversations:
+        pending.append(_rows(conversation, draft.embedding))
+        if sum(len(x) for x, _ in pending) >= ROWS_PER_BLOCK or rows >= max_rows:
+            rows += _accumulate(squares, products, pending)
+        if rows >= max_rows:
+            break
+    rows += _accumulate(squares, products, pending)
+    return squares, products, rows
+
+
+def _rows(conversation: Conversation, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs [R, 2H] and outputs [R, H] of the rows supervised at the first step."""
+    answer = conversation.loss_mask.bool()
+    anchors = (answer[1:-1] & answer[2:]).nonzero()[:, 0]
+    token_ids = conversation.token_ids.long().to(embedding.device)
+    features = conversation.features.to(embedding.device, torch.float32)
+    return torch.cat([embedding[token_ids[anchors + 1]].float(), features[anchors]], dim=-1), features[anchors + 1]
+
+
+def _accumulate(squares: Tensor, products: Tensor, pending: list[tuple[Tensor, Tensor]]) -> int:
+    if not pending:
+        return 0
+    x, y = (torch.cat(parts) for parts in zip(*pending, strict=True))
+    pending.clear()
+    squares += x.T @ x
+    products += x.T @ y
+    return len(x)

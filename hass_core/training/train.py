@@ -1,0 +1,219 @@
+"""The draft stage: features in, a trained draft out.
+
+    config.json, model.safetensors, draft_vocab.json     the draft with the best val/tau
+    metrics.jsonl                                        the curves (metrics.py)
+    checkpoint-*.safetensors                             training states to resume from
+
+While it runs, metrics.jsonl grows at `metrics_path`. Running it again continues from the last checkpoint.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from hass_core.config import RunConfig
+from hass_core.errors import BadInput
+from hass_core.features.reader import FeatureDataset
+from hass_core.model.architecture import DraftArchitecture
+from hass_core.model.checkpoint import CONFIG, VOCABULARY, WEIGHTS, draft_info, save_draft
+from hass_core.model.draft import DraftModel
+from hass_core.model.head import DraftHead
+from hass_core.progress import Progress, no_progress
+from hass_core.store import Artifact, StageFolder, Store
+from hass_core.target.loader import Target, choose_dtype
+from hass_core.training.alignment import Alignment
+from hass_core.training.checkpoint import Position, checkpoints, load_checkpoint, load_weights
+from hass_core.training.feed import Division, Prefetcher, micro_batches
+from hass_core.training.loop import Run, train
+from hass_core.training.metrics import MetricsFile, read_records
+from hass_core.training.optim import MovingAverage, make_optimizers
+from hass_core.training.packing import PackStream
+from hass_core.training.start import start_least_squares
+from hass_core.training.validation import held_out
+from hass_core.training.vocabulary import frequent_tokens
+
+STEP_VERSION = 1
+METRICS = "metrics.jsonl"
+
+
+def train_draft(
+    config: RunConfig, features: Artifact, store: Store, target: Target, progress: Progress = no_progress
+) -> Artifact:
+    """Train a draft for `target` on `features`. See the module's docstring.
+
+    Raises DraftMismatch or CorruptFile for unusable features, NonFinite when training breaks down.
+    """
+    folder = draft_folder(config, features, store, target)
+    if done := folder.artifact():
+        return done
+    dataset = FeatureDataset(store, features, "train", target.fingerprint)
+    if len(dataset) == 0:
+        raise BadInput(f"{features.url} holds no training conversation; generate more responses")
+    accelerator = Accelerator(cpu=target.device.type == "cpu")
+    torch.manual_seed(config.seed)
+    head = make_head(config, dataset, target)
+    draft = make_draft(config, dataset, target)
+    run = make_run(config, accelerator, draft, head, dataset, folder)
+    run.held = held_out(FeatureDataset(store, features, "validation"), target.head, config.training.tokens_per_pack)
+    at = resume(run)
+    if accelerator.is_main_process:
+        run.metrics = MetricsFile(folder.scratch() / METRICS, at.step)
+
+    stream = PackStream(dataset.lengths, config.training.tokens_per_pack, config.seed)
+    division = _division(config, accelerator)
+    total = total_steps(config, stream, division)
+    pin = target.device.type == "cuda"
+    steps = Prefetcher(micro_batches(dataset, stream, division, config.training.align_steps, at.step, pin))
+    started, before = time.monotonic(), at
+    try:
+        at = train(run, steps, at, total, progress)
+    finally:
+        steps.close()
+    rate = (at.tokens_seen - before.tokens_seen) / (time.monotonic() - started)
+    return _finish(run, at, target, rate)
+
+
+def metrics_path(config: RunConfig, features: Artifact, store: Store, target: Target) -> Path:
+    """Where metrics.jsonl grows during training."""
+    return draft_folder(config, features, store, target).scratch() / METRICS
+
+
+def draft_folder(config: RunConfig, features: Artifact, store: Store, target: Target) -> StageFolder:
+    """The stage's folder: named by the features, the settings that matter, and this code's version."""
+    not_in_result = {"log_every_steps", "checkpoint_every_steps", "keep_checkpoints"}
+    key = {
+        "features": features.digest,
+        "target": target.fingerprint,
+        "draft": config.draft.model_dump(mode="json"),
+        "training": config.training.model_dump(mode="json", exclude=not_in_result),
+        "seed": config.seed,
+        "version": STEP_VERSION,
+    }
+    return store.stage("draft", key)
+
+
+def make_head(config: RunConfig, dataset: FeatureDataset, target: Target) -> DraftHead:
+    """The target's head, cut to the draft vocabulary."""
+    size, rows = config.draft.vocab_size, target.head.shape[0]
+    if size is None or size >= rows:
+        return DraftHead.from_target(target.head)
+    conversations = (dataset[i] for i in range(len(dataset)))
+    return DraftHead.from_target(target.head, frequent_tokens(conversations, size, rows, target.eos_token_ids))
+
+
+def make_draft(config: RunConfig, dataset: FeatureDataset, target: Target) -> DraftModel:
+    """A float32 draft at its start: an existing one, the least-squares fit, or random weights."""
+    architecture = DraftArchitecture.from_target_config(target.model.config, config.draft.fc_bias)
+    draft = DraftModel(architecture, target.embedding)
+    if config.draft.warm_start:
+        _continue_from(draft, Path(config.draft.warm_start))
+    elif config.draft.start == "least_squares":
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        start_least_squares(draft, (dataset[i] for i in order))
+    return draft
+
+
+def _continue_from(draft: DraftModel, folder: Path) -> None:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise BadInput(f"draft.warm_start: {path} does not exist; name a folder with {CONFIG} and {WEIGHTS}")
+    tensors = {name: value for name, value in load_file(path).items() if name != "embed_tokens.weight"}
+    try:
+        draft.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise BadInput(f"draft.warm_start: {path} does not fit this target: {error}") from error
+
+
+def make_run(
+    config: RunConfig,
+    accelerator: Accelerator,
+    draft: DraftModel,
+    head: DraftHead,
+    dataset: FeatureDataset,
+    folder: StageFolder,
+) -> Run:
+    """Put the pieces together."""
+    training = config.training
+    alignment = Alignment(draft, training.align_steps, training.detach_features)
+    optimizers = make_optimizers(draft, training)
+    stream = PackStream(dataset.lengths, training.tokens_per_pack, config.seed)
+    return Run(
+        config=training,
+        seed=config.seed,
+        accelerator=accelerator,
+        alignment=alignment,
+        wrapped=accelerator.prepare(alignment),
+        head=head,
+        optimizers=optimizers,
+        average=MovingAverage(draft, training.ema_decay) if training.ema_decay else None,
+        held=[],
+        dtype=choose_dtype(training.dtype, head.weight.device),
+        folder=folder,
+        metrics=None,
+        packs_per_step=_division(config, accelerator).packs_per_step,
+        packs_per_pass=stream.packs_in(1),
+    )
+
+
+def resume(run: Run) -> Position:
+    """Load the last checkpoint, if there is one."""
+    names = checkpoints(run.folder)
+    if not names:
+        return Position()
+    return load_checkpoint(run.folder, names[-1], run.alignment.draft, run.optimizers, run.average)
+
+
+def total_steps(config: RunConfig, stream: PackStream, division: Division) -> int:
+    """Optimizer steps of the configured passes."""
+    steps = math.ceil(stream.packs_in(config.training.passes) / division.packs_per_step)
+    return min(steps, config.training.max_steps or steps)
+
+
+def _division(config: RunConfig, accelerator: Accelerator) -> Division:
+    training = config.training
+    return Division(
+        training.packs_per_batch, training.accumulation_steps, accelerator.num_processes, accelerator.process_index
+    )
+
+
+def _finish(run: Run, at: Position, target: Target, tokens_per_second: float) -> Artifact:
+    """Publish the best draft and the curves; the manifest last."""
+    run.accelerator.wait_for_everyone()
+    best = at.best_step or at.step
+    load_weights(run.folder, best, run.alignment.draft)
+    summary = summarize(run, at, best, tokens_per_second)
+    if not run.accelerator.is_main_process:
+        run.accelerator.wait_for_everyone()
+        return Artifact(stage=run.folder.stage, digest=run.folder.digest, root=run.folder.store.root, summary=summary)
+    scratch = run.folder.scratch() / "draft"
+    extra = {"trained_steps": best, "tokens_seen": at.tokens_seen, "val_tau": at.best_tau}
+    save_draft(scratch, run.alignment.draft, run.head, draft_info(target, extra))
+    names = [CONFIG, WEIGHTS, *([VOCABULARY] if run.head.token_ids is not None else [])]
+    for name, source in [*((name, scratch / name) for name in names), (METRICS, run.folder.scratch() / METRICS)]:
+        with run.folder.writing(name) as file:
+            file.path.write_bytes(source.read_bytes())
+    artifact = run.folder.finish(summary)
+    run.accelerator.wait_for_everyone()
+    return artifact
+
+
+def summarize(run: Run, at: Position, best: int, tokens_per_second: float) -> dict[str, Any]:
+    """The manifest's summary: totals, and the figures of the best validation."""
+    records = read_records(run.folder.scratch() / METRICS)
+    validation = next((r for r in records if r["step"] == best and "val/tau" in r), {})
+    trained = next((r for r in reversed(records) if "train/loss" in r), {})
+    return {
+        "steps": at.step,
+        "best_step": best,
+        "tokens_seen": at.tokens_seen,
+        "tokens_per_second": round(tokens_per_second, 1),
+        "draft_vocab_size": run.head.size,
+        "parameters": sum(p.numel() for p in run.alignment.parameters()),
+        "loss": trained.get("train/loss"),
+        **{name: value for name, value in validation.items() if name.startswith("val/")},
+    }

@@ -1,0 +1,105 @@
+"""How well a draft guesses on held-out conversations: the chain acceptance, without decoding anything.
+
+From every anchor the draft runs freely, feeding on its own features, along the text that the target wrote. Its j-th
+guess is right when it is the target's own greedy choice at that place. A chain counts up to its first wrong guess:
+
+    chain_j   share of anchors whose first j guesses are all right
+    tau       1 + Σ_j chain_j, the tokens per verification of greedy chain drafting to that depth
+
+On text sampled with a temperature the chain follows the sampled token where that differs from the greedy one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hass_core.model.head import DraftHead
+from hass_core.training.alignment import Alignment
+from hass_core.training.batch import Batch, Conversation, collate
+from hass_core.training.losses import Objective, distill
+
+DEPTH = 5
+MAX_TOKENS = 65_536  # enough for an error of about 0.005 in tau
+ROWS_PER_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A validation batch with the target's greedy choices [P] at its target positions."""
+
+    batch: Batch
+    choices: Tensor
+
+
+def held_out(conversations: Sequence[Conversation], head: Tensor, tokens_per_batch: int) -> list[HeldOut]:
+    """Batches of up to MAX_TOKENS tokens; `head` [V, H] is the target's whole head."""
+    batches: list[HeldOut] = []
+    group: list[Conversation] = []
+    total = 0
+    for i in range(len(conversations)):
+        group.append(conversations[i])
+        total += len(group[-1].token_ids)
+        last = i + 1 == len(conversations) or total >= MAX_TOKENS
+        if last or sum(len(c.token_ids) for c in group) >= tokens_per_batch:
+            batch = collate(group, DEPTH).to(head.device)
+            batches.append(HeldOut(batch, _choices(batch.features[batch.targets], head)))
+            group = []
+        if last:
+            break
+    return batches
+
+
+@torch.no_grad()
+def validate(
+    alignment: Alignment, head: DraftHead, held: Sequence[HeldOut], objective: Objective, dtype: torch.dtype
+) -> dict[str, float]:
+    """The record of one validation, keys as in metrics.py. The draft's weights are used as they are."""
+    steps = len(objective.step_weights)
+    runner = Alignment(alignment.draft, DEPTH)
+    counts = sum(h.batch.counts() for h in held)
+    right = held[0].batch.supervised.new_zeros(DEPTH, dtype=torch.long)
+    chains = torch.zeros_like(right)
+    parts = 0
+    assert isinstance(counts, Tensor)
+    for part in held:
+        batch = part.batch
+        with torch.autocast(batch.features.device.type, dtype, enabled=dtype != torch.float32):
+            outputs = runner(batch, batch.features.to(alignment.draft.fc.weight.dtype))
+        hits = _hits(outputs, part, head)
+        right += hits.sum(1)
+        chains += _chains(hits, batch)
+        trained = replace(batch, target_anchors=batch.target_anchors[:steps], supervised=batch.supervised[:steps])
+        parts = parts + distill(outputs[:steps], trained, head, objective, counts[:steps])[0]
+    assert isinstance(parts, Tensor)
+    accuracy, chain = (right / counts.clamp(min=1)).tolist(), (chains / counts[0].clamp(min=1)).tolist()
+    return {
+        "val/loss": float(objective.combine(parts)),
+        "val/tau": 1 + sum(chain),
+        **{f"val/accuracy_step_{j}": value for j, value in enumerate(accuracy, 1)},
+        **{f"val/chain_{j}": value for j, value in enumerate(chain, 1)},
+    }
+
+
+def _hits(outputs: list[Tensor], held: HeldOut, head: DraftHead) -> Tensor:
+    """[DEPTH, P]: the draft's greedy choice is the target's, at supervised rows."""
+    batch = held.batch
+    hits = []
+    for output, anchors, supervised in zip(outputs, batch.target_anchors, batch.supervised, strict=True):
+        guesses = [head.to_target_ids(head.logits(rows).argmax(-1)) for rows in output[anchors].split(ROWS_PER_CHUNK)]
+        hits.append((torch.cat(guesses) == held.choices) & supervised if guesses else supervised)
+    return torch.stack(hits)
+
+
+def _chains(hits: Tensor, batch: Batch) -> Tensor:
+    """[DEPTH] anchors whose first j guesses are all right."""
+    by_anchor = torch.zeros(len(hits), len(batch.anchors), dtype=torch.long, device=hits.device)
+    for row, hit, anchors in zip(by_anchor, hits, batch.target_anchors, strict=True):
+        row[anchors[hit]] = 1
+    return by_anchor.cumprod(0).sum(1)
+
+
+def _choices(features: Tensor, head: Tensor) -> Tensor:
+    chunks = [(rows.to(head.dtype) @ head.T).argmax(-1) for rows in features.split(ROWS_PER_CHUNK)]
+    return torch.cat(chunks) if chunks else torch.zeros(0, dtype=torch.long, device=head.device)

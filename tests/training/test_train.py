@@ -1,0 +1,190 @@
+"""The draft stage as a user meets it: trains, resumes after any death, refuses bad input by name."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hass_core.config import RunConfig, parse_config
+from hass_core.errors import BadInput, DraftMismatch, NonFinite
+from hass_core.model.checkpoint import load_draft
+from hass_core.store import Artifact, Store
+from hass_core.target.loader import Target
+from hass_core.training import loop
+from hass_core.training.metrics import read_records
+from hass_core.training.train import draft_folder, train_draft
+from tests.training.conftest import store_features
+
+SETTINGS = {
+    "training": {
+        "tokens_per_pack": 64,
+        "packs_per_batch": 2,
+        "passes": 3,
+        "lr_peak": 2e-3,
+        "dtype": "float32",
+        "log_every_steps": 1,
+        "validate_every_steps": 5,
+        "checkpoint_every_steps": 4,
+        "feature_noise": 0.05,
+    },
+}
+
+
+def settings(**training: object) -> RunConfig:
+    return parse_config({**SETTINGS, "training": SETTINGS["training"] | training})
+
+
+@pytest.fixture
+def features(store: Store, tiny_target: Target) -> Artifact:
+    return store_features(store, tiny_target)
+
+
+def weights(store: Store, artifact: Artifact) -> dict[str, torch.Tensor]:
+    return load_file(store.open(artifact).local_path("model.safetensors"))
+
+
+def test_training_lowers_the_loss_and_leaves_a_loadable_draft(store, tiny_target, features, tmp_path):
+    config = settings(passes=12)
+    artifact = train_draft(config, features, store, tiny_target)
+    folder = store.open(artifact)
+    records = [json.loads(line) for line in folder.read_text("metrics.jsonl").splitlines()]
+    losses = [record["train/loss"] for record in records if "train/loss" in record]
+    assert losses[-1] < 0.98 * losses[0]
+    assert {"val/tau", "val/chain_5", "val/accuracy_step_1"} <= artifact.summary.keys()
+    draft = load_draft(Path(folder.local_path("config.json")).parent, tiny_target)
+    assert draft.info["target_fingerprint"] == tiny_target.fingerprint
+
+
+def test_a_finished_draft_is_found_again(store, tiny_target, features):
+    first = train_draft(settings(), features, store, tiny_target)
+    started = time.monotonic()
+    assert train_draft(settings(), features, store, tiny_target) == first
+    assert time.monotonic() - started < 1
+
+
+def test_a_trimmed_draft_keeps_the_end_token(store, tiny_target, features):
+    config = settings().model_copy(update={"draft": settings().draft.model_copy(update={"vocab_size": 40})})
+    artifact = train_draft(config, features, store, tiny_target)
+    token_ids = json.loads(store.open(artifact).read_text("draft_vocab.json"))
+    assert len(token_ids) == 40
+    assert set(tiny_target.eos_token_ids) <= set(token_ids)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_interrupted_training_continues_bit_for_bit(store, tiny_target, features, tmp_path, optimizer, monkeypatch):
+    config = settings(optimizer=optimizer, ema_decay=0.9)
+    whole = weights(store, train_draft(config, features, store, tiny_target))
+
+    other = Store(tmp_path / "other")
+    again = store_features(other, tiny_target)
+    take_step = loop.train_step
+
+    def fail_at_seven(run, batches, step):
+        if step == 7:
+            raise KeyboardInterrupt
+        return take_step(run, batches, step)
+
+    monkeypatch.setattr(loop, "train_step", fail_at_seven)
+    with pytest.raises(KeyboardInterrupt):
+        train_draft(config, again, other, tiny_target)
+    monkeypatch.setattr(loop, "train_step", take_step)
+    resumed = train_draft(config, again, other, tiny_target)
+    for name, value in weights(other, resumed).items():
+        assert torch.equal(value, whole[name]), name
+
+
+PROCESS = """
+import sys
+import torch
+torch.set_num_threads(1)
+from hass_core.store import Artifact, Store
+from hass_core.target.loader import freeze
+from hass_core.training.train import train_draft
+from tests.conftest import byte_tokenizer, tiny_llama
+from tests.training.conftest import store_features
+from tests.training.test_train import settings
+
+store = Store(sys.argv[1])
+target = freeze(tiny_llama(), byte_tokenizer(), name="tiny")
+train_draft(settings(passes=8), store_features(store, target), store, target)
+"""
+
+
+def start_process(root: Path) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([sys.executable, "-c", PROCESS, str(root)], env=environment, cwd=Path(__file__).parents[2])
+
+
+def wait_for_step(path: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (path.exists() and any(r["step"] >= step for r in read_records(path))):
+        assert time.monotonic() < deadline, "training never got there"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_run_again_gives_the_same_curve(tmp_path, tiny_target, death):
+    roots = [tmp_path / "whole", tmp_path / "killed"]
+    folders = []
+    for root in roots:
+        store = Store(root)
+        folders.append(draft_folder(settings(passes=8), store_features(store, tiny_target), store, tiny_target))
+    assert start_process(roots[0]).wait(timeout=200) == 0
+    process = start_process(roots[1])
+    wait_for_step(folders[1].scratch() / "metrics.jsonl", step=9)
+    process.send_signal(death)
+    assert process.wait(timeout=60) == (-9 if death == signal.SIGKILL else 143)
+    assert folders[1].artifact() is None
+    assert start_process(roots[1]).wait(timeout=200) == 0
+
+    curves = []
+    for folder in folders:
+        records = [json.loads(line) for line in folder.read_text("metrics.jsonl").splitlines()]
+        curves.append([{k: v for k, v in r.items() if k != "train/tokens_per_second"} for r in records])
+    assert curves[0] == curves[1]
+
+
+def test_a_non_finite_feature_stops_before_the_update_and_names_the_conversations(
+    store, tiny_target, features, monkeypatch
+):
+    real = loop.distill
+
+    def poisoned(outputs, *rest):
+        parts, gradients = real(outputs, *rest)
+        gradients[0][0, 0] = torch.nan
+        return parts, gradients
+
+    monkeypatch.setattr(loop, "distill", poisoned)
+    with pytest.raises(NonFinite, match=r"step 1: .* not finite; nothing was updated\. Conversations: talk-\d+"):
+        train_draft(settings(), features, store, tiny_target)
+
+
+def test_features_of_another_target_are_refused(store, tiny_target):
+    stranger = type(tiny_target)(**{**tiny_target.__dict__, "fingerprint": "feedfeedfeedfeed"})
+    features = store_features(store, stranger)
+    with pytest.raises(DraftMismatch, match="feedfeedfeedfeed"):
+        train_draft(settings(), features, store, tiny_target)
+
+
+def test_a_missing_warm_start_is_named(store, tiny_target, features, tmp_path):
+    draft = settings().draft.model_copy(update={"warm_start": str(tmp_path)})
+    with pytest.raises(BadInput, match=r"warm_start: .*model\.safetensors does not exist"):
+        train_draft(settings().model_copy(update={"draft": draft}), features, store, tiny_target)
+
+
+def test_a_warm_start_continues_from_the_given_weights(store, tiny_target, features, tmp_path):
+    first = train_draft(settings(), features, store, tiny_target)
+    folder = Path(store.open(first).local_path("model.safetensors")).parent
+    draft = settings().draft.model_copy(update={"warm_start": str(folder)})
+    config = settings(max_steps=1, lr_peak=1e-12).model_copy(update={"draft": draft})
+    second = train_draft(config, features, store, tiny_target)
+    for name, value in weights(store, second).items():
+        torch.testing.assert_close(value, weights(store, first)[name], rtol=0, atol=1e-9)
