@@ -168,5 +168,5 @@ def test_a_dataset_folder_is_streamed(tmp_path):
 
 
 def test_a_dataset_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(BadInput, match="cannot open the dataset .*missing:test"):
+    with pytest.raises(BadInput, match=r"cannot open the dataset .*missing:test"):
         list(read_dataset(f"{tmp_path}/missing:test"))

@@ -32,7 +32,7 @@ def test_a_question_and_thirteen_of_its_words_are_forbidden():
 
 
 def test_a_leak_stops_the_run_and_quotes_the_prompt():
-    with pytest.raises(LeakedBenchmark, match="'Write a short story about .* remove it from the source files"):
+    with pytest.raises(LeakedBenchmark, match=r"'Write a short story about .* remove it from the source files"):
         assert_no_leak(["Fine.", QUESTION], Forbidden([QUESTION.lower()]).hashes)
 
 

@@ -18,8 +18,6 @@ from hass_core.data.templates import (
 from hass_core.errors import TemplateError
 from tests.data.families import SPECIAL, family_tokenizer
 
-CHATML_FAMILIES = ["qwen2", "smollm2"]
-
 
 def system(text: str) -> dict[str, str]:
     return {"role": "system", "content": text}
@@ -87,12 +85,18 @@ GOLDEN = {
         "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n⟦Red is one. \n<|im_end|>⟧\n"
         "<|im_start|>user\nThank you!<|im_end|>\n<|im_start|>assistant\n⟦  What else?<|im_end|>⟧"
     ),
-    ("smollm2", "system"): (
+    ("smollm2", "leading line break"): (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nName a colour.<|im_end|>\n"
         "<|im_start|>assistant\n⟦\nBlue<|im_end|>⟧"
     ),
 }
-CONVERSATIONS = {"two turns": TWO_TURNS, "system": WITH_SYSTEM, "thinking": THINKING, "tool": WITH_TOOL}
+CONVERSATIONS = {
+    "two turns": TWO_TURNS,
+    "system": WITH_SYSTEM,
+    "leading line break": [*WITH_SYSTEM[:2], assistant("\nBlue")],
+    "thinking": THINKING,
+    "tool": WITH_TOOL,
+}
 
 
 def marked(tokenizer, encoded: Encoded) -> str:
@@ -108,10 +112,7 @@ def marked(tokenizer, encoded: Encoded) -> str:
 @pytest.mark.parametrize(("family", "name"), GOLDEN, ids=lambda value: value.replace(" ", "-"))
 def test_supervises_exactly_the_answer_and_its_end_token(family, name):
     tokenizer = family_tokenizer(family)
-    messages = CONVERSATIONS[name]
-    if (family, name) == ("smollm2", "system"):
-        messages = [*messages[:2], assistant("\nBlue")]
-    assert marked(tokenizer, encode_conversation(tokenizer, messages)) == GOLDEN[family, name]
+    assert marked(tokenizer, encode_conversation(tokenizer, CONVERSATIONS[name])) == GOLDEN[family, name]
 
 
 @pytest.mark.parametrize("family", SPECIAL)

@@ -86,7 +86,7 @@ def test_a_server_that_goes_away_stops_the_run(server_url, tiny_target, monkeypa
     settings = ResponsesConfig(engine="openai", server_url="http://127.0.0.1:9/v1", server_model="tiny")
     queue = RequestQueue([request("hello", tiny_target)])
     with pytest.raises(
-        TargetError, match="cannot be reached: .* run the same command again, finished answers are kept"
+        TargetError, match=r"cannot be reached: .* run the same command again, finished answers are kept"
     ):
         list(OpenAIEngine(settings, tiny_target.tokenizer).complete(queue))
 
