@@ -4,6 +4,7 @@ In: a trained draft. Out: report.json, report.md, per_question.parquet (a Measur
 Everything that can be wrong with the input is found before anything is measured; measured questions survive a crash.
 """
 
+import json
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.render import markdown
 from hass_core.evaluation.report import Report
 from hass_core.evaluation.session import Session
-from hass_core.model.checkpoint import CONFIG, VOCABULARY, WEIGHTS, load_draft
+from hass_core.model.checkpoint import CONFIG, VOCABULARY, WEIGHTS
 from hass_core.progress import Progress, no_progress
 from hass_core.provenance import provenance
 from hass_core.store import Artifact, StageFolder, Store, digest_of
@@ -115,7 +116,7 @@ class Work:
         report = Report(
             target=self.target.name,
             target_fingerprint=self.target.fingerprint,
-            draft=load_draft(self.drafts[HASS], self.target).info if HASS in self.drafts else {},
+            draft=_told_by(self.drafts[HASS]) if HASS in self.drafts else {},
             device=device_name(self.target.device),
             max_new_tokens=self.config.max_new_tokens,
             repeats=self.config.repeats,
@@ -143,6 +144,11 @@ def write_outputs(
     pq.write_table(pa.Table.from_pylist([m.model_dump() for m in measured]), table)
     drawn = figures.draw_report(report, folder) + figures.draw_training(training, folder)
     return [*(folder / name for name in texts), table, *drawn]
+
+
+def _told_by(draft: Path) -> dict[str, Any]:
+    """What a draft's config says of its making; drafts from elsewhere say nothing."""
+    return json.loads((draft / CONFIG).read_text()).get("hass", {})
 
 
 def device_name(device: torch.device) -> str:

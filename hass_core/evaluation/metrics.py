@@ -69,7 +69,13 @@ class Sample:
 
 def tau_macro(measured: Sequence[Measurement]) -> Sample:
     """τ as HASS and EAGLE report it: mean over questions of mean(a) + 1."""
-    return Sample(mean, (np.array([np.mean(m.accepted) + 1 if m.accepted else 1.0 for m in measured]),))
+    return Sample(mean, (_taus(measured),))
+
+
+def tau_gain(measured: Sequence[Measurement], base: Sequence[Measurement]) -> Sample:
+    """Mean over questions of the method's τ less the base method's on the same question."""
+    assert [_question(m) for m in measured] == [_question(m) for m in base]
+    return Sample(mean, (_taus(measured) - _taus(base),))
 
 
 def tau_micro(measured: Sequence[Measurement]) -> Sample:
@@ -131,6 +137,10 @@ def widest(measured: Sequence[Measurement]) -> int:
 
 def _question(m: Measurement) -> tuple[str, str, float]:
     return m.benchmark, m.question, m.temperature
+
+
+def _taus(measured: Sequence[Measurement]) -> np.ndarray:
+    return np.array([np.mean(m.accepted) + 1 if m.accepted else 1.0 for m in measured])
 
 
 def _at_least(accepted: list[int], depth: int) -> int:

@@ -100,12 +100,12 @@ def n_alpha_table(report: Report) -> tuple[list[str], Rows]:
 
 
 def comparison_table(report: Report) -> tuple[list[str], Rows]:
-    """The main method's rate over each other method's."""
+    """The main method's rate over each other method's, and its τ less theirs."""
     rows = [
-        [f"{c.temperature:g}", f"{label(c.method)} / {label(c.other)}", interval(c.speed_ratio)]
+        [f"{c.temperature:g}", f"{label(c.method)} and {label(c.other)}", interval(c.speed_ratio), interval(c.tau_gain)]
         for c in report.comparisons
     ]
-    return ["T", "methods", "ratio of tokens/s"], rows
+    return ["T", "methods", "ratio of tokens/s", "difference of τ"], rows
 
 
 def difference_table(report: Report) -> tuple[list[str], Rows]:

@@ -46,6 +46,7 @@ class Comparison(Part):
     other: str
     temperature: float
     speed_ratio: Estimate  # tokens/s over the other's
+    tau_gain: Estimate  # macro τ less the other's
 
 
 class Report(Part):
@@ -135,13 +136,8 @@ class Estimator:
     def comparisons(self, method: str) -> list[Comparison]:
         """`method` against every other one."""
         return [
-            Comparison(
-                method=method,
-                other=other,
-                temperature=t,
-                speed_ratio=self.estimate(metrics.speedup(self._of(method, ALL, t), self._of(other, ALL, t))),
-            )
-            for t in self.temperatures
+            self._comparison(method, other, temperature)
+            for temperature in self.temperatures
             for other in self.methods
             if other not in (method, PLAIN)
         ]
@@ -156,6 +152,16 @@ class Estimator:
             for m in self._measured
             if m.method == method and m.temperature == temperature and benchmark in (ALL, m.benchmark)
         ]
+
+    def _comparison(self, method: str, other: str, temperature: float) -> Comparison:
+        ours, theirs = self._of(method, ALL, temperature), self._of(other, ALL, temperature)
+        return Comparison(
+            method=method,
+            other=other,
+            temperature=temperature,
+            speed_ratio=self.estimate(metrics.speedup(ours, theirs)),
+            tau_gain=self.estimate(metrics.tau_gain(ours, theirs)),
+        )
 
     def _score(self, method: str, benchmark: str, temperature: float) -> Score:
         ours, plain = self._of(method, benchmark, temperature), self._of(PLAIN, benchmark, temperature)

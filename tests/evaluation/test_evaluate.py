@@ -2,8 +2,13 @@
 
 import copy
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -210,3 +215,38 @@ def test_a_broken_question_file_stops_the_stage_at_once(config, draft, store, ti
     questions_file.write_text("{}\n")
     with pytest.raises(BadInput, match=r"mine\.jsonl, line 1: expected one of the keys"):
         evaluate_draft(config, draft, store, tiny_target)
+
+
+KILLED_AT_THE_SECOND_QUESTION = """
+import os, signal, sys
+sys.path[:0] = [{root!r}]
+from tests.conftest import byte_tokenizer, tiny_llama
+from hass_core.config import RunConfig
+from hass_core.evaluation.evaluate import evaluate_draft
+from hass_core.store import Artifact, Store
+from hass_core.target.loader import freeze
+
+def kill(done, total, note=""):
+    if note == "question mine/2":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+target = freeze(tiny_llama(), byte_tokenizer(), name="tiny")
+config, draft = RunConfig.model_validate_json({config!r}), Artifact.model_validate_json({draft!r})
+evaluate_draft(config, draft, Store({store!r}), target, kill)
+"""
+
+
+def test_a_killed_process_leaves_its_finished_questions_to_the_next(config, draft, store, tiny_target, monkeypatch):
+    code = KILLED_AT_THE_SECOND_QUESTION.format(
+        root=str(Path(__file__).parents[2]),
+        config=config.model_dump_json(),
+        draft=draft.model_dump_json(),
+        store=store.root,
+    )
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the key names the machine, threads included
+    killed = subprocess.run([sys.executable, "-c", code], env=os.environ | threads, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    measure, asked = Examiner.measure, []
+    monkeypatch.setattr(Examiner, "measure", lambda self, q, t: (asked.append(q.id), measure(self, q, t))[1])
+    evaluate_draft(config, draft, store, tiny_target)
+    assert asked[:2] == ["mine/2", "mine/3"]

@@ -37,6 +37,12 @@ def test_macro_tau_counts_questions_and_micro_tau_cycles():
     assert value(metrics.tau_micro([SHORT, LONG])) == pytest.approx((4 + 5) / 5)
 
 
+def test_the_gain_in_tau_is_taken_question_by_question():
+    base = [measurement([1], "a", "eagle"), measurement([0, 1], "b", "eagle")]
+    gain = metrics.tau_gain([SHORT, LONG], base)
+    assert gain.columns[0].tolist() == pytest.approx([2, -0.25])
+
+
 def test_an_answer_of_one_token_has_no_cycle_and_counts_as_plain():
     empty = measurement([], "a")
     assert value(metrics.tau_macro([empty, LONG])) == pytest.approx((1 + 1.25) / 2)
