@@ -32,6 +32,7 @@ class Kernel(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
+@torch.compiler.disable()  # the kernels are compiled already
 def attend(
     queries: Tensor, keys: Tensor, values: Tensor, own_keys: list[Tensor], own_values: list[Tensor], where: Documents
 ) -> Tensor:

@@ -94,10 +94,9 @@ def train_step(run: Run, batches: list[Batch], step: int) -> tuple[Tensor, float
     parts = torch.zeros(run.config.align_steps, len(PARTS), device=device)
     for number, batch in enumerate(batches):
         last = number + 1 == len(batches)
+        seed = hash((run.seed, step, number, run.accelerator.process_index))
         with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
-            parts += _backward(
-                run, batch.to(device), counts, noise_seed=hash((run.seed, step, number, run.accelerator.process_index))
-            )
+            parts += _backward(run, batch.to(device), counts, seed)
     parts = torch.as_tensor(run.accelerator.reduce(parts, "mean"))
     norm = float(global_norm(run.alignment.parameters()))  # the one moment a step waits for the device
     if not (math.isfinite(norm) and bool(parts.isfinite().all())):

@@ -59,7 +59,9 @@ def train_draft(
     head = make_head(config, dataset, target)
     draft = make_draft(config, dataset, target)
     run = make_run(config, accelerator, draft, head, dataset, folder)
-    run.held = held_out(FeatureDataset(store, features, "validation"), target.head, config.training.tokens_per_pack)
+    validation = FeatureDataset(store, features, "validation")
+    held = (validation[i] for i in range(len(validation)))
+    run.held = held_out(held, target.head, config.training.tokens_per_pack)
     at = resume(run)
     if accelerator.is_main_process:
         run.metrics = MetricsFile(folder.scratch() / METRICS, at.step)
@@ -140,6 +142,8 @@ def make_run(
     """Put the pieces together."""
     training = config.training
     alignment = Alignment(draft, training.align_steps, training.detach_features)
+    if training.compile:
+        alignment.compile(dynamic=True)
     optimizers = make_optimizers(draft, training)
     stream = PackStream(dataset.lengths, training.tokens_per_pack, config.seed)
     return Run(

@@ -9,7 +9,7 @@ guess is right when it is the target's own greedy choice at that place. A chain 
 On text sampled with a temperature the chain follows the sampled token where that differs from the greedy one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,22 +33,19 @@ class HeldOut:
     choices: Tensor
 
 
-def held_out(conversations: Sequence[Conversation], head: Tensor, tokens_per_batch: int) -> list[HeldOut]:
-    """Batches of up to MAX_TOKENS tokens; `head` [V, H] is the target's whole head."""
-    batches: list[HeldOut] = []
-    group: list[Conversation] = []
+def held_out(conversations: Iterable[Conversation], head: Tensor, tokens_per_batch: int) -> list[HeldOut]:
+    """Batches of up to MAX_TOKENS tokens in all; `head` [V, H] is the target's whole head."""
+    groups: list[list[Conversation]] = [[]]
     total = 0
-    for i in range(len(conversations)):
-        group.append(conversations[i])
-        total += len(group[-1].token_ids)
-        last = i + 1 == len(conversations) or total >= MAX_TOKENS
-        if last or sum(len(c.token_ids) for c in group) >= tokens_per_batch:
-            batch = collate(group, DEPTH).to(head.device)
-            batches.append(HeldOut(batch, _choices(batch.features[batch.targets], head)))
-            group = []
-        if last:
+    for conversation in conversations:
+        groups[-1].append(conversation)
+        total += len(conversation.token_ids)
+        if total >= MAX_TOKENS:
             break
-    return batches
+        if sum(len(c.token_ids) for c in groups[-1]) >= tokens_per_batch:
+            groups.append([])
+    batches = [collate(group, DEPTH).to(head.device) for group in groups if group]
+    return [HeldOut(batch, _choices(batch.features[batch.targets], head)) for batch in batches]
 
 
 @torch.no_grad()

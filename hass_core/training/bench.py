@@ -1,0 +1,188 @@
+"""Training speed on made-up conversations: tokens/s, memory, and how near the device's matrix rate that is.
+
+    python -m hass_core.training.bench --shape smollm2-135m --align-steps 3
+
+The last line is one JSON object. FLOPs count only what the method needs: each weight once forward and twice backward
+for each anchor and step, the causal half of attention, the head once for the target and twice for each step; nothing
+recomputed, no row that is not needed. The conversations have random tokens and features, a prompt of a fifth of their
+length and lengths around 330 tokens.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from hass_core.config import TrainingConfig
+from hass_core.model.architecture import DraftArchitecture
+from hass_core.model.draft import DraftModel
+from hass_core.model.head import DraftHead
+from hass_core.provenance import provenance
+from hass_core.target.loader import choose_device, choose_dtype
+from hass_core.training.alignment import Alignment
+from hass_core.training.batch import Batch, collate
+from hass_core.training.loop import Run, train_step
+from hass_core.training.optim import make_optimizers
+from hass_core.training.packing import packs_of_pass
+
+LLAMA3_ROPE = {"rope_type": "default", "rope_theta": 500_000.0}
+SHAPES: dict[str, dict[str, int]] = {
+    "smollm2-135m": {"hidden": 576, "inner": 1536, "heads": 9, "groups": 3, "head_dim": 64, "vocabulary": 49_152},
+    "llama3-8b": {"hidden": 4096, "inner": 14_336, "heads": 32, "groups": 8, "head_dim": 128, "vocabulary": 128_256},
+    "tiny": {"hidden": 64, "inner": 128, "heads": 4, "groups": 2, "head_dim": 16, "vocabulary": 512},
+}
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A made-up conversation."""
+
+    id: str
+    token_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    features: torch.Tensor
+
+
+def bench_training(
+    shape: str,
+    align_steps: int = 3,
+    packs_per_batch: int = 8,
+    tokens_per_pack: int = 2048,
+    conversation_tokens: int = 330,
+    draft_vocabulary: int | None = None,
+    steps: int = 10,
+    device: str = "auto",
+    compile_model: bool = True,
+    optimizer: str = "adamw",
+) -> dict[str, object]:
+    """Train for `steps` timed optimizer steps; the figures as a flat record."""
+    where = choose_device(device)
+    config = TrainingConfig.model_validate(
+        {"align_steps": align_steps, "tokens_per_pack": tokens_per_pack, "packs_per_batch": packs_per_batch,
+         "optimizer": optimizer, "compile": compile_model}
+    )  # fmt: skip
+    run = _make_run(SHAPES[shape], config, where, draft_vocabulary)
+    batches = _batches(SHAPES[shape], config, conversation_tokens, count=4)
+    if where.type == "cuda":
+        batches = [batch.pin_memory() for batch in batches]
+        torch.cuda.reset_peak_memory_stats()
+    for i in range(len(batches)):
+        train_step(run, [batches[i]], i)
+    _wait(where)
+    start = time.perf_counter()
+    for i in range(steps):
+        train_step(run, [batches[i % len(batches)]], i)
+    _wait(where)
+    seconds = (time.perf_counter() - start) / steps
+    timed = [batches[i % len(batches)] for i in range(steps)]
+    tokens = sum(batch.num_tokens for batch in timed) / steps
+    flops = sum(needed_flops(run.alignment.draft.architecture, run.head.size, batch) for batch in timed) / steps
+    rate = matmul_rate(where)
+    return {
+        "shape": shape, "align_steps": align_steps, "tokens_per_pack": tokens_per_pack,
+        "packs_per_batch": packs_per_batch, "conversation_tokens": conversation_tokens, "draft_vocabulary": run.head.size,
+        "optimizer": optimizer, "compiled": compile_model,
+        "tokens_per_second": round(tokens / seconds), "step_ms": round(1e3 * seconds, 2),
+        "tokens_per_step": round(tokens), "supervised_per_step": sum(len(b.targets) for b in timed) // steps,
+        "needed_tflop_per_step": flops / 1e12, "achieved_tflops": round(flops / seconds / 1e12, 2),
+        "matmul_tflops": round(rate / 1e12, 2), "fraction_of_matmul_rate": round(flops / seconds / rate, 4),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if where.type == "cuda" else None,
+        "device": torch.cuda.get_device_name() if where.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        **provenance(),
+    }  # fmt: skip
+
+
+def needed_flops(architecture: DraftArchitecture, draft_vocabulary: int, batch: Batch) -> float:
+    """Multiply-adds count two."""
+    a = architecture
+    attention = a.head_dim * (2 * a.num_attention_heads + 2 * a.num_key_value_heads) * a.hidden_size
+    layer = 2 * a.hidden_size**2 + attention + 3 * a.hidden_size * a.intermediate_size
+    first = 2 * a.hidden_size**2 + 2 * a.num_key_value_heads * a.head_dim * a.hidden_size  # rows that only are seen
+    steps, anchors = len(batch.target_anchors), len(batch.anchors)
+    trunk = 6.0 * (steps * anchors * layer + (batch.num_tokens - anchors) * first)
+    visible = float((batch.position_ids[batch.anchors] + 1).sum())
+    scores = 3 * steps * 4.0 * visible * a.num_attention_heads * a.head_dim  # forward, and twice that backward
+    head = 2.0 * draft_vocabulary * a.hidden_size * (len(batch.targets) + 2 * int(batch.supervised.sum()))
+    return trunk + scores + head
+
+
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of a large bfloat16 matrix product on this device, random values."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(choose_dtype("auto", device)) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(10):
+        a @ b
+    _wait(device)
+    return 10 * 2.0 * size**3 / (time.perf_counter() - start)
+
+
+def _make_run(shape: dict[str, int], config: TrainingConfig, device: torch.device, vocabulary: int | None) -> Run:
+    dtype = choose_dtype("auto", device)
+    architecture = DraftArchitecture(
+        hidden_size=shape["hidden"], intermediate_size=shape["inner"], num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["groups"], head_dim=shape["head_dim"], vocab_size=shape["vocabulary"],
+        max_position_embeddings=8192, rope_parameters=LLAMA3_ROPE,
+    )  # fmt: skip
+    embedding = (0.02 * torch.randn(shape["vocabulary"], shape["hidden"], device=device)).to(dtype)
+    draft = DraftModel(architecture, embedding)
+    alignment = Alignment(draft, config.align_steps)
+    if config.compile:
+        alignment.compile(dynamic=True)
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    head = DraftHead.from_target(embedding, torch.arange(vocabulary) if vocabulary else None)
+    return Run(
+        config=config, seed=0, accelerator=accelerator, alignment=alignment, wrapped=accelerator.prepare(alignment),
+        head=head, optimizers=make_optimizers(draft, config), average=None, held=[], dtype=dtype, folder=None,  # pyright: ignore
+        metrics=None, packs_per_step=config.packs_per_batch, packs_per_pass=1,
+    )  # fmt: skip
+
+
+def _batches(shape: dict[str, int], config: TrainingConfig, mean_tokens: int, count: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    wanted = count * config.packs_per_batch * config.tokens_per_pack
+    spread = torch.rand(4 * wanted // mean_tokens + count, generator=generator)
+    lengths = ((0.4 + 1.2 * spread) * mean_tokens).long().clamp(8, config.tokens_per_pack)
+    if mean_tokens >= config.tokens_per_pack:
+        lengths = torch.full_like(lengths, config.tokens_per_pack)
+    packs = packs_of_pass(lengths.numpy(), config.tokens_per_pack, 0, 0)[: count * config.packs_per_batch]
+    groups = [packs[i : i + config.packs_per_batch] for i in range(0, len(packs), config.packs_per_batch)]
+    return [
+        collate([_talk(shape, int(lengths[i]), generator) for pack in group for i in pack], config.align_steps)
+        for group in groups
+    ]
+
+
+def _talk(shape: dict[str, int], length: int, generator: torch.Generator) -> Talk:
+    token_ids = torch.randint(0, shape["vocabulary"], (length,), generator=generator)
+    features = torch.randn(length, shape["hidden"], generator=generator).bfloat16()
+    return Talk("made-up", token_ids, torch.arange(length) >= length // 5, features)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Parse the command line, run, print the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    for name, value in (("align-steps", 3), ("packs-per-batch", 8), ("tokens-per-pack", 2048), ("steps", 10)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--conversation-tokens", type=int, default=330)
+    parser.add_argument("--draft-vocabulary", type=int, default=None)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))
+    parser.add_argument("--no-compile", dest="compile_model", action="store_false")
+    print(json.dumps(bench_training(**vars(parser.parse_args()))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The objective against slow loops in float64, and against autograd."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hass_core.model.head import DraftHead
+from hass_core.training import losses
+from hass_core.training.batch import Batch, collate
+from hass_core.training.losses import Objective, distill
+from tests.training.conftest import HIDDEN, VOCABULARY
+
+OBJECTIVES = {
+    "hass": Objective(),
+    "eagle2": Objective(top_k=0.0),
+    "full vocabulary only": Objective(regression=0.0, top_k=0.0, soft_ce=1.0),
+    "renormalised": Objective(renormalize=True, k=5),
+    "no regression": Objective(regression=0.0),
+    "top-k only": Objective(regression=0.0, soft_ce=0.0),
+    "weighted steps": Objective(step_weights=(1.0, 0.5, 0.25)),
+}
+STEPS = 3
+
+
+def make_case(talks, tokens: int | None = None) -> tuple[Batch, DraftHead, list[torch.Tensor]]:
+    batch = collate(talks, STEPS)
+    batch = Batch(**{**batch.__dict__, "features": batch.features.double()})
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator).double()
+    token_ids = None if tokens is None else torch.randperm(VOCABULARY, generator=generator)[:tokens].sort().values
+    outputs = [torch.randn(len(batch.anchors), HIDDEN, generator=generator).double() for _ in range(STEPS)]
+    return batch, DraftHead.from_target(weight, token_ids), outputs
+
+
+def slow_parts(outputs, talks, head: DraftHead, objective: Objective) -> torch.Tensor:
+    """Token by token from the formulas; anchors are numbered as the batch lays them out."""
+    batch = collate(talks, STEPS)
+    anchor_of = {int(row): i for i, row in enumerate(batch.anchors)}
+    sums, counts = torch.zeros(STEPS, 4).double(), torch.zeros(STEPS)
+    start = 0
+    for talk in talks:
+        answer, length = talk.loss_mask.tolist(), len(talk.token_ids)
+        for r in range(length):
+            for j in range(1, STEPS + 1):
+                if r + j + 1 >= length or not (answer[r + 1] and answer[r + j] and answer[r + j + 1]):
+                    continue
+                counts[j - 1] += 1
+                f, guess = talk.features[r + j].double(), outputs[j - 1][anchor_of[start + r]]
+                sums[j - 1] += torch.tensor(slow_row(f, guess, int(talk.token_ids[r + j + 1]), head, objective))
+        start += length
+    return sums / counts[:, None]
+
+
+def slow_row(f, guess, next_token: int, head: DraftHead, objective: Objective) -> list[float]:
+    regression = sum(0.5 * d * d if abs(d) < 1 else abs(d) - 0.5 for d in (guess - f).tolist()) / len(f)
+    if head.token_ids is not None and next_token not in head.token_ids.tolist():
+        return [regression, 0.0, 0.0, 0.0]
+    q, p = ([math.exp(z) for z in (head.weight @ x).tolist()] for x in (f, guess))
+    q, p = [x / sum(q) for x in q], [x / sum(p) for x in p]
+    top = sorted(range(len(q)), key=lambda v: -q[v])[: objective.k]
+    scale = sum(q[v] for v in top) if objective.renormalize else 1.0
+    soft = -sum(a * math.log(b) for a, b in zip(q, p, strict=True)) if objective.soft_ce else 0.0
+    right = float(max(range(len(p)), key=lambda v: p[v]) == top[0])
+    return [regression, soft, -sum(q[v] / scale * math.log(p[v]) for v in top), right]
+
+
+@pytest.mark.parametrize("tokens", [None, 60], ids=["full vocabulary", "trimmed"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_parts_equal_slow_loops_in_float64(talks, name, tokens):
+    batch, head, outputs = make_case(talks, tokens)
+    parts, _ = distill(outputs, batch, head, OBJECTIVES[name], batch.counts())
+    expected = slow_parts(outputs, talks, head, OBJECTIVES[name])
+    torch.testing.assert_close(parts.double(), expected, rtol=1e-6, atol=1e-6)  # the sums are kept in float32
+
+
+@pytest.mark.parametrize("tokens", [None, 60], ids=["full vocabulary", "trimmed"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_gradient_is_that_of_the_loss(talks, name, tokens):
+    batch, head, outputs = make_case(talks, tokens)
+    objective = OBJECTIVES[name]
+    leaves = [output.clone().requires_grad_() for output in outputs]
+    autograd_loss(leaves, batch, head, objective).backward()
+    _, gradients = distill(outputs, batch, head, objective, batch.counts())
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-6, atol=1e-9)
+
+
+def autograd_loss(outputs, batch: Batch, head: DraftHead, objective: Objective) -> torch.Tensor:
+    """The same loss as one expression over [tokens × vocabulary]."""
+    f = batch.features[batch.targets]
+    q = (f @ head.weight.T).softmax(-1)
+    top, indices = q.topk(objective.k)
+    top = top / top.sum(-1, keepdim=True) if objective.renormalize else top
+    known = head.contains(batch.token_ids[batch.targets + 1])
+    total = torch.zeros(()).double()
+    for j, output in enumerate(outputs):
+        guess, mask = output[batch.target_anchors[j]], batch.supervised[j]
+        logp = (guess @ head.weight.T).log_softmax(-1)
+        rows = objective.regression * F.smooth_l1_loss(guess, f, reduction="none").mean(-1)
+        rows = rows - known * objective.soft_ce * (q * logp).sum(-1)
+        rows = rows - known * objective.top_k * (top * logp.gather(1, indices)).sum(-1)
+        total = total + objective.step_weights[j] * rows[mask].sum() / mask.sum()
+    return total
+
+
+def test_chunks_do_not_change_the_result(talks, monkeypatch):
+    batch, head, outputs = make_case(talks)
+    whole = distill(outputs, batch, head, Objective(), batch.counts())
+    monkeypatch.setitem(losses.LOGITS_PER_CHUNK, "cpu", 1)
+    assert len(batch.targets) > 32
+    parts, gradients = distill(outputs, batch, head, Objective(), batch.counts())
+    torch.testing.assert_close(parts, whole[0])
+    for ours, theirs in zip(gradients, whole[1], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_micro_batches_add_up_to_the_whole_batch(talks):
+    """The mean runs over the optimizer step's tokens, however they are divided."""
+    batch, head, outputs = make_case(talks)
+    whole, _ = distill(outputs, batch, head, Objective(), batch.counts())
+    parts, first = torch.zeros_like(whole), 0
+    for talk in talks:
+        part, _, _ = make_case([talk])
+        own = [output[first : first + len(part.anchors)] for output in outputs]
+        first += len(part.anchors)
+        parts += distill(own, part, head, Objective(), batch.counts())[0]
+    torch.testing.assert_close(parts, whole)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_fused_path_on_a_gpu_agrees_with_the_plain_one(talks):
+    batch, head, outputs = make_case(talks)
+    batch = Batch(**{**batch.__dict__, "features": batch.features.bfloat16()})
+    head, outputs = DraftHead(head.weight.bfloat16()), [output.bfloat16() for output in outputs]
+    plain = distill(outputs, batch, head, Objective(), batch.counts())
+    gpu = torch.device("cuda")
+    moved = batch.to(gpu)
+    fused = distill([o.to(gpu) for o in outputs], moved, head.to(gpu), Objective(), moved.counts())
+    torch.testing.assert_close(fused[0].cpu()[:, :3], plain[0][:, :3], rtol=1e-2, atol=1e-2)
+    for ours, theirs in zip(fused[1], plain[1], strict=True):
+        difference = (ours.cpu().float() - theirs.float()).norm() / theirs.float().norm()
+        assert difference < 2e-2, float(difference)
