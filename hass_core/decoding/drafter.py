@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hass_core.decoding.prefill import last_of, pieces
+from hass_core.decoding.draft_runner import DraftRunner
+from hass_core.decoding.prefill import last_of
 from hass_core.decoding.tree import ROOT, Pool, Tree, TreeShape, assemble, attention_mask, best, static_scores
 from hass_core.model.checkpoint import Draft
-from hass_core.target.kv_cache import KVCache, LayerShape
+from hass_core.target.kv_cache import KVCache
 from hass_core.target.placement import Placement
 
 
@@ -33,36 +34,29 @@ class Drafter:
     """A draft model as the tree builder."""
 
     def __init__(self, draft: Draft, shape: TreeShape):
-        self._model, self._head, self.shape = draft.model, draft.head, shape
-        architecture = draft.model.architecture
-        self._layer = LayerShape(architecture.num_key_value_heads, architecture.head_dim)
-        self._group = architecture.num_attention_heads // architecture.num_key_value_heads
+        self._runner, self._head, self.shape = DraftRunner(draft), draft.head, shape
         self._by_rank = static_scores(shape.top_k).to(draft.head.weight.device) if shape.static else None
-
-    @property
-    def tree_slots(self) -> int:
-        """Cache slots that growing a tree needs behind the live rows."""
-        return (self.shape.depth - 1) * self.shape.top_k
+        self.capturable = self._runner.rope.fixed
+        self.scratch_slots = (shape.depth - 1) * shape.top_k
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
-        weight = self._head.weight
-        slots = max_tokens + max(self.tree_slots, self.shape.depth + 1)
-        return KVCache.allocate([self._layer], batch_size, slots, weight.device, weight.dtype)
+        return self._runner.new_cache(batch_size, max_tokens)
 
-    def extend(self, cache: KVCache, features: Tensor, token_ids: Tensor, counts: list[int]) -> Tensor:
-        """Append rows of true features [B, R, H] with their next tokens [B, R], `counts` of each batch row live.
+    def clear(self, cache: KVCache) -> None:
+        cache.clear()
+        cache.width = None
+
+    def extend(self, cache: KVCache, features: Tensor, token_ids: Tensor, counts: Tensor) -> Tensor:
+        """Append rows of true features [B, R, H] with their next tokens [B, R], `counts` [B] of each batch row live.
 
         Returns the estimated feature [B, H] behind each batch row's last live row.
         """
-        outputs = []
-        for start, stop, live in pieces(counts):
-            rows = slice(start, stop)
-            positions = cache.lengths[:, None] + torch.arange(stop - start, device=features.device)
-            place = Placement.of(stop - start, cache, None, self._group, features.dtype)
-            outputs.append(self._forward(token_ids[:, rows], features[:, rows], positions, cache, place))
-            cache.advance(live)
-        ends = torch.tensor(counts, device=features.device).clamp(min=1)
-        return last_of(torch.cat(outputs, 1), ends)
+        rows = token_ids.shape[1]
+        positions = cache.lengths[:, None] + torch.arange(rows, device=token_ids.device)
+        place = Placement.of(rows, cache, None, self._runner.group, self._runner.dtype)
+        outputs = self._runner.forward(token_ids, features, positions, cache, place)
+        cache.lengthen(counts)
+        return last_of(outputs, counts.clamp(min=1))
 
     def grow(self, cache: KVCache, root: Tensor, estimate: Tensor) -> Tree:
         """The tree over root tokens [B], whose predecessor's estimated feature behind the root is `estimate` [B, H]."""
@@ -81,7 +75,7 @@ class Drafter:
 
     def _children(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and target token ids [B, n, K] of the K likeliest next tokens behind features [B, n, H]."""
-        logits = self._head.logits(features)
+        logits = self._runner.logits(features)
         top, index = logits.topk(self.shape.top_k, dim=-1)
         token_ids = self._head.to_target_ids(index)
         if self._by_rank is not None:
@@ -113,18 +107,7 @@ class Drafter:
     def _expand(self, cache: KVCache, frontier: Frontier, level: int) -> Tensor:
         """Run the frontier nodes of `level`, behind the tree rows of the levels before: features [B, K, H]."""
         offset = (level - 1) * self.shape.top_k
-        width = cache.longest + offset + self.shape.top_k
-        mask = attention_mask(frontier.seen, cache.lengths, width)
-        place = Placement.of(self.shape.top_k, cache, mask, self._group, frontier.features.dtype, offset)
+        mask = attention_mask(frontier.seen, cache.lengths, cache.reach(offset + self.shape.top_k))
+        place = Placement.of(self.shape.top_k, cache, mask, self._runner.group, self._runner.dtype, offset)
         positions = (cache.lengths + (level - 1))[:, None].expand_as(frontier.token_ids)
-        return self._forward(frontier.token_ids, frontier.features, positions, cache, place)
-
-    def _forward(
-        self, token_ids: Tensor, features: Tensor, positions: Tensor, cache: KVCache, place: Placement
-    ) -> Tensor:
-        u = self._model.fuse(token_ids, features)
-        queries, keys, values = self._model.qkv(u, positions)
-        stored = cache.layers[0]
-        place.write(stored[0], keys.transpose(1, 2))
-        place.write(stored[1], values.transpose(1, 2))
-        return self._model.output(u, place.attend(queries, stored))
+        return self._runner.forward(frontier.token_ids, frontier.features, positions, cache, place)

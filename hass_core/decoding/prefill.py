@@ -11,7 +11,7 @@ TOKENS_PER_PIECE = 512
 
 def pieces(lengths: list[int]) -> list[tuple[int, int, list[int]]]:
     """(start, stop, live tokens of each row) for rows of `lengths` tokens."""
-    cuts = range(0, max(lengths), TOKENS_PER_PIECE)
+    cuts = range(0, max(lengths), TOKENS_PER_PIECE)  # none for rows of no tokens
     return [
         (start, stop, [max(0, min(length, stop) - start) for length in lengths])
         for start, stop in ((cut, min(cut + TOKENS_PER_PIECE, max(lengths))) for cut in cuts)

@@ -7,7 +7,6 @@ and the model works as before; on a CPU the products' weights are packed copies,
 Shapes: B batch, T new tokens, S slots attended to, H hidden, A heads, KV key-value heads, d head size, V vocabulary.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hass_core.target.compiling import compiled
 from hass_core.target.kv_cache import KVCache, LayerShape
 from hass_core.target.linear import Linear, packable
 from hass_core.target.loader import Target
 from hass_core.target.placement import Placement
+from hass_core.target.rope import RopeTable, rotated
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # their frequencies change with the sequence: no table holds them
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class FusedRunner:
         self.layers = [_layer_weights(layer) for layer in decoder.layers]
         self.final_norm = decoder.norm.weight
         self.rope = RopeTable(decoder.rotary_emb, self.device, self.dtype)
+        self.capturable = self.rope.fixed
+        self._compiled_layer = compiled(self._layer) if self.device.type == "cuda" else self._layer
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
@@ -79,62 +81,50 @@ class FusedRunner:
         place = Placement.of(token_ids.shape[1], cache, mask, self.heads // self.shape.num_key_value_heads, self.dtype)
         cos, sin = self.rope.at(position_ids)
         x = F.embedding(token_ids, self.embedding)
-        for weights, stored in zip(self.layers, cache.layers, strict=True):
-            normed = F.rms_norm(x, (self.hidden_size,), weights.input_norm, self.eps)
-            x = x + self._attend(weights, normed, cos, sin, stored, place)
-            normed = F.rms_norm(x, (self.hidden_size,), weights.mlp_norm, self.eps)
-            gate, up = weights.gate_up(normed).chunk(2, dim=-1)
-            x = x + weights.down(F.silu(gate) * up)
+        layer = self._layer if cache.width is None else self._compiled_layer
+        for weights, (keys, values) in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, weights, cos, sin, keys, values, place)
         return F.rms_norm(x, (self.hidden_size,), self.final_norm, self.eps)
 
+    def _layer(
+        self,
+        x: Tensor,
+        weights: LayerWeights,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        place: Placement,
+    ) -> Tensor:
+        normed = F.rms_norm(x, (self.hidden_size,), weights.input_norm, self.eps)
+        x = x + self._attend(weights, normed, cos, sin, keys, values, place)
+        normed = F.rms_norm(x, (self.hidden_size,), weights.mlp_norm, self.eps)
+        gate, up = weights.gate_up(normed).chunk(2, dim=-1)
+        return x + weights.down(F.silu(gate) * up)
+
     def _attend(
-        self, weights: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, stored: Tensor, place: Placement
+        self,
+        weights: LayerWeights,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        place: Placement,
     ) -> Tensor:
         batch, tokens, kv, dim = x.shape[0], x.shape[1], self.shape.num_key_value_heads, self.head_dim
         mixed = weights.qkv(x).view(batch, tokens, self.heads + 2 * kv, dim)
         turning = mixed[:, :, : self.heads + kv]
         if weights.q_norm is not None and weights.k_norm is not None:
-            queries = F.rms_norm(turning[:, :, : self.heads], (dim,), weights.q_norm, self.eps)
-            keys = F.rms_norm(turning[:, :, self.heads :], (dim,), weights.k_norm, self.eps)
-            turning = torch.cat([queries, keys], dim=2)
-        turned = turning * cos + turning.roll(dim // 2, -1) * sin
-        place.write(stored[0], turned[:, :, self.heads :])
-        place.write(stored[1], mixed[:, :, self.heads + kv :])
-        attended = place.attend(turned[:, :, : self.heads].transpose(1, 2), stored)
+            normed_queries = F.rms_norm(turning[:, :, : self.heads], (dim,), weights.q_norm, self.eps)
+            normed_keys = F.rms_norm(turning[:, :, self.heads :], (dim,), weights.k_norm, self.eps)
+            turning = torch.cat([normed_queries, normed_keys], dim=2)
+        turned = rotated(turning, cos, sin)
+        place.write(keys, turned[:, :, self.heads :])
+        place.write(values, mixed[:, :, self.heads + kv :])
+        attended = place.attend(turned[:, :, : self.heads].transpose(1, 2), keys, values)
         merged = attended.transpose(1, 2).reshape(batch, tokens, -1)
         return weights.o(merged)
-
-
-class RopeTable:
-    """Cosines and signed sines by position, from transformers' rotary embedding, so every scaling type is covered.
-
-    Rotation is x·cos + roll(x, d/2)·sin with the first half of sin negated: the same products as rotate-half.
-    """
-
-    def __init__(self, rotary: nn.Module, device: torch.device, dtype: torch.dtype):
-        self._rotary = rotary
-        self._like = torch.zeros(1, device=device, dtype=dtype)
-        self._fixed = getattr(rotary, "rope_type", "default") not in LENGTH_DEPENDENT_ROPE
-        self._table = self._compute(torch.arange(1, device=device)[None])
-
-    def at(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Two tensors [B, T, 1, d] for positions [B, T]."""
-        if not self._fixed:
-            cos, sin = self._compute(position_ids)
-            return cos[:, :, None], sin[:, :, None]
-        cos, sin = self._table
-        return F.embedding(position_ids, cos[0])[:, :, None], F.embedding(position_ids, sin[0])[:, :, None]
-
-    def grow(self, positions: int) -> None:
-        """Let the table hold at least `positions` positions."""
-        if self._fixed and self._table[0].shape[1] < positions:
-            rounded = 1 << math.ceil(math.log2(positions))
-            self._table = self._compute(torch.arange(rounded, device=self._like.device)[None])
-
-    def _compute(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self._rotary(self._like, position_ids)
-        half = sin.shape[-1] // 2
-        return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
 
 
 def _layer_weights(layer: Any) -> LayerWeights:

@@ -25,6 +25,7 @@ class HFRunner:
         self.device, self.dtype = target.device, target.dtype
         self.vocab_size, self.hidden_size = target.embedding.shape
         self.context_tokens = target.context_tokens
+        self.capturable = False  # who knows what a model's own code asks of the host
         self._shapes = self._probe(target.name)
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
@@ -81,7 +82,7 @@ class SlotCache(Cache):
         stored = self._stored.layers[layer_idx]
         for index, new in enumerate((key_states, value_states)):
             stored[index].transpose(1, 2)[self._batch, self._slots] = new.transpose(1, 2)
-        return stored[0, :, :, : self._width], stored[1, :, :, : self._width]
+        return stored[0][:, :, : self._width], stored[1][:, :, : self._width]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._stored.longest

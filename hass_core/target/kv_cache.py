@@ -30,9 +30,11 @@ class KVCache:
 
     def __init__(self, blocks: list[Tensor], lengths: Tensor, host_lengths: np.ndarray):
         self.blocks = blocks
-        self.layers = [layer for block in blocks for layer in block.unbind(0)]
+        # keys and values apart: a compiled layer writes into its arguments in place, into views of them by a copy
+        self.layers = [(layer[0], layer[1]) for block in blocks for layer in block.unbind(0)]
         self.lengths = lengths
         self.host_lengths = host_lengths
+        self.width: int | None = None  # slots attended to when that must not vary, as in a captured graph
 
     @classmethod
     def allocate(
@@ -65,6 +67,16 @@ class KVCache:
         """Live length of the longest row."""
         return int(self.host_lengths.max())
 
+    @property
+    def same_length(self) -> int | None:
+        """The live length shared by all rows, None when they differ or the host may not look."""
+        lengths = self.host_lengths
+        return int(lengths[0]) if self.width is None and (lengths == lengths[0]).all() else None
+
+    def reach(self, new_tokens: int) -> int:
+        """Slots that a pass over `new_tokens` tokens a row attends to."""
+        return self.longest + new_tokens if self.width is None else self.width
+
     def rows(self, start: int, stop: int) -> "KVCache":
         """Rows `start` to `stop` as a cache of their own over the same memory."""
         blocks = [block[:, :, start:stop] for block in self.blocks]
@@ -80,6 +92,16 @@ class KVCache:
         self.host_lengths += np.asarray(counts)
         if self.lengths.device.type != "cpu":
             self.lengths.copy_(torch.from_numpy(self.host_lengths))
+
+    def lengthen(self, counts: Tensor) -> None:
+        """As `advance`, by counts [B] on the device. With `width` set the host is not told: use `told`."""
+        self.lengths.add_(counts)
+        if self.width is None and self.lengths.device.type != "cpu":
+            self.host_lengths[:] = self.lengths.cpu().numpy()
+
+    def told(self, host_lengths: np.ndarray) -> None:
+        """Let Python know lengths that the device has reached by itself."""
+        self.host_lengths[:] = host_lengths
 
     def keep(self, slots: Tensor, counts: list[int]) -> None:
         """Of the slots just written, keep `slots` [B, K], numbered from the live length, the first `counts` of a row.

@@ -22,6 +22,7 @@ class Runner(Protocol):
     context_tokens: int
     device: torch.device
     dtype: torch.dtype
+    capturable: bool  # a pass with `cache.width` set can go into a CUDA graph
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         """An empty cache for rows of up to `max_tokens` tokens."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hass_core.config import TreeConfig
-from hass_core.decoding.speculative import TreeDecoder
 from hass_core.decoding.tree import Tree, TreeShape, ancestors
+from hass_core.decoding.tree_decoder import TreeDecoder
 from hass_core.target.runner import Runner
 
 LONGEST_MATCH = 3
@@ -29,18 +29,23 @@ Contexts = list[list[int]]
 
 
 class LookupDrafter:
-    """See `hass_core.decoding.speculative.TreeDrafter`."""
+    """See `hass_core.decoding.session.TreeDrafter`."""
 
     def __init__(self, draft_tokens: int, device: torch.device):
         self.shape = TreeShape.of(TreeConfig(kind="chain", depth=draft_tokens, top_k=1), 1)
+        self.capturable, self.scratch_slots = False, 0
         self._parents = torch.arange(-1, draft_tokens, device=device).clamp(min=0)[None]
 
     def new_cache(self, batch_size: int, max_tokens: int) -> Contexts:
         return [[] for _ in range(batch_size)]
 
-    def extend(self, cache: Contexts, features: Tensor, token_ids: Tensor, counts: list[int]) -> Tensor:
+    def clear(self, cache: Contexts) -> None:
+        for context in cache:
+            context.clear()
+
+    def extend(self, cache: Contexts, features: Tensor, token_ids: Tensor, counts: Tensor) -> Tensor:
         """Remember the tokens [B, R] just made certain; there is no feature to estimate."""
-        for context, new, count in zip(cache, token_ids.tolist(), counts, strict=True):
+        for context, new, count in zip(cache, token_ids.tolist(), counts.tolist(), strict=True):
             context += new[:count]
         return features[:, 0]
 

@@ -1,0 +1,48 @@
+"""Rotary positions by table.
+
+Rotation is x·cos + roll(x, d/2)·sin with the first half of sin negated: the same products as rotate-half.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # their frequencies change with the sequence: no table holds them
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads x [B, T, heads, d] turned by their positions' cosines and signed sines [B, T, 1, d]."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+class RopeTable:
+    """Cosines and signed sines by position, from transformers' rotary embedding, so every scaling type is covered."""
+
+    def __init__(self, rotary: nn.Module, device: torch.device, dtype: torch.dtype):
+        self._rotary = rotary
+        self._like = torch.zeros(1, device=device, dtype=dtype)
+        self.fixed = getattr(rotary, "rope_type", "default") not in LENGTH_DEPENDENT
+        self._table = self._compute(torch.arange(1, device=device)[None])
+        self._outgrown: list[tuple[Tensor, Tensor]] = []  # captured graphs still read them
+
+    def at(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Two tensors [B, T, 1, d] for positions [B, T]."""
+        if not self.fixed:
+            cos, sin = self._compute(position_ids)
+            return cos[:, :, None], sin[:, :, None]
+        cos, sin = self._table
+        return F.embedding(position_ids, cos[0])[:, :, None], F.embedding(position_ids, sin[0])[:, :, None]
+
+    def grow(self, positions: int) -> None:
+        """Let the table hold at least `positions` positions."""
+        if self.fixed and self._table[0].shape[1] < positions:
+            rounded = 1 << math.ceil(math.log2(positions))
+            self._outgrown.append(self._table)
+            self._table = self._compute(torch.arange(rounded, device=self._like.device)[None])
+
+    def _compute(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self._rotary(self._like, position_ids)
+        half = sin.shape[-1] // 2
+        return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
