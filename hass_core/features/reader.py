@@ -104,7 +104,7 @@ class FeatureDataset:
 
     def _open(self, name: str) -> pq.ParquetFile:
         if name not in self._files:
-            path = self._folder.local_path(name)
+            path = self._folder.local_path(name, rows_checked=True)
             try:
                 self._files[name] = pq.ParquetFile(path)
             except (pa.ArrowInvalid, OSError) as error:
