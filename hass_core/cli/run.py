@@ -28,7 +28,7 @@ def run(
     chosen = settings(config, override)
     with progress_bar(stage) as report:
 
-        def progress_for(name: Stage):  # noqa: ANN202
+        def progress_for(name: Stage):
             return lambda done, total, note="": report(done, total, f"{name}: {note}")
 
         artifacts = run_until(cast(Stage, stage), chosen, progress_for)

