@@ -1,0 +1,131 @@
+"""`python -m flows.retrain` as a user types it: results, reuse, mistakes, Ctrl-C, secrets."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.flows.stack import ROOT, end, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SECRETS = {
+    "AWS_SECRET_ACCESS_KEY": "planted-aws-secret-4711",
+    "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-secret-4712",
+    "PREFECT_API_AUTH_STRING": "admin:planted-prefect-secret-4713",
+}
+
+
+@pytest.fixture(scope="module")
+def prefect_home(tmp_path_factory) -> Path:
+    """One Prefect database for all tests: making its tables takes seconds."""
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture
+def environment(prefect_home) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
+    return kept | {"PREFECT_HOME": str(prefect_home), "OMP_NUM_THREADS": "1", "COLUMNS": "200", **SECRETS}
+
+
+def command(preset: Path | str, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "flows.retrain", str(preset), *overrides]
+
+
+def retrain(environment, preset: Path | str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(preset, *overrides), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def finished_stages(preset: Path) -> dict[Path, int]:
+    found = (preset.parent / ".hass/store").rglob("manifest.json")
+    return {path.relative_to(preset.parent): path.stat().st_mtime_ns for path in found}
+
+
+def stages(paths) -> list[str]:
+    return sorted(path.parts[-3] for path in paths)
+
+
+def files_with(text: str, folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+
+
+def test_a_retraining_ends_with_report_and_version_and_the_next_reuses_what_it_can(
+    environment, tiny_preset, prefect_home
+):
+    first = retrain(environment, tiny_preset)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert re.search(r"speed-up .*\[.*\] ×", first.stdout)
+    assert "lossless" in first.stdout
+    assert "registered  hass-draft-tiny version 1, alias champion" in first.stdout
+    assert "mlflow ui --host 127.0.0.1" in first.stdout
+    before = finished_stages(tiny_preset)
+    assert stages(before) == ["draft", "evaluation", "features", "prompts", "responses"]
+
+    second = retrain(environment, tiny_preset, "training.passes=5")
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "version 2" in second.stdout
+    after = finished_stages(tiny_preset)
+    assert {path: after[path] for path in before} == before
+    assert stages(after.keys() - before.keys()) == ["draft", "evaluation"]
+
+    client = MlflowClient(f"sqlite:///{tiny_preset.parent}/.hass/mlflow.db")
+    experiment = client.get_experiment_by_name("hass")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.info.status for run in runs] == ["FINISHED"] * 12
+    assert len(parents) == 2
+    assert {"evaluation/speedup", "draft/val/tau", "train/loss"} <= parents[0].data.metrics.keys()
+    assert {"evaluation/speed.png", "evaluation/report.md"} <= {
+        file.path for file in client.list_artifacts(parents[0].info.run_id, "evaluation")
+    }
+    for secret in SECRETS.values():
+        assert secret not in first.stdout + first.stderr
+        assert files_with(secret, tiny_preset.parent) == []
+        assert files_with(secret, prefect_home) == []
+
+
+def test_a_wrong_setting_is_one_sentence_and_exit_code_2(environment, tiny_preset):
+    done = retrain(environment, tiny_preset, "training.pases=5")
+    assert done.returncode == 2
+    assert "training.pases: no such setting; did you mean training.passes?" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_mistake_found_by_a_stage_is_one_sentence_too(environment, tiny_preset):
+    done = retrain(environment, tiny_preset, 'prompts.files=["/nowhere.jsonl"]')
+    assert done.returncode == 2
+    assert done.stdout.strip().endswith("error: /nowhere.jsonl: no such file; check prompts.files")
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_ctrl_c_says_how_to_go_on(environment, tiny_preset, tmp_path):
+    endless = ("training.passes=900", "training.checkpoint_every_steps=2")
+    with (tmp_path / "output").open("w+") as output:
+        process = subprocess.Popen(
+            command(tiny_preset, *endless),
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            drafts = tiny_preset.parent / ".hass/store/draft"
+            wait_for(lambda: list(drafts.rglob("metrics.jsonl")), "the training to begin", 300)
+            os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to the whole foreground group
+            assert process.wait(60) == 130
+        finally:
+            if process.poll() is None:
+                end(process)
+        output.seek(0)
+        printed = output.read()
+    assert "stopped; the same command continues from what is finished" in printed
+    assert "Traceback" not in printed
