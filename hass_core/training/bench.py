@@ -83,7 +83,8 @@ def bench_training(
     rate = matmul_rate(where)
     return {
         "shape": shape, "align_steps": align_steps, "tokens_per_pack": tokens_per_pack,
-        "packs_per_batch": packs_per_batch, "conversation_tokens": conversation_tokens, "draft_vocabulary": run.head.size,
+        "packs_per_batch": packs_per_batch, "conversation_tokens": conversation_tokens,
+        "draft_vocabulary": run.head.size,
         "optimizer": optimizer, "compiled": compile_model,
         "tokens_per_second": round(tokens / seconds), "step_ms": round(1e3 * seconds, 2),
         "tokens_per_step": round(tokens), "supervised_per_step": sum(len(b.targets) for b in timed) // steps,
@@ -114,11 +115,11 @@ def matmul_rate(device: torch.device) -> float:
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(choose_dtype("auto", device)) for _ in range(2))
     for _ in range(3):
-        a @ b
+        torch.matmul(a, b)
     _wait(device)
     start = time.perf_counter()
     for _ in range(10):
-        a @ b
+        torch.matmul(a, b)
     _wait(device)
     return 10 * 2.0 * size**3 / (time.perf_counter() - start)
 

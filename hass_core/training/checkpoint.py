@@ -56,7 +56,6 @@ def load_checkpoint(
     folder: StageFolder, name: str, model: nn.Module, optimizers: list[Optimizer], average: MovingAverage | None
 ) -> Position:
     """Put back what `save_checkpoint` wrote. Raises CorruptFile when the file is damaged."""
-    folder.verify(name)
     with safe_open(folder.local_path(name), framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
         position = Position(**json.loads(file.metadata()["position"]))

@@ -136,13 +136,16 @@ def distribution_terms(
     """For the draft's logits [n, R, D]: the weighted sum of soft CE and Top-K [n, R], Top-K alone [n, R], whether both
     models favour the same token [n, R], and the gradient of the weighted sum [n, R, D] in the logits' dtype."""
     precise = logits.to(_precise(logits))
-    largest = precise.amax(-1)
-    lse = precise.logsumexp(-1)
-    total = mass * lse - (weights * precise).sum(-1)
+    largest = precise.amax(-1, keepdim=True)
+    total = -(weights * precise).sum(-1)
     top_logits = precise.gather(-1, top_indices.expand(len(logits), -1, -1))
+    exponentials = (precise - largest).exp_()
+    normalizer = exponentials.sum(-1, keepdim=True)
+    lse = (largest + normalizer.log())[..., 0]
+    total += mass * lse
     top = top_probabilities.sum(-1) * lse - (top_probabilities * top_logits).sum(-1)
-    right = (top_logits[..., 0] == largest).to(total.dtype)
-    gradient = (precise - lse[..., None]).exp() * mass[:, None] - weights
+    right = (top_logits[..., :1] == largest)[..., 0].to(total.dtype)
+    gradient = exponentials.mul_(mass[:, None] / normalizer).sub_(weights)
     return total, top, right, gradient.to(logits.dtype)
 
 
