@@ -34,6 +34,7 @@ RECORDS = "_records"
 SCRATCH = "scratch"
 CACHE_GB = 50.0
 REMOTE_READ = {"block_size": 1 << 18, "cache_type": "readahead"}
+UPLOAD_PATIENCE_SECONDS = 300.0  # beyond a megabyte a second; the client waits for ever on a server that fell silent
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -313,7 +314,8 @@ class StageFolder:
     def _put(self, source: Path, name: str, **options: Any) -> None:
         path = f"{self._base}/{name}"
         if not self.store.is_local:
-            self.store.fs.put_file(str(source), path, **options)  # appears only when the upload is complete
+            patience = UPLOAD_PATIENCE_SECONDS + source.stat().st_size / 1e6
+            self.store.fs.put_file(str(source), path, timeout=patience, **options)  # appears only when complete
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
