@@ -41,6 +41,8 @@ deploy: $(VENV)/.installed  ## create work pools and deployments on the Prefect 
 	@$(BIN)/prefect work-pool create cpu --type process --overwrite
 	@$(BIN)/prefect work-pool create gpu --type process --overwrite
 	@$(BIN)/prefect work-pool set-concurrency-limit gpu 1
+	@$(BIN)/prefect --no-prompt automation delete crash-runs-without-heartbeat >/dev/null 2>&1 || true
+	@$(BIN)/prefect automation create --from-file infra/automations.yaml
 	@$(BIN)/prefect --no-prompt deploy --all
 
 constraints: $(VENV)/.installed  ## write the installed versions to infra/constraints.txt

@@ -71,6 +71,7 @@ def test_a_retraining_ends_with_report_and_version_and_the_next_reuses_what_it_c
     second = retrain(environment, tiny_preset, "training.passes=5")
     assert second.returncode == 0, second.stdout + second.stderr
     assert "version 2" in second.stdout
+    assert re.search(r"^(not )?promoted: the gain over the champion is", second.stdout, re.MULTILINE)
     after = finished_stages(tiny_preset)
     assert {path: after[path] for path in before} == before
     assert stages(after.keys() - before.keys()) == ["draft", "evaluation"]
