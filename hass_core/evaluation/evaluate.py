@@ -110,7 +110,7 @@ class Work:
     def run(self, scratch: Path, progress: Progress) -> tuple[Report, list[Measurement]]:
         """Check, measure, and put the report together."""
         check_methods(self.config.methods, self.drafts)
-        check_lengths(self.target, self.questions, self.config, self.tree)
+        check_lengths(self.target, self.questions, self.config)
         session = Session(self.target, self.questions, self.drafts, self.config, self.tree, scratch)
         measured, findings = session.run(progress)
         report = Report(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from hass_core.config import EvaluationConfig, SamplingConfig, TreeConfig
+from hass_core.config import EvaluationConfig, SamplingConfig
 from hass_core.data.dialogue import stable_hash
 from hass_core.data.templates import Message, SkippedConversation, decode, encode_prompt
 from hass_core.decoding.generation import CycleTrace, Decoder, Generation
@@ -126,16 +126,16 @@ def encode(target: Target, question: Question, messages: Sequence[Message]) -> l
         ) from problem
 
 
-def check_lengths(target: Target, questions: Iterable[Question], config: EvaluationConfig, tree: TreeConfig) -> None:
-    """Raise ContextTooLong for the first question whose opening, answer and draft tree exceed the target's context."""
+def check_lengths(target: Target, questions: Iterable[Question], config: EvaluationConfig) -> None:
+    """Raise ContextTooLong for the first question whose opening and answer exceed the target's context."""
     for question in questions:
         first = next(i for i, (_, due) in enumerate(with_answers_due(question.messages)) if due)
         tokens = len(encode(target, question, question.messages[: first + 1]))
-        if tokens + config.max_new_tokens + tree.nodes > target.context_tokens:
+        if tokens + config.max_new_tokens > target.context_tokens:
             raise ContextTooLong(
                 f"question {question.id} of {question.benchmark} has {tokens} prompt tokens; with "
-                f"evaluation.max_new_tokens = {config.max_new_tokens} and tree.nodes = {tree.nodes} that is more than "
-                f"the {target.context_tokens} tokens of {target.name}'s context; shorten the question or the answers"
+                f"evaluation.max_new_tokens = {config.max_new_tokens} that is more than the "
+                f" {target.context_tokens} tokens of {target.name}'s context; shorten the question or the answers"
             )
 
 

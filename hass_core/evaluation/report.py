@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from hass_core.config import TreeConfig
+from hass_core.decoding.planner import Plan
 from hass_core.evaluation import metrics
 from hass_core.evaluation.lossless import Certificate
 from hass_core.evaluation.metrics import Measurement, Sample
@@ -58,7 +59,7 @@ class Report(Part):
     device: str
     dtype: str
     tree: TreeConfig
-    plan: dict[str, Any] | None  # how the tree was chosen; None = as set
+    plan: Plan | None  # how the tree was chosen; None = as set
     max_new_tokens: int
     repeats: int
     benchmarks: dict[str, int]  # questions of each

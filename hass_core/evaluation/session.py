@@ -11,18 +11,24 @@ from typing import Any
 import torch
 
 from hass_core.config import EvaluationConfig, TreeConfig
+from hass_core.data.holdout import TRAINING_FILE, packaged_prompts
+from hass_core.data.templates import encode_prompt
+from hass_core.decoding.planner import LARGEST, Plan, make_plan
 from hass_core.evaluation.benchmarks import Question
 from hass_core.evaluation.journal import Journal
 from hass_core.evaluation.lossless import Certificate, Prompt, certify, dtype_name, in_float32
 from hass_core.evaluation.measure import PLAIN, Examiner, encode, with_answers_due
-from hass_core.evaluation.methods import EAGLE, EAGLE2, HASS, build_decoders
+from hass_core.evaluation.methods import EAGLE, EAGLE2, HASS, build_decoders, draft_folder
 from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.report import Estimator
+from hass_core.model.checkpoint import load_draft
 from hass_core.progress import Progress
 from hass_core.target.loader import Target
+from hass_core.target.runner import make_runner
 
 DRAFTED = (HASS, EAGLE2, EAGLE)  # methods with a draft model, the first one present is compared and chained
 CHAIN_DEPTH = 5
+PLANNING_PROMPTS, PLANNING_TOKENS = 6, 64
 
 
 class Session:
@@ -45,7 +51,7 @@ class Session:
 
     def run(self, progress: Progress) -> tuple[list[Measurement], dict[str, Any]]:
         """All measurements, and the fields of the report that come from measuring."""
-        plan, tree = self._plan()
+        plan, tree = self._plan(progress)
         decoders = build_decoders(self._target, self._config.methods, self._drafts, tree)
         measured = Examiner(self._target, decoders, self._config).measure_all(self._questions, self._journal, progress)
         estimator = Estimator(measured, self._config.bootstrap_resamples, self._config.seed)
@@ -73,9 +79,21 @@ class Session:
     def _names(self) -> list[str]:
         return list(dict.fromkeys(question.benchmark for question in self._questions))
 
-    def _plan(self) -> tuple[dict[str, Any] | None, TreeConfig]:
-        """The tree to decode with: as set, or measured on this machine."""
-        return None, self._tree
+    def _plan(self, progress: Progress) -> tuple[Plan | None, TreeConfig]:
+        """The tree to decode with: as set, or chosen by measuring this machine and draft on training prompts."""
+        if not self._tree.plan or self._main is None:
+            return None, self._tree
+        folder = draft_folder(self._main, self._drafts)
+
+        def work() -> dict[str, Any]:
+            progress(0, 1, "choosing the tree")
+            prompts = planning_prompts(self._target)
+            return make_plan(
+                make_runner(self._target), load_draft(folder, self._target), prompts, max_new_tokens=PLANNING_TOKENS
+            ).model_dump()
+
+        plan = Plan.model_validate(self._step("plan", work))
+        return plan, plan.tree()
 
     def _chain(self, progress: Progress) -> list[Measurement]:
         """The main draft as a chain on a few questions, greedily: what n-α is computed from."""
@@ -130,3 +148,12 @@ class Session:
         started = time.perf_counter()
         answer = self._target.model.generate(prompt, max_new_tokens=limit, **options)  # pyright: ignore[reportCallIssue]
         return (answer.shape[1] - prompt.shape[1]) / (time.perf_counter() - started)
+
+
+def planning_prompts(target: Target) -> list[list[int]]:
+    """A few of the packaged training prompts, of different kinds: the tree must not be fitted to the questions."""
+    records = packaged_prompts(TRAINING_FILE)
+    room = target.context_tokens - PLANNING_TOKENS - LARGEST.nodes
+    encoded = (encode_prompt(target.tokenizer, r.messages[:1]) for r in records if r.messages[0]["role"] == "user")
+    fitting = [prompt for prompt in encoded if len(prompt) <= room]
+    return fitting[:: max(1, len(fitting) // PLANNING_PROMPTS)][:PLANNING_PROMPTS]

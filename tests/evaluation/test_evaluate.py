@@ -129,6 +129,21 @@ def test_a_stopped_evaluation_continues_with_the_next_question(config, draft, st
     assert len(asked) == before
 
 
+def test_a_planned_tree_is_measured_once_and_recorded(config, draft, store, tiny_target, monkeypatch):
+    planned = config.model_copy(update={"tree": TREE.model_copy(update={"plan": True})})
+    measure_all = Examiner.measure_all
+    monkeypatch.setattr(Examiner, "measure_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_draft(planned, draft, store, tiny_target)
+    monkeypatch.setattr(Examiner, "measure_all", measure_all)
+    monkeypatch.setattr("hass_core.evaluation.session.make_plan", None)  # a second plan would fail
+    artifact = evaluate_draft(planned, draft, store, tiny_target)
+    report = read_report(store, artifact)
+    assert report.plan is not None
+    assert report.tree == report.plan.tree()
+    assert "chosen by measuring this machine and draft" in store.open(artifact).read_text("report.md")
+
+
 def test_all_six_methods_stand_in_one_table(on_tiny, tiny_target, settings, draft_dir, tmp_path):
     other = random_draft(tiny_target, tmp_path / "other", seed=1)
     methods = ["plain", "pld", "sps", "eagle", "eagle2", "hass"]
