@@ -19,7 +19,7 @@ def optional(model: type[BaseModel], base: type[BaseModel] = Settings) -> Any:
             section = optional(kind)
             fields[name] = (section, Field(default=section(), title=name, description=kind.__doc__))
         else:
-            bounded = Annotated[kind, *field.metadata] if field.metadata else kind
+            bounded: Any = Annotated[kind, *field.metadata] if field.metadata else kind
             fields[name] = (bounded | None, Field(default=None, title=name, description=field.description))
     return create_model(model.__name__.replace("Config", "Changes"), __base__=base, __doc__=model.__doc__, **fields)
 

@@ -60,7 +60,7 @@ class SamplingShare(Settings):
 
     share: float = Field(default=1.0, gt=0, le=1, description="Share of the prompts")
     temperature: float = Field(default=0.7, ge=0, le=5, description="0 = greedy")
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Draw from the likeliest tokens of this total share")
     top_k: int = Field(default=0, ge=0, description="0 = all tokens")
 
 
@@ -174,7 +174,7 @@ class SamplingConfig(Settings):
     """How the target's distribution is shaped before a token is drawn. Order: penalty, temperature, k, p, min-p."""
 
     temperature: float = Field(default=0.0, ge=0, le=5, description="0 = greedy")
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Draw from the likeliest tokens of this total share")
     top_k: int = Field(default=0, ge=0, description="0 = all tokens")
     min_p: float = Field(default=0.0, ge=0, lt=1, description="Drop tokens below this share of the likeliest one")
     repetition_penalty: float = Field(default=1.0, gt=0, le=10)
