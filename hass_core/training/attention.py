@@ -17,6 +17,7 @@ import math
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hass_core.training.batch import Documents
@@ -122,24 +123,34 @@ class PlainKernel:
 
 
 class CpuFlashKernel:
-    """PyTorch's flash attention for CPUs, one padded table of conversations; padding comes last, so no row sees it."""
+    """PyTorch's flash attention for CPUs, one conversation after the other: no padding, and no score of two of them."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, where: Documents, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = _padded_queries(q, where), *_padded(k, v, where, heads=q.shape[0])
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
-        return _queries(out, where), _queries(lse.unsqueeze(-1), where)[..., 0]
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+        for rows, queries in where.slices():
+            square, shared = _square(q[:, queries], rows), _shared(k[:, rows], v[:, rows], heads=len(q))
+            part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                square, *shared, 0.0, True, scale=scale
+            )
+            count = queries.stop - queries.start
+            out[:, queries], lse[:, queries] = part[0, :, -count:], part_lse[0, :, -count:]
+        return out, lse
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, where: Documents, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        groups = k.shape[0]
-        q, dout, out = (_padded_queries(x, where) for x in (q, dout, out))
-        k, v = _padded(k, v, where, heads=q.shape[1])
-        lse = _padded_queries(lse[..., None], where, fill=math.inf)[..., 0]
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse, 0.0, True, scale=scale
-        )
-        return _queries(dq, where), _rows(dk, where, groups), _rows(dv, where, groups)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        groups = (len(k), -1)
+        for rows, queries in where.slices():
+            own_lse = _square(lse[:, queries, None], rows, fill=math.inf)[..., 0]  # rows without a query weigh nothing
+            dq_part, dk_part, dv_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                _square(dout[:, queries], rows), _square(q[:, queries], rows),
+                *_shared(k[:, rows], v[:, rows], heads=len(q)), _square(out[:, queries], rows), own_lse, 0.0, True,
+                scale=scale,
+            )  # fmt: skip
+            dq[:, queries] = dq_part[0, :, queries.start - queries.stop :]
+            dk[:, rows], dv[:, rows] = dk_part[0].unflatten(0, groups).sum(1), dv_part[0].unflatten(0, groups).sum(1)
+        return dq, dk, dv
 
 
 class CudaFlashKernel:
@@ -171,6 +182,17 @@ def kernel_for(queries: Tensor) -> Kernel:
     if queries.device.type == "cpu" and queries.dtype in (torch.bfloat16, torch.float32):
         return CpuFlashKernel()
     return PlainKernel()
+
+
+def _square(x: Tensor, rows: slice, fill: float = 0.0) -> Tensor:
+    """[1, A, L, d] from the queries [A, Lq, d] of a conversation, its last rows."""
+    missing = rows.stop - rows.start - x.shape[1]
+    return F.pad(x, (0, 0, missing, 0), value=fill)[None]
+
+
+def _shared(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """[1, A, L, d] from [KV, L, d]."""
+    return (k.repeat_interleave(heads // len(k), 0)[None], v.repeat_interleave(heads // len(v), 0)[None])
 
 
 def _padded(k: Tensor, v: Tensor, where: Documents, heads: int) -> tuple[Tensor, ...]:

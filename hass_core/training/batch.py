@@ -38,6 +38,12 @@ class Documents:
     longest: int
     most_queries: int
 
+    def slices(self) -> list[tuple[slice, slice]]:
+        """Rows and queries of each conversation that has queries."""
+        rows, queries = self.starts.tolist(), self.query_starts.tolist()
+        bounds = zip(rows, rows[1:], queries, queries[1:], strict=False)
+        return [(slice(a, b), slice(c, d)) for a, b, c, d in bounds if d > c]
+
 
 @dataclass(frozen=True)
 class Batch:
