@@ -1,14 +1,17 @@
 """The features stage: run the target over its own answers and store its hidden states.
 
 In: the responses artifact. Out: one part-NNNNN.parquet for each part of the responses and skipped.parquet (id, reason).
-A part is the unit of resumption. While one batch is computed, the one before is encoded and written by a thread.
+A part is the unit of resumption. Four things go on at once: the next part is tokenised, a batch is computed, the batch
+before it is encoded and written, and the part before that is hashed and put in place.
 """
 
 import hashlib
+import queue
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch import Tensor
 from hass_core.config import RunConfig
 from hass_core.data.templates import SkippedConversation, encode_conversation
 from hass_core.errors import HassError, NonFinite
-from hass_core.features.forecast import forecast, refuse_if_too_large
+from hass_core.features.forecast import forecast, measure, refuse_if_too_large
 from hass_core.features.reader import shard_names
 from hass_core.features.schema import SKIPPED, FeatureInfo
 from hass_core.features.writer import FeatureWriter
@@ -29,7 +32,8 @@ from hass_core.target.capture import batches_by_tokens, capture_features
 from hass_core.target.loader import Target
 
 STEP_VERSION = 1
-SAMPLE = 64
+SAMPLE_CONVERSATIONS, SAMPLE_PARTS = 64, 8
+BATCHES_WAITING = 2
 SPEED_ONLY = {"max_tokens_per_batch", "row_group_mb"}
 
 
@@ -43,6 +47,22 @@ class Encoded:
     loss_mask: list[int]
 
 
+@dataclass(frozen=True)
+class Part:
+    """One part of the responses, tokenised."""
+
+    name: str
+    conversations: list[Encoded]
+    skipped: list[list[str]]  # id and reason
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(c.token_ids) for c in self.conversations)
+
+
+Batch = tuple[list[Encoded], list[Tensor]]
+
+
 def extract_features(
     config: RunConfig, responses: Artifact, store: Store, target: Target, progress: Progress = no_progress
 ) -> Artifact:
@@ -54,24 +74,133 @@ def extract_features(
     if done := folder.artifact():
         return done
     source = store.open(responses)
-    parts = shard_names(source)
-    conversations = sum(source.record(name).rows or 0 for name in parts)
-    _check_room(config, source, parts, conversations, store, target)
-    started, done_before = time.perf_counter(), sum(r.rows or 0 for r in folder.finished().values())
-    tokens = 0
-    counted = done_before
-    for name in parts:
-        if name in folder.finished():
-            continue
+    rows = {name: source.record(name).rows or 0 for name in shard_names(source)}
+    finished = folder.finished().keys()
+    run = _Extraction(config, source, folder, target, progress, rows)
+    speed = run.complete([name for name in rows if name not in finished])
+    return folder.finish(_finish(folder, sum(rows.values()), speed))
 
-        def report(rows: int, new_tokens: int) -> None:
-            nonlocal counted, tokens
-            counted, tokens = counted + rows, tokens + new_tokens
-            progress(counted, conversations, f"{tokens / (time.perf_counter() - started):,.0f} tokens/s")
 
-        _extract_part(config, source, name, folder, target, report)
-    speed = tokens / (time.perf_counter() - started)
-    return folder.finish(_finish(folder, conversations, speed))
+class _Extraction:
+    """Extracts parts one after the other; see the module's docstring for what overlaps."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        source: StageFolder,
+        folder: StageFolder,
+        target: Target,
+        progress: Progress,
+        rows: dict[str, int],
+    ):
+        self._config, self._source, self._folder, self._target = config, source, folder, target
+        self._progress, self._rows = progress, rows
+        self._tokens = 0
+        self._info = FeatureInfo(
+            hidden_size=target.embedding.shape[1],
+            encoding=config.features.encoding,
+            target_fingerprint=target.fingerprint,
+            template_hash=target.template_hash,
+        )
+
+    def complete(self, names: list[str]) -> float:
+        """Extract these parts; tokens per second."""
+        if not names:
+            return 0.0
+        self._forecast(names)
+        total = sum(self._rows.values())
+        self._done, self._total = total - sum(self._rows[name] for name in names), total
+        self._started = time.perf_counter()
+        publishing: Future[None] | None = None
+        with ThreadPoolExecutor(1) as tokenizing, ThreadPoolExecutor(2) as writing:
+            coming = tokenizing.submit(self._encode, names[0])
+            for following in [*names[1:], None]:
+                part = coming.result()
+                if following is not None:
+                    coming = tokenizing.submit(self._encode, following)
+                written = self._capture(part, writing)
+                if publishing is not None:
+                    publishing.result()
+                publishing = written
+            if publishing is not None:
+                publishing.result()
+        return self._tokens / (time.perf_counter() - self._started)
+
+    def _forecast(self, names: list[str]) -> None:
+        """Refuse what the disk will not hold, judged by conversations from all over the parts."""
+        chosen = names[:: -(-len(names) // SAMPLE_PARTS)]
+        parts = [self._encode(name, limit=SAMPLE_CONVERSATIONS // len(chosen)) for name in chosen]
+        sample = [c.token_ids for part in parts for c in part.conversations]
+        if not sample:
+            return  # all skipped: there may be nothing to store
+        settings = self._config.features
+        measured = measure(self._target, sample, settings.max_tokens_per_batch, settings.encoding)
+        expected = forecast([len(ids) for ids in sample], sum(self._rows[name] for name in names), measured)
+        refuse_if_too_large(expected, self._folder.store)
+        self._progress(0, sum(self._rows.values()), f"expecting {expected}")
+
+    def _capture(self, part: Part, writing: ThreadPoolExecutor) -> Future[None]:
+        """Compute a part's features while a thread writes them; the thread still has to put the file in place."""
+        batches: queue.Queue[Batch | BaseException | None] = queue.Queue(BATCHES_WAITING)
+        written = writing.submit(self._write, part, batches)
+        try:
+            for batch in _captured(part.conversations, self._target, self._config.features.max_tokens_per_batch):
+                _hand_over(batches, batch, written)
+                self._report(batch[0])
+        except BaseException as error:
+            with suppress(BaseException):  # the first error is the one to tell
+                _hand_over(batches, error, written)
+            raise
+        _hand_over(batches, None, written)
+        self._done += len(part.skipped)
+        return written
+
+    def _write(self, part: Part, batches: "queue.Queue[Batch | BaseException | None]") -> None:
+        """Runs in a thread: write what is handed over, and publish it at the end."""
+        supervised = sum(sum(c.loss_mask) for c in part.conversations)
+        notes = {"skipped": part.skipped, "tokens": part.tokens, "supervised_tokens": supervised}
+        with self._folder.writing(part.name, **notes) as file:
+            with FeatureWriter(file.path, self._info, self._config.features.row_group_mb) as writer:
+                while (item := batches.get()) is not None:
+                    if isinstance(item, BaseException):
+                        raise item
+                    for c, features in zip(*item, strict=True):
+                        writer.add(c.id, c.split, c.token_ids, c.loss_mask, features)
+            file.rows = writer.num_rows
+
+    def _report(self, batch: list[Encoded]) -> None:
+        self._done += len(batch)
+        self._tokens += sum(len(c.token_ids) for c in batch)
+        speed = self._tokens / (time.perf_counter() - self._started)
+        self._progress(self._done, self._total, f"{speed:,.0f} tokens/s")
+
+    def _encode(self, name: str, limit: int | None = None) -> Part:
+        """Token ids and masks of one part of the responses."""
+        settings = self._config.features
+        part = Part(name, [], [])
+        for row in pq.read_table(self._source.local_path(name)).slice(0, limit).to_pylist():
+            try:
+                found = encode_conversation(self._target.tokenizer, row["messages"], row["answer_token_ids"])
+            except SkippedConversation as problem:
+                part.skipped.append([row["id"], problem.reason])
+                continue
+            ids, mask = (x[: settings.max_tokens_per_conversation] for x in (found.token_ids, found.loss_mask))
+            if not any(mask):
+                part.skipped.append([row["id"], "no answer within max_tokens_per_conversation"])
+            else:
+                split = split_of(row["id"], settings.validation_fraction)
+                part.conversations.append(Encoded(row["id"], split, ids, mask))
+        return part
+
+
+def _hand_over(batches: "queue.Queue[Any]", item: Any, written: Future[None]) -> None:
+    """Wait for room; raise the writer's error when it has ended instead."""
+    while True:
+        with suppress(queue.Full):
+            batches.put(item, timeout=0.2)
+            return
+        if written.done():
+            written.result()
 
 
 def _key(config: RunConfig, responses: Artifact, target: Target) -> dict[str, Any]:
@@ -84,79 +213,13 @@ def _key(config: RunConfig, responses: Artifact, target: Target) -> dict[str, An
     }
 
 
-def _check_room(
-    config: RunConfig, source: StageFolder, parts: list[str], conversations: int, store: Store, target: Target
-) -> None:
-    encoded, _ = _encode_part(config, source, parts[0], target, limit=SAMPLE)
-    lengths = [len(conversation.token_ids) for conversation in encoded]
-    hidden = target.embedding.shape[1]
-    refuse_if_too_large(forecast(lengths, conversations, hidden, config.features.encoding), store)
-
-
-def _extract_part(
-    config: RunConfig, source: StageFolder, name: str, folder: StageFolder, target: Target, report: Any
-) -> None:
-    encoded, skipped = _encode_part(config, source, name, target)
-    info = FeatureInfo(
-        hidden_size=target.embedding.shape[1],
-        encoding=config.features.encoding,
-        target_fingerprint=target.fingerprint,
-        template_hash=target.template_hash,
-    )
-    notes = {
-        "skipped": skipped,
-        "tokens": sum(len(c.token_ids) for c in encoded),
-        "supervised_tokens": sum(sum(c.loss_mask) for c in encoded),
-    }
-    with (
-        folder.writing(name, **notes) as file,
-        FeatureWriter(file.path, info, config.features.row_group_mb) as writer,
-        ThreadPoolExecutor(1) as thread,
-    ):
-        writing: Future[None] | None = None
-        for batch, features in _captured(encoded, target, config.features.max_tokens_per_batch):
-            if writing is not None:
-                writing.result()
-            writing = thread.submit(_write, writer, batch, features)
-            report(len(batch), sum(len(c.token_ids) for c in batch))
-        if writing is not None:
-            writing.result()
-        file.rows = writer.num_rows
-
-
-def _captured(encoded: list[Encoded], target: Target, max_tokens: int) -> Iterator[tuple[list[Encoded], list[Tensor]]]:
+def _captured(encoded: list[Encoded], target: Target, max_tokens: int) -> Iterator[Batch]:
     for indices in batches_by_tokens([len(c.token_ids) for c in encoded], max_tokens):
         batch = [encoded[i] for i in indices]
         try:
             yield batch, capture_features(target, [c.token_ids for c in batch])
         except NonFinite as error:
             raise NonFinite(f"{error} (conversations {', '.join(c.id for c in batch[:8])} …)") from error
-
-
-def _write(writer: FeatureWriter, batch: list[Encoded], features: list[Tensor]) -> None:
-    for conversation, rows in zip(batch, features, strict=True):
-        writer.add(conversation.id, conversation.split, conversation.token_ids, conversation.loss_mask, rows)
-
-
-def _encode_part(
-    config: RunConfig, source: StageFolder, name: str, target: Target, limit: int | None = None
-) -> tuple[list[Encoded], list[list[str]]]:
-    """Token ids and masks of one part of the responses, and the skipped conversations with their reasons."""
-    settings = config.features
-    encoded: list[Encoded] = []
-    skipped: list[list[str]] = []
-    for row in pq.read_table(source.local_path(name)).slice(0, limit).to_pylist():
-        try:
-            found = encode_conversation(target.tokenizer, row["messages"], row["answer_token_ids"])
-        except SkippedConversation as problem:
-            skipped.append([row["id"], problem.reason])
-            continue
-        ids, mask = (x[: settings.max_tokens_per_conversation] for x in (found.token_ids, found.loss_mask))
-        if not any(mask):
-            skipped.append([row["id"], "no answer within max_tokens_per_conversation"])
-        else:
-            encoded.append(Encoded(row["id"], split_of(row["id"], settings.validation_fraction), ids, mask))
-    return encoded, skipped
 
 
 def split_of(name: str, validation_fraction: float) -> str:

@@ -1,33 +1,58 @@
-"""How much a features stage will take, from a sample, before any of it is computed."""
+"""How much a features stage will take, measured on a sample of its conversations, before the rest is computed."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hass_core.errors import StoreError
-from hass_core.features.encoding import bytes_per_token
+from hass_core.features.encoding import encode
 from hass_core.features.schema import Encoding
 from hass_core.store import Store
+from hass_core.target.capture import batches_by_tokens, capture_features
+from hass_core.target.loader import Target
 
 OTHER_BYTES_PER_TOKEN = 6  # token ids, mask and the rest, before compression
 RESERVE = 1.05
+TIMED_BATCHES = 2
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Expected size of the whole stage."""
+    """Expected size of the work to come."""
 
     tokens: int
     bytes: int
+    seconds: float
 
     def __str__(self) -> str:
-        return f"{self.tokens:,} tokens, {self.bytes / 1e9:.2f} GB"
+        return f"{self.tokens:,} tokens, {self.bytes / 1e9:.2f} GB, {self.seconds:,.0f} s"
 
 
-def forecast(sample_lengths: Sequence[int], conversations: int, hidden_size: int, encoding: Encoding) -> Forecast:
-    """Tokens and bytes of `conversations` conversations, from the lengths in tokens of some of them."""
-    mean = sum(sample_lengths) / max(1, len(sample_lengths))
-    tokens = round(mean * conversations)
-    return Forecast(tokens, round(tokens * (bytes_per_token(encoding, hidden_size) + OTHER_BYTES_PER_TOKEN)))
+@dataclass(frozen=True)
+class Measured:
+    """What one token costs here."""
+
+    bytes_per_token: float
+    tokens_per_second: float
+
+
+def measure(target: Target, sample: Sequence[Sequence[int]], max_tokens: int, encoding: Encoding) -> Measured:
+    """Capture and encode a few batches of the sample's token ids; the first pass, which warms up, is not timed."""
+    batches = list(batches_by_tokens([len(ids) for ids in sample], max_tokens))[:TIMED_BATCHES]
+    size = tokens = 0
+    for batch in batches[:1]:
+        for row in capture_features(target, [sample[i] for i in batch]):
+            size += len(encode(row, encoding))
+            tokens += len(row)
+    started = time.perf_counter()
+    timed = sum(len(row) for batch in batches for row in capture_features(target, [sample[i] for i in batch]))
+    return Measured(size / tokens + OTHER_BYTES_PER_TOKEN, timed / (time.perf_counter() - started))
+
+
+def forecast(sample_lengths: Sequence[int], conversations: int, measured: Measured) -> Forecast:
+    """For `conversations` conversations, from the lengths in tokens of some of them and the cost of a token."""
+    tokens = round(sum(sample_lengths) / len(sample_lengths) * conversations)
+    return Forecast(tokens, round(tokens * measured.bytes_per_token), tokens / measured.tokens_per_second)
 
 
 def refuse_if_too_large(expected: Forecast, store: Store) -> None:

@@ -3,6 +3,7 @@
 import zlib
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,13 +21,12 @@ class FeatureWriter:
         self._schema = info.schema()
         self._row_group_bytes = row_group_mb << 20
         # neither dictionary nor statistics: features never repeat, and readers take whole row groups
-        self._file = pq.ParquetWriter(
-            path,
-            self._schema,
-            compression={name: "none" if name == "features" else "zstd" for name in self._schema.names},
-            use_dictionary=["split"],
-            write_statistics=["id", "num_tokens", "split"],
-        )
+        options: dict[str, Any] = {
+            "compression": {name: "none" if name == "features" else "zstd" for name in self._schema.names},
+            "use_dictionary": ["split"],
+            "write_statistics": ["id", "num_tokens", "split"],
+        }
+        self._file = pq.ParquetWriter(path, self._schema, **options)
         self._rows: list[dict] = []
         self._pending_bytes = 0
         self.num_rows = 0

@@ -1,5 +1,9 @@
 """Features survive the way to disk and back, and a broken or foreign shard is named, never read."""
 
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,11 +15,13 @@ from hypothesis import strategies as st
 from hass_core.config import parse_config
 from hass_core.data.responses import RESPONSES_SCHEMA
 from hass_core.errors import CorruptFile, DraftMismatch, HassError, NonFinite, StoreError
+from hass_core.features.bench import bench_features
 from hass_core.features.encoding import bytes_per_token, decode, encode
-from hass_core.features.extract import extract_features, split_of
-from hass_core.features.forecast import forecast, refuse_if_too_large
+from hass_core.features.extract import _Extraction, extract_features, split_of
+from hass_core.features.forecast import Measured, forecast, measure, refuse_if_too_large
 from hass_core.features.reader import FeatureDataset
 from hass_core.features.schema import FeatureInfo
+from hass_core.features.validate import validate_features
 from hass_core.features.writer import FeatureWriter
 from hass_core.target.capture import batches_by_tokens, capture_features
 
@@ -113,20 +119,18 @@ def test_splits_are_disjoint_complete_and_stable(tiny_target, store, config, row
 def test_a_finished_stage_is_reused_and_a_half_done_one_continued(tiny_target, store, config, rows, monkeypatch):
     responses = responses_artifact(store, rows, parts=3)
     seen = []
-    import hass_core.features.extract as stage
+    real = _Extraction._capture
 
-    real = stage._extract_part
-
-    def stop_at_third(config, source, name, *rest):
+    def stop_at_third(run, part, writing):
         if len(seen) == 2:
             raise KeyboardInterrupt
-        seen.append(name)
-        real(config, source, name, *rest)
+        seen.append(part.name)
+        return real(run, part, writing)
 
-    monkeypatch.setattr(stage, "_extract_part", stop_at_third)
+    monkeypatch.setattr(_Extraction, "_capture", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         extract_features(config, responses, store, tiny_target)
-    monkeypatch.setattr(stage, "_extract_part", lambda c, s, name, *rest: (seen.append(name), real(c, s, name, *rest)))
+    monkeypatch.setattr(_Extraction, "_capture", lambda run, part, w: (seen.append(part.name), real(run, part, w))[1])
     extract_features(config, responses, store, tiny_target)
     assert seen == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
     assert extract_features(config, responses, store, tiny_target).summary["conversations"] == 30
@@ -211,8 +215,8 @@ def test_a_target_that_overflows_is_caught_before_anything_is_stored(tiny_target
 
 
 def test_a_store_without_room_is_refused_with_the_missing_amount(store, monkeypatch):
-    expected = forecast([100, 300], 1_000_000, 4096, "bf16")
-    assert expected.tokens == 200_000_000
+    expected = forecast([100, 300], 1_000_000, Measured(8192, tokens_per_second=40_000))
+    assert (expected.tokens, expected.seconds) == (200_000_000, 5000)
     assert 1.6e12 < expected.bytes < 1.7e12
     monkeypatch.setattr(store, "free_bytes", lambda: 10**12)
     with pytest.raises(StoreError, match=r"1000\.00 GB free: 7\d\d\.\d\d GB too little"):
@@ -243,3 +247,137 @@ def test_the_cache_of_row_groups_stays_bounded(store):
     assert [int(dataset[i].features[0, 0]) for i in range(64)] == list(range(64))
     assert dataset._group_bytes <= 3 << 20
     assert len(dataset._groups) > 1
+
+
+def test_another_cache_size_or_batch_size_gives_the_same_stage(tiny_target, store, rows):
+    responses = responses_artifact(store, rows)
+    first = extract_features(parse_config({}), responses, store, tiny_target)
+    assert (
+        extract_features(parse_config({"features": {"max_tokens_per_batch": 64}}), responses, store, tiny_target)
+        == first
+    )
+
+
+def test_the_forecast_is_near_what_is_then_stored(tiny_target, store, config, rows):
+    notes = []
+    artifact = extract_features(
+        config, responses_artifact(store, rows, 3), store, tiny_target, lambda *told: notes.append(told)
+    )
+    sample = [list(range(3, 3 + n)) for n in (10, 20, 30)]
+    measured = measure(tiny_target, sample, 64, "bf16")
+    assert measured.bytes_per_token == 2 * 48 + 6
+    assert measured.tokens_per_second > 0
+    assert notes[0][2].startswith(f"expecting {artifact.summary['tokens']:,} tokens")
+    assert notes[-1][:2] == (30, 30)
+
+
+def test_stream_gives_what_random_access_gives_and_both_can_run_in_threads(store):
+    info = FeatureInfo(hidden_size=256, encoding="bf16", target_fingerprint="t", template_hash="h")
+    folder = store.stage("features", {"stream": 1})
+    for part in range(3):
+        with (
+            folder.writing(f"part-{part:05d}.parquet") as file,
+            FeatureWriter(file.path, info, row_group_mb=1) as writer,
+        ):
+            for i in range(30):
+                split = "validation" if i % 5 == 0 else "train"
+                writer.add(f"{part}-{i}", split, [i] * 100, [1] * 100, torch.full((100, 256), float(part * 30 + i)))
+    dataset = FeatureDataset(store, folder.finish({}), "train", cache_bytes=2 << 20)
+    streamed = list(dataset.stream())
+    with ThreadPoolExecutor(4) as threads:
+        picked = list(threads.map(dataset.__getitem__, range(len(dataset))))
+    assert (
+        [c.id for c in streamed] == [c.id for c in picked] == [f"{p}-{i}" for p in range(3) for i in range(30) if i % 5]
+    )
+    for one, other in zip(streamed, picked, strict=True):
+        assert torch.equal(one.features, other.features)
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+
+
+def test_a_row_is_read_without_a_copy(store):
+    info = FeatureInfo(hidden_size=4, encoding="bf16", target_fingerprint="t", template_hash="h")
+    folder = store.stage("features", {"view": 1})
+    with folder.writing("part-00000.parquet") as file, FeatureWriter(file.path, info) as writer:
+        writer.add("one", "train", [1, 2], [0, 1], torch.ones(2, 4))
+    dataset = FeatureDataset(store, folder.finish({}))
+    assert dataset[0].features.data_ptr() == dataset[0].features.data_ptr()
+
+
+def test_shards_of_two_targets_in_one_stage_are_refused(store):
+    folder = store.stage("features", {"two": 1})
+    for i in range(2):
+        info = FeatureInfo(hidden_size=4, encoding="bf16", target_fingerprint=f"target-{i}", template_hash="h")
+        with folder.writing(f"part-{i:05d}.parquet") as file, FeatureWriter(file.path, info) as writer:
+            writer.add("one", "train", [1], [1], torch.ones(1, 4))
+    with pytest.raises(CorruptFile, match=r"disagree about their target or encoding: .*target-0.* and .*target-1"):
+        FeatureDataset(store, folder.finish({}))
+
+
+def test_a_parquet_file_of_something_else_is_refused(store):
+    folder = store.stage("features", {"else": 1})
+    with folder.writing("part-00000.parquet") as file:
+        pq.write_table(pa.table({"x": [1]}), file.path)
+    with pytest.raises(CorruptFile, match=r"part-00000\.parquet is no feature shard"):
+        FeatureDataset(store, folder.finish({}))
+    other = store.stage("features", {"else": 2})
+    other.write_text("part-00000.parquet", "not Parquet at all")
+    with pytest.raises(CorruptFile, match=r"part-00000\.parquet is not readable Parquet"):
+        FeatureDataset(store, other.finish({}))
+    with pytest.raises(CorruptFile, match=r"holds no part-\*\.parquet"):
+        FeatureDataset(store, store.stage("features", {"else": 3}).finish({}))
+
+
+def test_a_disk_that_fills_up_while_features_are_written_is_named(tiny_target, store, config, rows, monkeypatch):
+    def full(self, *row):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    responses = responses_artifact(store, rows, parts=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureWriter, "_flush", full)
+        with pytest.raises(StoreError, match=r"the disk of .* is full; free space and run the same command again"):
+            extract_features(config, responses, store, tiny_target)
+    assert extract_features(config, responses, store, tiny_target).summary["conversations"] == 30
+
+
+@pytest.mark.parametrize("encoding", ["bf16", "int8"])
+def test_shards_open_in_duckdb(tiny_target, store, rows, encoding):
+    duckdb = pytest.importorskip("duckdb")
+    config = parse_config({"features": {"encoding": encoding}})
+    artifact = extract_features(config, responses_artifact(store, rows), store, tiny_target)
+    path = store.open(artifact).local_path("part-00000.parquet")
+    query = f"select sum(num_tokens), sum(octet_length(features)) from '{path}'"
+    tokens = artifact.summary["tokens"]
+    assert duckdb.sql(query).fetchall() == [(tokens, tokens * bytes_per_token(encoding, 48))]
+
+
+def test_validation_names_every_bad_row_and_counts_the_rest(store):
+    info = FeatureInfo(hidden_size=4, encoding="bf16", target_fingerprint="t", template_hash="h")
+    folder = store.stage("features", {"bad": 2})
+    with folder.writing("part-00000.parquet") as file, FeatureWriter(file.path, info) as writer:
+        writer.add("good", "train", [1, 2], [0, 1], torch.ones(2, 4))
+        writer.add("infinite", "train", [1, 2], [0, 1], torch.full((2, 4), float("-inf")))
+        writer.add("unsupervised", "train", [1, 2], [0, 0], torch.ones(2, 4))
+        writer.add("good", "train", [1, 2], [0, 1], torch.ones(2, 4))
+    report = validate_features(store, folder.finish({}))
+    assert (report.conversations, report.tokens, report.supervised_fraction) == (4, 4, 0.5)
+    assert [problem.partition("(")[2].partition(")")[0] for problem in report.problems[:2]] == [
+        "infinite",
+        "unsupervised",
+    ]
+    assert report.problems[2].endswith("the id good stands there twice")
+
+
+def test_a_mask_that_supervises_everything_is_reported(store):
+    info = FeatureInfo(hidden_size=4, encoding="bf16", target_fingerprint="t", template_hash="h")
+    folder = store.stage("features", {"mask": 1})
+    with folder.writing("part-00000.parquet") as file, FeatureWriter(file.path, info) as writer:
+        writer.add("one", "train", [1, 2], [1, 1], torch.ones(2, 4))
+    assert "100.0% of the tokens are supervised" in validate_features(store, folder.finish({})).problems[0]
+
+
+def test_the_benchmark_measures_writing_reading_and_the_target(tiny_target, tmp_path):
+    speed = bench_features(gigabytes=0.001, folder=tmp_path, target=tiny_target)
+    assert 0.0009 < speed.gigabytes < 0.0011
+    assert min(speed.write_gb_per_second, speed.read_gb_per_second, speed.read_again_gb_per_second) > 0
+    assert (speed.prefill_tokens_per_second or 0) > 0 < (speed.capture_tokens_per_second or 0)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,96 @@
+"""How fast features are written, read and computed on this machine. Run by `hass bench features`."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from hass_core.features.reader import FeatureDataset
+from hass_core.features.schema import Encoding, FeatureInfo
+from hass_core.features.writer import FeatureWriter
+from hass_core.store import Artifact, Store
+from hass_core.target.capture import capture_features
+from hass_core.target.loader import Target
+
+TOKENS_PER_CONVERSATION = 300
+CONVERSATIONS_PER_SHARD = 256
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class FeaturesSpeed:
+    """Rates in gigabytes and tokens a second; prefill and capture are None without a target."""
+
+    gigabytes: float
+    write_gb_per_second: float
+    read_gb_per_second: float  # in order, every row checked, from the page cache
+    read_again_gb_per_second: float  # in random order, rows checked before
+    prefill_tokens_per_second: float | None = None
+    capture_tokens_per_second: float | None = None
+
+
+def bench_features(
+    hidden_size: int = 4096,
+    gigabytes: float = 1.0,
+    encoding: Encoding = "bf16",
+    folder: Path | None = None,
+    target: Target | None = None,
+) -> FeaturesSpeed:
+    """Write and read `gigabytes` of random features under `folder` (default: a temporary one, removed afterwards)."""
+    hidden_size = target.embedding.shape[1] if target else hidden_size
+    with tempfile.TemporaryDirectory(prefix="hass-bench-", dir=folder) as place:
+        store = Store(place)
+        conversations = max(1, round(gigabytes * 1e9 / (2 * hidden_size * TOKENS_PER_CONVERSATION)))
+        size = conversations * TOKENS_PER_CONVERSATION * hidden_size * 2 / 1e9
+        started = time.perf_counter()
+        artifact = _write(store, conversations, hidden_size, encoding)
+        write = size / (time.perf_counter() - started)
+        cached = FeatureDataset(store, artifact, cache_bytes=int(size * 2e9) + 1)
+        seconds = _best(lambda: sum(1 for _ in FeatureDataset(store, artifact, cache_bytes=1).stream()))
+        order = torch.randperm(len(cached)).tolist()
+        for i in order:
+            cached[i]
+        again = _best(lambda: [cached[i] for i in order])
+    prefill, capture = _target_speed(target) if target else (None, None)
+    return FeaturesSpeed(size, write, size / seconds, size / again, prefill, capture)
+
+
+def _write(store: Store, conversations: int, hidden_size: int, encoding: Encoding) -> Artifact:
+    info = FeatureInfo(hidden_size=hidden_size, encoding=encoding, target_fingerprint="bench", template_hash="bench")
+    folder = store.stage("features", info.model_dump())
+    features = torch.randn(TOKENS_PER_CONVERSATION, hidden_size).bfloat16()
+    ids, mask = list(range(TOKENS_PER_CONVERSATION)), [1] * TOKENS_PER_CONVERSATION
+    for start in range(0, conversations, CONVERSATIONS_PER_SHARD):
+        with folder.writing(f"part-{start:08d}.parquet") as file, FeatureWriter(file.path, info) as writer:
+            for i in range(start, min(conversations, start + CONVERSATIONS_PER_SHARD)):
+                writer.add(f"c{i}", "train", ids, mask, features)
+    return folder.finish({})
+
+
+def _target_speed(target: Target, tokens: int = 16_384, length: int = 256) -> tuple[float, float]:
+    """Tokens a second of the bare forward pass, and of `capture_features`, which also brings them to the CPU."""
+    length = min(length, target.context_tokens)
+    ids = torch.randint(0, target.head.shape[0], (max(1, tokens // length), length))
+    rows: list[list[int]] = ids.tolist()
+
+    @torch.no_grad()
+    def prefill() -> None:
+        cast(Any, target.model).base_model(input_ids=ids.to(target.device), use_cache=False)
+        if target.device.type == "cuda":
+            torch.cuda.synchronize(target.device)
+
+    return ids.numel() / _best(prefill), ids.numel() / _best(lambda: capture_features(target, rows))
+
+
+def _best(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few runs, after one that warms up."""
+    seconds = []
+    for _ in range(REPEATS + 1):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])
