@@ -1,4 +1,4 @@
-"""`hass bench`: measure this machine. Each verb takes its module's options (see --help) and prints one JSON line last."""
+"""`hass bench`: measure this machine. Each verb takes its module's options and prints one JSON line last."""
 
 import runpy
 import sys
