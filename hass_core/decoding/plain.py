@@ -36,4 +36,6 @@ class NoDraft:
 
     def grow(self, cache: "NoDraft", root: Tensor, estimate: Tensor) -> Tree:
         alone = torch.zeros_like(root)[:, None]
-        return Tree(root[:, None], alone, alone, alone, torch.ones_like(alone, dtype=torch.bool)[:, :, None])
+        return Tree(
+            root[:, None], alone, alone, alone, torch.ones_like(alone, dtype=torch.bool)[:, :, None], alone[:, 1:]
+        )

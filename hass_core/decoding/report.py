@@ -1,6 +1,6 @@
 """What the host learns of a cycle: one small integer tensor, copied once.
 
-Shapes: B rows, N nodes, R = depth + 1 places of a path.
+Shapes: B rows, N nodes, R places of a path.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ and moves the accepted keys and values into place. Nothing in it looks at the ho
 captured as one CUDA graph per attended width; the host reads one small report a cycle. On a CPU the same function
 runs as it is, over the live slots only.
 
-Shapes: B rows, N tree nodes, R = depth + 1 places of a path, H hidden.
+Shapes: B rows, N tree nodes, R places of a path, H hidden.
 """
 
 import logging
@@ -62,10 +62,10 @@ class Session:
     def __init__(self, runner: Runner, drafter: TreeDrafter, sampling: SamplingConfig, rows: int, slots: int):
         self._runner, self._drafter, self.shape = runner, drafter, drafter.shape
         self.rows, self.sampling = rows, sampling
-        behind = max(self.shape.nodes, drafter.scratch_slots, self.shape.depth + 1)
+        behind = max(self.shape.nodes, drafter.scratch_slots, self.shape.places)
         self.slots = _rounded(slots + behind)
         self._behind = behind
-        device, places = runner.device, self.shape.depth + 1
+        device, places = runner.device, self.shape.places
         self._cache = runner.new_cache(rows, self.slots)
         self._draft_cache = drafter.new_cache(rows, self.slots)
         self._draws = Draws(sampling, rows, self.slots, runner.vocab_size, device)
@@ -114,7 +114,7 @@ class Session:
         if self._graphs is None:
             return unpacked(self._cycle(int(self._counts.max())).tolist())
         cache.width = self._draft_cache.width = _rounded(cache.longest + self._behind)
-        rows = unpacked(self._graphs.run(cache.width, lambda: self._cycle(self.shape.depth + 1)).tolist())
+        rows = unpacked(self._graphs.run(cache.width, lambda: self._cycle(self.shape.places)).tolist())
         taken = [len(row.token_ids) * is_open for row, is_open in zip(rows, open_rows, strict=True)]
         cache.told(cache.host_lengths + taken)
         return rows
@@ -135,7 +135,7 @@ class Session:
         positions = cache.lengths[:, None] + tree.depths
         features = runner.forward(tree.token_ids, positions.clamp(max=runner.context_tokens - 1), cache, mask)
         drawn, sound = self._draws.draw(runner.logits(features), positions + 1, tree)
-        accepted = accept(tree, drawn, self.shape.depth)
+        accepted = accept(tree, drawn, self.shape.places)
         self._draws.note(accepted.token_ids, accepted.counts)
         if self.shape.nodes > 1:
             cache.move(accepted.path)

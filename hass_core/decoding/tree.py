@@ -38,6 +38,7 @@ class Tree:
     depths: Tensor  # [B, N], root 0
     ranks: Tensor  # [B, N] place among the siblings by draft probability, from 0
     visible: Tensor  # [B, N, N] True where the column is the row's ancestor or itself
+    order: Tensor  # [B, N - 1] the drafted nodes by falling score
 
     def to(self, device: torch.device) -> "Tree":
         return Tree(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
@@ -51,6 +52,11 @@ class TreeShape:
     top_k: int
     nodes: int  # N
     static: bool
+
+    @property
+    def places(self) -> int:
+        """R: nodes of the longest path."""
+        return min(self.depth + 1, self.nodes)
 
     @classmethod
     def of(cls, config: TreeConfig, draft_vocab_size: int) -> "TreeShape":
@@ -81,7 +87,8 @@ def best(scores: Tensor, count: int) -> Tensor:
 
 def assemble(root: Tensor, pool: Pool, shape: TreeShape) -> Tree:
     """The tree over root tokens [B] with the pool's N-1 best candidates."""
-    chosen = best(pool.scores, shape.nodes - 1).sort(-1).values
+    by_score = best(pool.scores, shape.nodes - 1)
+    chosen = by_score.sort(-1).values
     parent_index = pool.parents.gather(1, chosen)
     parents = torch.searchsorted(chosen, parent_index) + (parent_index != ROOT)
     first = torch.zeros_like(root)[:, None]
@@ -93,6 +100,7 @@ def assemble(root: Tensor, pool: Pool, shape: TreeShape) -> Tree:
         depths=torch.cat([first, levels], 1),
         ranks=torch.cat([first, chosen % shape.top_k], 1),
         visible=ancestors(parents, shape.depth),
+        order=torch.searchsorted(chosen, by_score) + 1,
     )
 
 

@@ -11,7 +11,7 @@ else set p(c) to 0 and renormalise; Leviathan et al. arXiv 2211.17192 for a dete
 2305.09781 for trees): walking through the children splits the very interval that one inverted coin falls into, so
 accepted, residual and bonus tokens all come from the one processed distribution.
 
-Shapes: B batch, N nodes, R = depth + 1 places of a path.
+Shapes: B batch, N nodes, R places of a path (`TreeShape.places`).
 """
 
 from dataclasses import dataclass
@@ -36,11 +36,11 @@ class Accepted:
         return (flags.gather(1, self.path) | past).all(1)
 
 
-def accept(tree: Tree, drawn: Tensor, depth: int) -> Accepted:
+def accept(tree: Tree, drawn: Tensor, places: int) -> Accepted:
     """Follow the drawn tokens [B, N] through the tree."""
     matched = tree.token_ids == drawn.gather(1, tree.parents)
     matched[:, 0] = True
     standing = (matched[:, None] | ~tree.visible).all(-1)
     # breadth-first numbering: standing nodes in order of number are the path from the root
-    path = (~standing).to(torch.uint8).sort(dim=-1, stable=True).indices[:, : depth + 1]
+    path = (~standing).to(torch.uint8).sort(dim=-1, stable=True).indices[:, :places]
     return Accepted(path, standing.sum(-1), drawn.gather(1, path))

@@ -33,7 +33,7 @@ from hass_core.model.head import DraftHead
 from hass_core.training.batch import Batch
 
 PARTS = ("regression", "soft_ce", "top_k", "accuracy")
-LOGITS_PER_CHUNK = {"cpu": 1 << 23, "cuda": 1 << 28}
+LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True)

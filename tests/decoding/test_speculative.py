@@ -21,6 +21,7 @@ TREES = {
     "dynamic": TreeConfig(kind="dynamic", depth=4, top_k=3, nodes=14),
     "static": TreeConfig(kind="static", depth=3, top_k=4, nodes=11),
     "chain": TreeConfig(kind="chain", depth=5),
+    "fewer nodes than levels": TreeConfig(kind="dynamic", depth=6, top_k=2, nodes=4),
 }
 
 
@@ -43,7 +44,7 @@ def test_greedy_tokens_equal_plain_greedy_for_every_family_tree_and_batch(varian
         assert [g.token_ids for g in decoder.generate(prompts, GREEDY, 40, ENDLESS)] == expected
     lucky = oracle_decoder(target, TREES[tree], prompts, expected).generate(prompts, GREEDY, 40, ENDLESS)
     assert [g.token_ids for g in lucky] == expected
-    assert max(c.accepted for g in lucky for c in g.cycles) >= 3  # the comparison did exercise acceptance
+    assert max(c.accepted for g in lucky for c in g.cycles) >= 2  # the comparison did exercise acceptance
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -80,8 +81,9 @@ def test_a_perfect_draft_is_accepted_to_its_full_depth_every_cycle(prompts):
     draft.model.layer.mlp.down_proj.weight.zero_()
     for tree in TREES.values():
         decoder = SpeculativeDecoder(make_runner(target), draft, tree)
-        (generation,) = decoder.generate(prompts[:1], GREEDY, 1 + 4 * (tree.depth + 1), ENDLESS)
-        assert [c.accepted for c in generation.cycles] == [tree.depth] * 4
+        deepest = decoder.shape.places - 1
+        (generation,) = decoder.generate(prompts[:1], GREEDY, 1 + 4 * (deepest + 1), ENDLESS)
+        assert [c.accepted for c in generation.cycles] == [deepest] * 4
         assert all(set(c.ranks) == {0} for c in generation.cycles)
 
 

@@ -62,6 +62,7 @@ class LookupDrafter:
             depths=nodes,
             ranks=torch.zeros_like(nodes),
             visible=ancestors(parents, depth),
+            order=nodes[:, 1:],
         )
 
 

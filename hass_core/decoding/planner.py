@@ -1,0 +1,231 @@
+"""Choose the tree by measuring: what a cycle costs on this machine, and what this draft's trees are worth.
+
+Worth: the given prompts are decoded once with the largest tree, and for every cycle it is noted which nodes were
+accepted and where each stood in the order of scores. The best N-1 nodes of a pool contain the best N'-1, so one run
+tells how many tokens any smaller tree of the same draft would have gained. (Narrower and shallower trees are told by
+leaving out nodes of higher rank or depth; their frontier could have differed slightly.)
+Cost: the time of verifying N nodes, and of drafting D levels of K nodes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from hass_core.config import SamplingConfig, TreeConfig
+from hass_core.decoding.drafter import Drafter
+from hass_core.decoding.plain import NoDraft
+from hass_core.decoding.probe import FixedTree, cycle_seconds
+from hass_core.decoding.session import TreeDrafter
+from hass_core.decoding.stop import StopRule
+from hass_core.decoding.tree import Tree, TreeShape
+from hass_core.decoding.tree_decoder import TreeDecoder
+from hass_core.model.checkpoint import Draft
+from hass_core.target.runner import Runner
+
+LARGEST = TreeConfig(kind="dynamic", depth=6, top_k=8, nodes=60)
+TOP_KS = (1, 2, 4, 8)
+NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 60)
+
+
+class Choice(BaseModel):
+    """One tree and what it is expected to give."""
+
+    model_config = ConfigDict(frozen=True)
+
+    depth: int
+    top_k: int
+    nodes: int
+    tau: float  # tokens a cycle
+    cycle_ms: float
+    tokens_per_second: float
+
+
+class Plan(BaseModel):
+    """The best tree on this machine for `rows` rows at once, and the best of every size."""
+
+    model_config = ConfigDict(frozen=True)
+
+    device: str
+    dtype: str
+    rows: int
+    plain_tokens_per_second: float
+    best: Choice
+    curve: list[Choice]
+
+    @property
+    def pays(self) -> bool:
+        """Whether the best tree beats plain decoding."""
+        return self.best.tokens_per_second > self.plain_tokens_per_second
+
+    def tree(self) -> TreeConfig:
+        """The choice as a setting."""
+        kind = "chain" if self.best.top_k == 1 else "dynamic"
+        return TreeConfig(kind=kind, depth=self.best.depth, top_k=self.best.top_k, nodes=self.best.nodes)
+
+
+def planned(
+    tree: TreeConfig, runner: Runner, draft: Draft, prompts: list[list[int]], rows: int = 1
+) -> tuple[TreeConfig, Plan | None]:
+    """The tree to decode with: as set, or measured when `tree.plan`."""
+    if not tree.plan:
+        return tree, None
+    plan = make_plan(runner, draft, prompts, rows)
+    return plan.tree(), plan
+
+
+def make_plan(runner: Runner, draft: Draft, prompts: list[list[int]], rows: int = 1, max_new_tokens: int = 64) -> Plan:
+    """Measure and choose. `prompts` should resemble what will be decoded; a handful of them suffices."""
+    records = observe(runner, draft, prompts, max_new_tokens)
+    costs = measure_costs(runner, draft, rows)
+    choices = [_choice(records, costs, depth, k, n, rows) for depth, k, n in candidates(draft.head.size)]
+    by_size = {n: max((c for c in choices if c.nodes == n), key=_speed) for n in sorted({c.nodes for c in choices})}
+    return Plan(
+        device=torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else "cpu",
+        dtype=str(runner.dtype).removeprefix("torch."),
+        rows=rows,
+        plain_tokens_per_second=rows / costs.plain,
+        best=max(choices, key=_speed),
+        curve=list(by_size.values()),
+    )
+
+
+def candidates(draft_vocab_size: int) -> list[tuple[int, int, int]]:
+    """(depth, top_k, nodes) of all trees considered."""
+    found = set()
+    for top_k in TOP_KS:
+        for depth in range(1, LARGEST.depth + 1):
+            for nodes in NODES:
+                kind = "chain" if top_k == 1 else "dynamic"
+                shape = TreeShape.of(TreeConfig(kind=kind, depth=depth, top_k=top_k, nodes=nodes), draft_vocab_size)
+                found.add((shape.depth, shape.top_k, shape.nodes))
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One cycle with the largest tree: its nodes by falling score, and the accepted ones among them."""
+
+    nodes: list[tuple[int, int]]  # (depth, highest rank on the path from the root)
+    accepted: list[int]  # places in `nodes`, root downwards
+
+    def gained(self, depth: int, top_k: int, nodes: int) -> int:
+        """Tokens the cycle would have given with a smaller tree: accepted drafts and the new root."""
+        fits = [d <= depth and rank < top_k for d, rank in self.nodes]
+        gained = 1
+        for place in self.accepted:
+            if not fits[place] or sum(fits[:place]) >= nodes - 1:
+                break
+            gained += 1
+        return gained
+
+
+class Observer:
+    """A drafter that keeps the trees it grows with their scores; see `hass_core.decoding.session.TreeDrafter`."""
+
+    capturable = False
+
+    def __init__(self, drafter: Drafter):
+        self._drafter, self.shape, self.scratch_slots = drafter, drafter.shape, drafter.scratch_slots
+        self.trees: list[Tree] = []
+
+    def new_cache(self, batch_size: int, max_tokens: int) -> Any:
+        return self._drafter.new_cache(batch_size, max_tokens)
+
+    def clear(self, cache: Any) -> None:
+        self._drafter.clear(cache)
+
+    def extend(self, cache: Any, features: Tensor, token_ids: Tensor, counts: Tensor) -> Tensor:
+        return self._drafter.extend(cache, features, token_ids, counts)
+
+    def grow(self, cache: Any, root: Tensor, estimate: Tensor) -> Tree:
+        tree = self._drafter.grow(cache, root, estimate)
+        self.trees.append(tree.to(torch.device("cpu")))
+        return tree
+
+
+def observe(runner: Runner, draft: Draft, prompts: list[list[int]], max_new_tokens: int) -> list[Record]:
+    """Decode greedily with the largest tree and note every cycle."""
+    observer = Observer(Drafter(draft, TreeShape.of(LARGEST, draft.head.size)))
+    decoder = TreeDecoder(runner, observer, name="observer")
+    records: list[Record] = []
+    for prompt in prompts:
+        observer.trees.clear()
+        (generation,) = decoder.generate([prompt], SamplingConfig(), max_new_tokens, StopRule())
+        records += [_record(tree, cycle.ranks) for tree, cycle in zip(observer.trees, generation.cycles, strict=True)]
+    return records
+
+
+def _record(tree: Tree, accepted_ranks: tuple[int, ...]) -> Record:
+    parents, depths, ranks = (part[0].tolist() for part in (tree.parents, tree.depths, tree.ranks))
+    worst = [0] * len(parents)
+    for node in range(1, len(parents)):  # parents come before children
+        worst[node] = max(worst[parents[node]], ranks[node])
+    order = tree.order[0].tolist()
+    place = {node: i for i, node in enumerate(order)}
+    current, accepted = 0, []
+    for rank in accepted_ranks:
+        current = next(n for n in range(1, len(parents)) if parents[n] == current and ranks[n] == rank)
+        accepted.append(place[current])
+    return Record([(depths[node], worst[node]) for node in order], accepted)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds on this machine: plain token, verification by nodes, drafting by (top_k, depth)."""
+
+    plain: float
+    verify: dict[int, float]
+    draft: dict[int, tuple[float, float]]  # top_k → (first level, each further level)
+
+    def cycle(self, depth: int, top_k: int, nodes: int) -> float:
+        """A whole cycle; sizes between the measured ones are interpolated."""
+        first, further = self.draft[max(k for k in self.draft if k <= top_k)]
+        return self._verify(nodes) + first + further * (depth - 1)
+
+    def _verify(self, nodes: int) -> float:
+        below = max((n for n in self.verify if n <= nodes), default=min(self.verify))
+        above = min((n for n in self.verify if n >= nodes), default=max(self.verify))
+        if above == below:
+            return self.verify[below]
+        share = (nodes - below) / (above - below)
+        return self.verify[below] * (1 - share) + self.verify[above] * share
+
+
+def measure_costs(runner: Runner, draft: Draft, rows: int) -> Costs:
+    """Time verification by size, and drafting by width, as whole cycles less their verification."""
+    verify = {nodes: cycle_seconds(runner, FixedTree(nodes), rows) for nodes in NODES}
+    return Costs(cycle_seconds(runner, NoDraft(), rows), verify, _draft_costs(runner, draft, rows, verify))
+
+
+def _draft_costs(runner: Runner, draft: Draft, rows: int, verify: dict[int, float]) -> dict[int, tuple[float, float]]:
+    costs = {}
+    for top_k in TOP_KS:
+        if top_k > draft.head.size:
+            continue
+        by_depth = []
+        for depth in (1, 4):
+            shape = TreeShape(depth, top_k, nodes=2, static=False)
+            drafter: TreeDrafter = Drafter(draft, shape)
+            by_depth.append(max(0.0, cycle_seconds(runner, drafter, rows) - verify[2]))
+        costs[top_k] = (by_depth[0], max(0.0, by_depth[1] - by_depth[0]) / 3)
+    return costs
+
+
+def _choice(records: list[Record], costs: Costs, depth: int, top_k: int, nodes: int, rows: int) -> Choice:
+    tau = sum(record.gained(depth, top_k, nodes) for record in records) / len(records)
+    seconds = costs.cycle(depth, top_k, nodes)
+    return Choice(
+        depth=depth,
+        top_k=top_k,
+        nodes=nodes,
+        tau=round(tau, 4),
+        cycle_ms=round(1000 * seconds, 4),
+        tokens_per_second=round(rows * tau / seconds, 2),
+    )
+
+
+def _speed(choice: Choice) -> float:
+    return choice.tokens_per_second

@@ -1,0 +1,60 @@
+"""The planner's arithmetic, and a plan made by really measuring a tiny model."""
+
+import json
+
+from hass_core.config import SamplingConfig, TreeConfig
+from hass_core.decoding.bench import bench_decode
+from hass_core.decoding.planner import LARGEST, Costs, Plan, Record, make_plan, observe, planned
+from hass_core.decoding.speculative import SpeculativeDecoder
+from hass_core.target.runner import make_runner
+from tests.decoding.conftest import ENDLESS, random_draft
+
+
+def test_a_smaller_tree_gains_the_accepted_nodes_it_would_have_held():
+    # by score: child rank 0, its child rank 0, child rank 1, grandchild rank 2 of the first
+    record = Record(nodes=[(1, 0), (2, 0), (1, 1), (2, 2)], accepted=[0, 3])
+    assert record.gained(depth=2, top_k=3, nodes=5) == 3
+    assert record.gained(depth=2, top_k=3, nodes=4) == 2  # the grandchild stands fourth
+    assert record.gained(depth=1, top_k=3, nodes=5) == 2
+    assert record.gained(depth=2, top_k=2, nodes=5) == 2
+    assert record.gained(depth=2, top_k=3, nodes=2) == 2
+
+
+def test_costs_between_measured_sizes_are_interpolated():
+    costs = Costs(plain=1.0, verify={2: 1.0, 4: 2.0}, draft={1: (0.1, 0.2), 4: (0.3, 0.4)})
+    assert costs.cycle(depth=3, top_k=1, nodes=3) == 1.5 + 0.1 + 2 * 0.2
+    assert costs.cycle(depth=1, top_k=6, nodes=9) == 2.0 + 0.3
+
+
+def test_observed_cycles_account_for_the_decoders_own_acceptance(tiny_target, prompts):
+    runner, draft = make_runner(tiny_target), random_draft(tiny_target)
+    records = observe(runner, draft, prompts[:2], 40)
+    decoder = SpeculativeDecoder(runner, draft, LARGEST)
+    own = [c for p in prompts[:2] for c in decoder.generate([p], SamplingConfig(), 40, ENDLESS)[0].cycles]
+    assert [r.gained(LARGEST.depth, LARGEST.top_k, LARGEST.nodes) for r in records] == [1 + c.accepted for c in own]
+    assert any(c.accepted for c in own)
+
+
+def test_a_plan_is_measured_serialises_and_gives_a_tree_to_decode_with(tiny_target, prompts):
+    runner, draft = make_runner(tiny_target), random_draft(tiny_target)
+    plan = make_plan(runner, draft, prompts[:1], max_new_tokens=16)
+    assert Plan.model_validate(json.loads(plan.model_dump_json())) == plan
+    assert plan.best.tokens_per_second == max(choice.tokens_per_second for choice in plan.curve)
+    assert plan.pays == (plan.best.tokens_per_second > plan.plain_tokens_per_second)
+    SpeculativeDecoder(runner, draft, plan.tree()).generate(prompts[:1], SamplingConfig(), 8, ENDLESS)
+
+
+def test_a_tree_setting_without_plan_is_used_as_it_is(tiny_target):
+    tree = TreeConfig(depth=2, top_k=2, nodes=4)
+    assert planned(tree, make_runner(tiny_target), random_draft(tiny_target), []) == (tree, None)
+
+
+def test_the_benchmark_counts_what_was_decoded(tiny_target, prompts):
+    record = bench_decode(tiny_target, prompts[:2], random_draft(tiny_target), TreeConfig(depth=2, nodes=8), 12)
+    assert record.same_tokens
+    assert record.tau is not None
+    assert record.tau >= 1
+    assert 0 < record.share_of_limit
+    assert record.cycle_ms is not None
+    assert record.draft_ms is not None
+    assert record.draft_ms < record.cycle_ms

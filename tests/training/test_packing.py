@@ -1,0 +1,56 @@
+"""Packs: every conversation once a pass, resumable anywhere, whoever takes them."""
+
+from itertools import islice
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hass_core.training.feed import Division
+from hass_core.training.packing import PackStream, packs_of_pass
+
+LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=300)
+
+
+@given(LENGTHS, st.integers(0, 5), st.integers(0, 3))
+def test_a_pass_holds_every_conversation_once_and_packs_fit(lengths, seed, number):
+    packs = packs_of_pass(lengths, 64, seed, number)
+    assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
+    for pack in packs:
+        assert len(pack) == 1 or sum(lengths[i] for i in pack) <= 64
+
+
+@given(LENGTHS, st.integers(0, 40))
+def test_the_stream_continues_anywhere(lengths, start):
+    stream = PackStream(lengths, 64, seed=3)
+    whole = list(islice(stream.passes(), start + 10))
+    assert list(islice(stream.passes(start), 10)) == whole[start:]
+
+
+@given(LENGTHS)
+def test_whole_passes_are_counted_exactly(lengths):
+    stream = PackStream(lengths, 64, seed=1)
+    first_two = list(islice(stream.passes(), stream.packs_in(2)))
+    seen = sorted(i for pack in first_two for i in pack)
+    assert seen == sorted([*range(len(lengths)), *range(len(lengths))])
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+def test_processes_divide_a_step_without_loss_or_overlap(packs_per_batch, accumulation, processes):
+    division = Division(packs_per_batch, accumulation, processes)
+    packs = [[i] for i in range(division.packs_per_step)]
+    shares = [Division(packs_per_batch, accumulation, processes, rank).mine(packs) for rank in range(processes)]
+    assert [i for share in shares for batch in share for i in batch] == list(range(division.packs_per_step))
+    assert all(len(share) == accumulation for share in shares)
+
+
+def test_packs_are_well_filled():
+    lengths = [20 + i * 7 % 300 for i in range(2000)]
+    packs = packs_of_pass(lengths, 2048, 0, 0)
+    assert sum(lengths) / (len(packs) * 2048) > 0.98
+
+
+def test_passes_differ_and_seeds_differ():
+    lengths = list(range(1, 60))
+    assert packs_of_pass(lengths, 64, 0, 0) == packs_of_pass(lengths, 64, 0, 0)
+    assert packs_of_pass(lengths, 64, 0, 0) != packs_of_pass(lengths, 64, 0, 1)
+    assert packs_of_pass(lengths, 64, 0, 0) != packs_of_pass(lengths, 64, 1, 0)
