@@ -91,11 +91,11 @@ def draft_vocabulary(folder: Path, target: Target) -> Tensor | None:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CorruptFile(f"{folder / name} is missing: a draft is a folder with {CONFIG} and {WEIGHTS}")
     try:
-        config = json.loads((folder / CONFIG).read_text())
-        return config, load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
-        raise CorruptFile(f"{error.filename} is missing: a draft is a folder with {CONFIG} and {WEIGHTS}") from error
+        return json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
     except (json.JSONDecodeError, SafetensorError) as error:
         raise CorruptFile(f"the draft in {folder} is broken: {error}; train or export it again") from error
 

@@ -66,7 +66,7 @@ def test_sizes_that_do_not_fit_are_refused_even_unchecked(folder, tiny_target, n
 
 def test_weights_that_do_not_fit_their_config_are_refused(folder, tiny_target):
     rewrite(folder, intermediate_size=64)
-    with pytest.raises(DraftMismatch, match="does not fit its config.json"):
+    with pytest.raises(DraftMismatch, match=r"does not fit its config\.json"):
         load_draft(folder, tiny_target)
 
 
