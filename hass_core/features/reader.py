@@ -7,13 +7,12 @@ is read; a bad one is named and never trained on.
 
 import os
 import threading
-import zlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hass_core.errors import CorruptFile, DraftMismatch
-from hass_core.features.encoding import decode
+from hass_core.features.encoding import checksum, decode
 from hass_core.features.schema import FeatureInfo
 from hass_core.store import Artifact, StageFolder, Store
 
@@ -105,11 +104,11 @@ class FeatureDataset:
     def __getitem__(self, index: int) -> Conversation:
         place = self._places[index]
         group = self._group(place.file, place.row_group)
-        row = {name: group.table[name][place.row] for name in ("id", "token_ids", "loss_mask", "crc32")}
+        row = {name: group.table[name][place.row] for name in ("id", "token_ids", "loss_mask", "checksum")}
         where = f"{self._folder.url}/{place.file}, row group {place.row_group}, row {place.row} ({row['id']})"
         data = group.features(place.row)
         unchecked = place.row not in group.checked
-        if unchecked and zlib.crc32(data) != row["crc32"].as_py():
+        if unchecked and checksum(data) != row["checksum"].as_py():
             raise CorruptFile(f"{where}: the checksum of the features differs; remove the stage and extract again")
         try:
             features = decode(data, int(self.lengths[index]), self.info.hidden_size, self.info.encoding)
@@ -128,12 +127,13 @@ class FeatureDataset:
 
     def stream(self) -> Iterator[Conversation]:
         """All conversations in order; while one row group is used, a thread reads and checks the next."""
-        runs = [[i for i, _ in run] for _, run in groupby(enumerate(self._places), key=lambda item: item[1][:2])]
+        runs = ([i for i, _ in run] for _, run in groupby(enumerate(self._places), key=lambda item: item[1][:2]))
         with ThreadPoolExecutor(1) as thread:
-            pending = [thread.submit(self._rows, run) for run in runs[:1]]
-            for following in [*runs[1:], []]:
-                pending.append(thread.submit(self._rows, following))
-                yield from pending.pop(0).result()
+            pending = deque(thread.submit(self._rows, run) for run in islice(runs, 1))
+            while pending:
+                rows = pending.popleft().result()
+                pending.extend(thread.submit(self._rows, run) for run in islice(runs, 1))
+                yield from rows
 
     def _rows(self, indices: list[int]) -> list[Conversation]:
         return [self[i] for i in indices]
@@ -145,7 +145,10 @@ class FeatureDataset:
                 self._groups.move_to_end((name, number))
                 return self._groups[name, number]
         path = self._folder.local_path(name, rows_checked=True)
-        with _parquet_named(f"{self._folder.url}/{name}, row group {number}"), pq.ParquetFile(path) as file:
+        with (
+            _parquet_named(f"{self._folder.url}/{name}, row group {number}"),
+            pq.ParquetFile(path, memory_map=True) as file,
+        ):
             group = _Group(file.read_row_group(number))
         with self._lock:
             self._groups[name, number] = group

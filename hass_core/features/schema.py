@@ -1,7 +1,7 @@
 """Columns and file metadata of a feature shard. The only place that names them.
 
 One row is one conversation. `features` holds num_tokens × hidden_size numbers, the target's hidden state after its
-final norm, in the encoding that the metadata names; `crc32` is the checksum of those bytes.
+final norm, in the encoding that the metadata names; `checksum` that of those bytes.
 """
 
 from typing import Literal
@@ -20,7 +20,7 @@ COLUMNS = pa.schema(
         ("num_tokens", pa.int32()),
         ("token_ids", pa.list_(pa.int32())),
         ("loss_mask", pa.list_(pa.uint8())),  # 1 = the token belongs to an answer, its end token included
-        ("crc32", pa.uint32()),
+        ("checksum", pa.uint32()),
         ("features", pa.large_binary()),
     ]
 )

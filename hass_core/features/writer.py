@@ -1,6 +1,5 @@
 """Write one feature shard: rows are collected into row groups of a set size and streamed to a local file."""
 
-import zlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from hass_core.features.encoding import encode
+from hass_core.features.encoding import checksum, encode
 from hass_core.features.schema import FeatureInfo
 
 
@@ -37,7 +36,7 @@ class FeatureWriter:
             raise ValueError(f"{name}: {len(token_ids)} tokens, {len(loss_mask)} flags, {len(features)} features")
         data = encode(features, self._info.encoding)
         row = {"id": name, "split": split, "num_tokens": len(token_ids), "token_ids": token_ids}
-        self._rows.append(row | {"loss_mask": loss_mask, "crc32": zlib.crc32(data), "features": data})
+        self._rows.append(row | {"loss_mask": loss_mask, "checksum": checksum(data), "features": data})
         self._pending_bytes += len(data)
         self.num_rows += 1
         if self._pending_bytes >= self._row_group_bytes:

@@ -4,6 +4,7 @@ import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +17,7 @@ from hass_core.config import parse_config
 from hass_core.data.responses import RESPONSES_SCHEMA
 from hass_core.errors import CorruptFile, DraftMismatch, HassError, NonFinite, StoreError
 from hass_core.features.bench import bench_features
-from hass_core.features.encoding import bytes_per_token, decode, encode
+from hass_core.features.encoding import bytes_per_token, checksum, decode, encode
 from hass_core.features.extract import _Extraction, extract_features, split_of
 from hass_core.features.forecast import Measured, forecast, measure, refuse_if_too_large
 from hass_core.features.reader import FeatureDataset
@@ -381,3 +382,18 @@ def test_the_benchmark_measures_writing_reading_and_the_target(tiny_target, tmp_
     assert min(speed.write_gb_per_second, speed.read_gb_per_second, speed.read_again_gb_per_second) > 0
     assert (speed.prefill_tokens_per_second or 0) > 0 < (speed.capture_tokens_per_second or 0)
     assert not list(tmp_path.iterdir())
+
+
+@given(st.data(), st.integers(1, 20_000))
+@settings(max_examples=60, deadline=None)
+def test_the_checksum_sees_changed_moved_and_missing_bytes(data, size):
+    content = np.random.default_rng(size).bytes(size)
+    place = data.draw(st.integers(0, size - 1))
+    other = data.draw(st.integers(1, 255))
+    changed = content[:place] + bytes([content[place] ^ other]) + content[place + 1 :]
+    assert checksum(changed) != checksum(content) == checksum(pa.py_buffer(content))
+    assert checksum(content[:-1]) != checksum(content)
+    assert checksum(content + b"\0") != checksum(content)
+    for width in (8, 4096):  # words and blocks that changed places
+        if len(moved := content[width : 2 * width] + content[:width] + content[2 * width :]) > 2 * width:
+            assert checksum(moved) != checksum(content)
