@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,6 +21,13 @@ class Settings(BaseModel):
     """Base of all settings: immutable, and a misspelt key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="after")
+    def _without_secrets(self) -> "Settings":
+        for name, value in self:
+            if isinstance(value, str) and "://" in value and urlsplit(value).password:
+                raise ValueError(f"{name} holds a password, and settings are recorded; give it by the environment")
+        return self
 
 
 class TargetConfig(Settings):
@@ -317,10 +325,10 @@ def _explain(error: ValidationError, where: str) -> str:
         name = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             lines.append(f"  {name}: no such setting{_nearest(problem['loc'])}")
-        elif problem["loc"]:
-            lines.append(f"  {name} = {problem['input']!r}: {problem['msg'].lower()}")
-        else:
+        elif problem["type"] == "value_error":  # our own checks: the message names the setting
             lines.append(f"  {problem['msg'].removeprefix('Value error, ')}")
+        else:
+            lines.append(f"  {name} = {problem['input']!r}: {problem['msg'].lower()}")
     return f"{where}: {len(lines)} bad setting{'s' * (len(lines) > 1)}\n" + "\n".join(lines)
 
 

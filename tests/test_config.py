@@ -22,6 +22,8 @@ def test_every_preset_loads_under_its_own_name(name):
         ("responses.sampling=[{share=0.5}]", r"must sum to 1, they sum to 0\.5"),
         ('name="../escape"', r"name = '\.\./escape'"),
         ("training.passes", r"not of the form section\.key=value"),
+        ("tracking.uri=http://me:secret@host", r"uri holds a password, .* give it by the environment"),
+        ("store=s3://key:secret@bucket/x", r"store holds a password"),
     ],
 )
 def test_a_bad_setting_is_named_with_its_value(override, says):
@@ -66,3 +68,9 @@ def test_every_setting_has_a_description():
 def test_settings_survive_a_round_trip_through_json():
     config = load_config("smollm2-cpu")
     assert parse_config(config.model_dump(mode="json")) == config
+
+
+def test_a_refused_password_is_not_repeated():
+    with pytest.raises(ConfigError) as refused:
+        load_config("smollm2-cpu", ["tracking.uri=http://me:hunter2@host"])
+    assert "hunter2" not in str(refused.value)

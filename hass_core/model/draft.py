@@ -99,7 +99,14 @@ class DraftLayer(nn.Module):
         super().__init__()
         self.self_attn = Projections(architecture)
         self.mlp = GatedMLP(architecture)
-        self.post_attention_layernorm = nn.RMSNorm(architecture.hidden_size, eps=architecture.rms_norm_eps)
+        self.post_attention_layernorm = Norm(architecture.hidden_size, eps=architecture.rms_norm_eps)
+
+
+class Norm(nn.RMSNorm):
+    """RMSNorm in its input's type, weights too: mixed types have no fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, tuple(self.normalized_shape), self.weight.to(x.dtype), self.eps)
 
 
 class Rotary(LlamaRotaryEmbedding):
@@ -127,8 +134,8 @@ class Projections(nn.Module):
         self.v_proj = nn.Linear(hidden, keys, bias=bias)
         self.o_proj = nn.Linear(queries, hidden, bias=False)
         if architecture.qk_norm:
-            self.q_norm = nn.RMSNorm(architecture.head_dim, eps=architecture.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(architecture.head_dim, eps=architecture.rms_norm_eps)
+            self.q_norm = Norm(architecture.head_dim, eps=architecture.rms_norm_eps)
+            self.k_norm = Norm(architecture.head_dim, eps=architecture.rms_norm_eps)
         else:
             self.q_norm = self.k_norm = nn.Identity()
 

@@ -5,10 +5,12 @@ float32 too, sees those same weights.
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -76,6 +78,7 @@ def load_target(config: TargetConfig) -> Target:
     dtype = choose_dtype(config.dtype, device)
     options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
     options["trust_remote_code"] = config.trust_remote_code
+    transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=str(device), **options)
@@ -199,9 +202,9 @@ def _convert(gguf: Path, folder: Path) -> None:
         options["quantization_config"] = GgufConfig(dequantize=True)
     except ImportError:
         pass
-    transformers_logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+    with redirect_stderr(io.StringIO()):  # two progress bars of a second each
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
     model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config_file = folder / "config.json"
