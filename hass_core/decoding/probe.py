@@ -37,7 +37,8 @@ class FixedTree:
     def grow(self, cache: Any, root: Tensor, estimate: Tensor) -> Tree:
         node = torch.arange(self.shape.nodes, device=root.device).expand(len(root), -1)
         parents = torch.zeros_like(node)
-        return Tree(root[:, None] + 0 * node, parents, node.clamp(max=1), parents, ancestors(parents, 1), node[:, 1:])
+        token_ids = torch.where(node == 0, root[:, None], node)  # siblings must differ, or several would be accepted
+        return Tree(token_ids, parents, node.clamp(max=1), parents, ancestors(parents, 1), node[:, 1:])
 
 
 def cycle_seconds(

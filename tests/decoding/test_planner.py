@@ -2,9 +2,12 @@
 
 import json
 
+import torch
+
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.bench import bench_decode
 from hass_core.decoding.planner import LARGEST, Costs, Plan, Record, make_plan, observe, planned
+from hass_core.decoding.probe import FixedTree, cycle_seconds
 from hass_core.decoding.speculative import SpeculativeDecoder
 from hass_core.target.runner import make_runner
 from tests.decoding.conftest import ENDLESS, random_draft
@@ -42,6 +45,17 @@ def test_a_plan_is_measured_serialises_and_gives_a_tree_to_decode_with(tiny_targ
     assert plan.best.tokens_per_second == max(choice.tokens_per_second for choice in plan.curve)
     assert plan.pays == (plan.best.tokens_per_second > plan.plain_tokens_per_second)
     SpeculativeDecoder(runner, draft, plan.tree()).generate(prompts[:1], SamplingConfig(), 8, ENDLESS)
+
+
+def test_the_cost_of_verifying_can_be_measured_where_the_target_repeats_itself(tiny_target):
+    with torch.no_grad():
+        kept = tiny_target.head.clone()
+        tiny_target.head.zero_()  # every draw is token 0, the root token of the next cycle
+    try:
+        assert cycle_seconds(make_runner(tiny_target), FixedTree(24), cycles=2, context=16) > 0
+    finally:
+        with torch.no_grad():
+            tiny_target.head.copy_(kept)
 
 
 def test_a_tree_setting_without_plan_is_used_as_it_is(tiny_target):
