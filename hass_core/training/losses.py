@@ -104,20 +104,29 @@ def distill(
 
 def teach(features: Tensor, head: DraftHead, objective: Objective, informative: Tensor) -> Teacher:
     """The target's distribution of the tokens after `features` [R, H], over the draft vocabulary."""
-    probabilities = head.logits(features).to(_precise(features)).softmax(-1)
-    top, indices = probabilities.topk(min(objective.k, head.size))
-    if objective.renormalize:
-        top = top / top.sum(-1, keepdim=True)
-    weights = probabilities.mul_(objective.soft_ce).scatter_add_(1, indices, objective.top_k * top)
+    logits = head.logits(features)
+    top_logits, indices = logits.topk(min(objective.k, head.size))
+    scaled = _compiled(scaled_softmax) if logits.is_cuda else scaled_softmax
+    weights, lse = scaled(logits, objective.soft_ce)
+    in_full = (top_logits.to(lse.dtype) - lse).exp()
+    top = in_full / in_full.sum(-1, keepdim=True) if objective.renormalize else in_full
+    weights.scatter_(1, indices, (objective.soft_ce * in_full + objective.top_k * top).to(weights.dtype))
     mass = objective.soft_ce + objective.top_k * top.sum(-1)
-    return Teacher(weights, mass, indices, top, informative.to(weights.dtype))
+    return Teacher(weights, mass, indices, top, informative.to(lse.dtype))
+
+
+def scaled_softmax(logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """scale · softmax(logits) [R, D] in the logits' dtype, and their log-sum-exp [R, 1]."""
+    precise = logits.to(_precise(logits))
+    lse = precise.logsumexp(-1, keepdim=True)
+    return ((precise - lse).exp_() * scale).to(logits.dtype), lse
 
 
 def _chunk(
     estimates: Tensor, features: Tensor, teacher: Teacher, head: DraftHead, objective: Objective
 ) -> tuple[Tensor, Tensor]:
     """Parts [n, R, 4] and gradients [n, R, H] of one chunk of estimates [n, R, H]."""
-    terms = _compiled_terms() if estimates.is_cuda else distribution_terms
+    terms = _compiled(distribution_terms) if estimates.is_cuda else distribution_terms
     total, top, right, by_logit = terms(
         head.logits(estimates), teacher.weights, teacher.mass, teacher.top_indices, teacher.top_probabilities
     )
@@ -136,6 +145,7 @@ def distribution_terms(
     """For the draft's logits [n, R, D]: the weighted sum of soft CE and Top-K [n, R], Top-K alone [n, R], whether both
     models favour the same token [n, R], and the gradient of the weighted sum [n, R, D] in the logits' dtype."""
     precise = logits.to(_precise(logits))
+    weights = weights.to(precise.dtype)
     largest = precise.amax(-1, keepdim=True)
     total = -(weights * precise).sum(-1)
     top_logits = precise.gather(-1, top_indices.expand(len(logits), -1, -1))
@@ -150,9 +160,9 @@ def distribution_terms(
 
 
 @cache
-def _compiled_terms() -> Callable[..., tuple[Tensor, ...]]:
-    """The same function, fused: it passes over the logits twice instead of nine times."""
-    return torch.compile(distribution_terms, dynamic=True)
+def _compiled(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """The same function, fused: it passes over the logits two or three times instead of nine."""
+    return torch.compile(function, dynamic=True)
 
 
 def _precise(x: Tensor) -> torch.dtype:
