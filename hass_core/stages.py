@@ -10,11 +10,12 @@ from hass_core.evaluation.evaluate import evaluate_draft
 from hass_core.features.extract import extract_features
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, Store
-from hass_core.target.loader import load_target
+from hass_core.target.loader import Target, load_target
 from hass_core.training.train import train_draft
 
 Stage = Literal["prompts", "responses", "features", "draft", "evaluation"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+Work = Callable[[RunConfig, Artifact, Store, Target, Progress], Artifact]
 
 
 def run_until(
@@ -25,7 +26,7 @@ def run_until(
     store.check_writable()
     target = load_target(config.target)
     done: dict[Stage, Artifact] = {"prompts": collect_prompts(config, store, target, progress_for("prompts"))}
-    following = (
+    following: tuple[tuple[Stage, Work, Stage], ...] = (
         ("responses", generate_responses, "prompts"),
         ("features", extract_features, "responses"),
         ("draft", train_draft, "features"),

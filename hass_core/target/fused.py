@@ -7,6 +7,7 @@ and the model works as before; on a CPU the products' weights are packed copies,
 Shapes: B batch, T new tokens, S slots attended to, H hidden, A heads, KV key-value heads, d head size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -163,7 +164,7 @@ def side_by_side(linears: list[nn.Linear]) -> Tensor:
     return whole
 
 
-def _adjoining(tensors: list[nn.Parameter]) -> Tensor | None:
+def _adjoining(tensors: Sequence[Tensor]) -> Tensor | None:
     """The one tensor that all of them are parts of, if they stand one after the other in memory."""
     first, offset = tensors[0], tensors[0].storage_offset()
     for tensor in tensors:
