@@ -64,10 +64,11 @@ class FusedRunner:
     def supports(model: PreTrainedModel) -> bool:
         """Whether the model is of a known family, in plain weights, with full attention in every layer."""
         config = model.config
+        if config.model_type not in FAMILIES or getattr(config, "quantization_config", None) is not None:
+            return False
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        windowed = bool(getattr(config, "sliding_window", None)) and config.model_type == "mistral"
-        plain = getattr(config, "quantization_config", None) is None and config.hidden_act == "silu"
-        return config.model_type in FAMILIES and plain and not windowed and kinds == {"full_attention"}
+        windowed = config.model_type == "mistral" and config.sliding_window is not None
+        return config.hidden_act == "silu" and not windowed and kinds == {"full_attention"}
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         self.rope.grow(min(max_tokens, self.context_tokens))

@@ -38,13 +38,22 @@ VARIANTS = {
     "qwen2": {},
     "qwen3": {"head_dim": 16},
 }
+OTHERS = {
+    "mistral, window": {"sliding_window": 8},
+    "qwen2, window": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3, window": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1, "head_dim": 16},
+    "gemma3_text": {"sliding_window": 8, "head_dim": 12},
+    "cohere": {"logit_scale": 0.25},
+}
 
 
 def tiny_model(variant: str, seed: int = 0) -> Target:
     """A random two-layer target; `variant` is a key of VARIANTS, or a model type taking the same sizes."""
     family = variant.split(",")[0]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SIZES | VARIANTS.get(variant, {}))))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **(SIZES | (VARIANTS | OTHERS).get(variant, {})))
+    )
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:  # zeros and ones would hide a missing term
             parameter.data += 0.3 * torch.randn_like(parameter)

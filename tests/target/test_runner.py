@@ -1,8 +1,11 @@
 """Runners against the models' own forward pass: whole prompts, steps, ragged batches, trees, roll-back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from hass_core.errors import TargetError
 from hass_core.target.fused import FusedRunner, side_by_side
 from hass_core.target.generic import HFRunner
 from hass_core.target.loader import Target
@@ -112,9 +115,37 @@ def test_weights_side_by_side_are_views_of_one_tensor_made_once():
     assert torch.equal(whole, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
 
 
-def test_other_families_and_sliding_windows_take_the_generic_runner():
+@pytest.mark.parametrize("variant", ["mistral, window", "qwen2, window", "qwen3, window", "gemma3_text"])
+def test_a_sliding_window_is_kept_by_steps_and_trees(variant):
+    target = tiny_model(variant)
+    run = make_runner(target)
+    assert isinstance(run, HFRunner)
+    prompt = random_ids(20)
+    cache = run.new_cache(1, 48)
+    whole = run.forward(torch.tensor([prompt]), torch.arange(20)[None], cache)
+    torch.testing.assert_close(whole[0], truth(target, prompt), **CLOSE)
+    cache.advance(20)
+    tree, depth = torch.tensor([random_ids(4, seed=3)]), torch.tensor([0, 1, 1, 2])
+    paths = [[0], [0, 1], [0, 2], [0, 2, 3]]
+    mask = torch.zeros(1, 1, 4, 24, dtype=torch.bool)
+    mask[..., :20] = True
+    for node, path in enumerate(paths):
+        mask[0, 0, node, torch.tensor(path) + 20] = True
+    features = run.forward(tree, 20 + depth[None], cache, mask)
+    for node, path in enumerate(paths):
+        torch.testing.assert_close(features[0, node], truth(target, prompt + tree[0, path].tolist())[-1], **CLOSE)
+
+
+def test_other_families_take_the_generic_runner():
     assert isinstance(make_runner(tiny_model("gpt_neox")), HFRunner)
     assert isinstance(make_runner(tiny_model("llama")), FusedRunner)
+
+
+def test_models_that_cannot_be_decoded_exactly_are_refused_by_name():
+    with pytest.raises(TargetError, match="cohere changes its logits after the output projection"):
+        make_runner(tiny_model("cohere"))
+    with pytest.raises(TargetError, match=r"tiny mamba keeps no keys and values|kind \['linear_attention'"):
+        make_runner(replace(tiny_model("qwen3_next"), name="tiny mamba"))
 
 
 def test_a_cache_cleared_is_a_cache_unused(tiny_target):
