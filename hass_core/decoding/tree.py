@@ -87,7 +87,7 @@ def best(scores: Tensor, count: int) -> Tensor:
 
 def assemble(root: Tensor, pool: Pool, shape: TreeShape) -> Tree:
     """The tree over root tokens [B] with the pool's N-1 best candidates."""
-    by_score = best(pool.scores, shape.nodes - 1)
+    by_score = best(pool.scores, shape.nodes - 1).contiguous()
     chosen = by_score.sort(-1).values
     parent_index = pool.parents.gather(1, chosen)
     parents = torch.searchsorted(chosen, parent_index) + (parent_index != ROOT)

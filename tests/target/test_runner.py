@@ -9,6 +9,7 @@ from hass_core.errors import TargetError
 from hass_core.target.fused import FusedRunner, side_by_side
 from hass_core.target.generic import HFRunner
 from hass_core.target.loader import Target
+from hass_core.target.placement import additive, attend_by_products
 from hass_core.target.runner import Runner, make_runner
 from tests.target.conftest import tiny_model
 
@@ -156,3 +157,11 @@ def test_a_cache_cleared_is_a_cache_unused(tiny_target):
     cache.clear()
     again = run.forward(ids[:, :8], torch.arange(8)[None], cache)
     torch.testing.assert_close(again[0], truth(tiny_target, ids[0, :8].tolist()), **CLOSE)
+
+
+def test_attention_by_products_equals_the_fused_kernel():
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, values = (torch.randn(2, 3, n, 8, generator=generator) for n in (5, 20, 20))
+    bias = additive(torch.rand(2, 1, 5, 20, generator=generator) < 0.6, torch.float32)
+    expected = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, bias)
+    torch.testing.assert_close(attend_by_products(queries, keys, values, bias), expected, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,102 @@
+"""The cycle as a GPU runs it, checked without one: fixed widths give the same tokens, nothing in it asks the host."""
+
+import pytest
+import torch
+
+from hass_core.config import SamplingConfig, TreeConfig
+from hass_core.decoding import session as session_module
+from hass_core.decoding.drafter import Drafter
+from hass_core.decoding.plain import NoDraft, PlainDecoder
+from hass_core.decoding.session import Session
+from hass_core.decoding.speculative import SpeculativeDecoder
+from hass_core.decoding.stop import StopRule
+from hass_core.decoding.tree import TreeShape
+from hass_core.model.architecture import DraftArchitecture
+from hass_core.model.checkpoint import Draft
+from hass_core.model.draft import DraftModel
+from hass_core.model.head import DraftHead
+from hass_core.target.fused import FusedRunner
+from hass_core.target.kv_cache import KVCache
+from hass_core.target.loader import Target
+from hass_core.target.runner import make_runner
+from tests.conftest import byte_tokenizer, tiny_llama
+from tests.decoding.conftest import ENDLESS, random_draft
+
+TREE = TreeConfig(depth=3, top_k=3, nodes=9)
+WARM = SamplingConfig(temperature=0.9, top_p=0.9, top_k=40, min_p=0.01, repetition_penalty=1.2)
+
+
+class FixedWidths:
+    """Stands in for `Graphs`: the same fixed shapes, without a capture."""
+
+    def __init__(self):
+        self.widths = set()
+
+    def run(self, width, cycle):
+        self.widths.add(width)
+        return cycle()
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), WARM])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_cycles_of_fixed_width_give_the_same_tokens(monkeypatch, tiny_target, prompts, batch, sampling):
+    runner, prompts = make_runner(tiny_target), prompts[:batch]
+    expected = [g.token_ids for g in PlainDecoder(runner).generate(prompts, sampling, 60, ENDLESS)]
+    monkeypatch.setattr(session_module, "WIDTH_STEP", 32)
+    graphs, start = FixedWidths(), Session.start
+
+    def start_with_fixed_widths(self, batch):
+        reports = start(self, batch)
+        self._graphs = graphs
+        for cache in {id(c): c for c in (self._cache, self._draft_cache) if isinstance(c, KVCache)}.values():
+            cache.lengths = cache.lengths.clone()  # as on a GPU, the host has a copy of its own
+        return reports
+
+    monkeypatch.setattr(Session, "start", start_with_fixed_widths)
+    for decoder in (PlainDecoder(runner), SpeculativeDecoder(runner, random_draft(tiny_target), TREE)):
+        assert [g.token_ids for g in decoder.generate(prompts, sampling, 60, ENDLESS)] == expected
+    assert len(graphs.widths) >= 2
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), WARM])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "chain", "plain"])
+def test_nothing_in_a_cycle_on_a_gpu_reads_back_or_mixes_devices(monkeypatch, rows, kind, sampling):
+    # meta tensors have shapes but no values: to read one, or to add a CPU tensor to it, raises
+    monkeypatch.setattr("hass_core.target.linear.packable", lambda weight: False)
+    with torch.device("meta"), torch.inference_mode():
+        model = tiny_llama()
+        target = Target("meta", "", model.eval(), byte_tokenizer(), "", "")
+        runner, drafter = FusedRunner(target), NoDraft()
+        if kind != "plain":
+            draft_model = DraftModel(DraftArchitecture.from_target_config(model.config), target.embedding)
+            draft = Draft(draft_model, DraftHead.from_target(target.head, torch.arange(50)), {})
+            drafter = Drafter(draft, TreeShape.of(TREE.model_copy(update={"kind": kind}), 50))
+        session = Session(runner, drafter, sampling, rows, 40)
+        session._cache.width = session._cache.slots
+        if kind != "plain":
+            session._draft_cache.width = session._cache.slots
+    with torch.inference_mode():  # without the default device: what a cycle makes, it must make where it belongs
+        report = session._cycle(session.shape.places)
+    assert report.device.type == "meta"
+    assert report.shape == (rows, 2 + 3 * session.shape.places)
+
+
+def test_a_decoder_keeps_one_session_and_uses_it_again(tiny_target, prompts):
+    decoder = PlainDecoder(make_runner(tiny_target))
+    first = decoder.generate(prompts[:1], SamplingConfig(), 30, ENDLESS)
+    kept = decoder._idle
+    assert decoder.generate(prompts[:1], SamplingConfig(), 30, ENDLESS)[0].token_ids == first[0].token_ids
+    assert decoder._idle is kept
+    decoder.generate(prompts[:2], SamplingConfig(), 30, StopRule())
+    assert decoder._idle is not kept  # another number of rows
+
+
+def test_long_prompts_are_read_in_pieces(monkeypatch, tiny_target):
+    runner, draft = make_runner(tiny_target), random_draft(tiny_target)
+    prompts = [[(5 * i) % 200 + 3 for i in range(n)] for n in (50, 7, 33)]
+    whole = SpeculativeDecoder(runner, draft, TREE).generate(prompts, SamplingConfig(), 30, ENDLESS)
+    monkeypatch.setattr("hass_core.decoding.prefill.TOKENS_PER_PIECE", 16)
+    parts = SpeculativeDecoder(runner, draft, TREE).generate(prompts, SamplingConfig(), 30, ENDLESS)
+    assert [g.token_ids for g in parts] == [g.token_ids for g in whole]
+    assert [g.cycles for g in parts] == [g.cycles for g in whole]

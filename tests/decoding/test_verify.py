@@ -1,0 +1,165 @@
+"""Verification is lossless: by exact enumeration of its outcomes, against the sequential rule, and on samples."""
+
+import itertools
+
+import pytest
+import torch
+
+from hass_core.config import SamplingConfig, TreeConfig
+from hass_core.decoding.sampling import draw, probabilities
+from hass_core.decoding.speculative import SpeculativeDecoder
+from hass_core.decoding.tree import Pool, Tree, TreeShape, ancestors, assemble
+from hass_core.decoding.verify import accept
+from hass_core.target.loader import freeze
+from hass_core.target.runner import make_runner
+from tests.conftest import byte_tokenizer, tiny_llama
+from tests.decoding.conftest import ENDLESS, random_draft
+
+V = 3
+# root ─ 0 ─ 2, root ─ 1: two levels, siblings and an only child; token 2 is never offered at the root
+PARENTS, TOKENS = torch.tensor([[0, 0, 0, 1]]), torch.tensor([[1, 0, 1, 2]])
+TREE = Tree(TOKENS, PARENTS, torch.tensor([[0, 1, 1, 2]]), torch.tensor([[0, 0, 1, 0]]), ancestors(PARENTS, 2), PARENTS)
+SETTINGS = {
+    "as it is": SamplingConfig(temperature=1.0),
+    "cold": SamplingConfig(temperature=0.4),
+    "top-k": SamplingConfig(temperature=1.3, top_k=2),
+    "top-p": SamplingConfig(temperature=1.0, top_p=0.6),
+    "min-p": SamplingConfig(temperature=1.0, min_p=0.5),
+    "greedy": SamplingConfig(),
+}
+
+
+def outcomes(distribution: torch.Tensor) -> dict[tuple[int, ...], float]:
+    """Probability of every emitted run, summed over the tokens drawn at all nodes: distribution [N, V]."""
+    found: dict[tuple[int, ...], float] = {}
+    for drawn in itertools.product(range(V), repeat=4):
+        probability = 1.0
+        for node, token in enumerate(drawn):
+            probability *= float(distribution[node, token])
+        result = accept(TREE, torch.tensor([drawn]), places=3)
+        run = tuple(result.token_ids[0, : int(result.counts[0])].tolist())
+        found[run] = found.get(run, 0.0) + probability
+    return found
+
+
+def after(run: tuple[int, ...]) -> int | None:
+    """The node at which a sequence of tokens stands, None once it has left the tree."""
+    node = 0
+    for token in run:
+        children = [n for n in range(1, 4) if int(PARENTS[0, n]) == node and int(TOKENS[0, n]) == token]
+        if not children:
+            return None
+        node = children[0]
+    return node
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_emitted_token_has_the_targets_distribution_at_its_exact_prefix(name):
+    logits = torch.randn(4, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    p = probabilities(logits, SETTINGS[name]).double()
+    emitted = outcomes(p)
+    assert sum(emitted.values()) == pytest.approx(1, abs=1e-6)
+    # P(run starts with prefix + token) must be P(run reaches prefix) · p(token | prefix)
+    for prefix in [(), *{run[:i] for run in emitted for i in range(1, len(run))}]:
+        node = after(prefix)
+        assert node is not None
+        reached = sum(q for run, q in emitted.items() if run[: len(prefix)] == prefix and len(run) > len(prefix))
+        if reached == 0:
+            continue
+        following = [
+            sum(q for run, q in emitted.items() if run[: len(prefix) + 1] == (*prefix, token)) / reached
+            for token in range(V)
+        ]
+        assert 0.5 * sum(abs(a - float(b)) for a, b in zip(following, p[node], strict=True)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_it_accepts_and_resamples_as_the_sequential_rule_does(name):
+    logits = torch.randn(4, V, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    p = probabilities(logits, SETTINGS[name]).double()
+
+    def sequential(node: int, run: tuple[int, ...], weight: float, found: dict[tuple[int, ...], float]) -> None:
+        rest, left = p[node].clone(), weight
+        for child in [n for n in range(1, 4) if int(PARENTS[0, n]) == node]:
+            token = int(TOKENS[0, child])
+            sequential(child, (*run, token), left * float(rest[token]), found)
+            left *= 1 - float(rest[token])
+            rest[token] = 0
+            rest = rest / rest.sum() if float(rest.sum()) > 0 else rest
+        for token in range(V):
+            found[(*run, token)] = found.get((*run, token), 0.0) + left * float(rest[token])
+
+    expected: dict[tuple[int, ...], float] = {}
+    sequential(0, (), 1.0, expected)
+    ours = outcomes(p)
+    assert max(abs(ours.get(run, 0) - expected.get(run, 0)) for run in ours.keys() | expected.keys()) <= 1e-6
+
+
+def test_a_coin_picks_a_token_with_that_tokens_probability():
+    logits = torch.randn(7, generator=torch.Generator().manual_seed(3))
+    for sampling in SETTINGS.values():
+        coins = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000  # all coins, evenly
+        tokens, sound = draw(logits.expand(len(coins), -1), sampling, coins)
+        share = torch.bincount(tokens, minlength=7) / len(coins)
+        assert bool(sound.all())
+        assert float((share - probabilities(logits, sampling)).abs().sum()) / 2 < 1e-4
+
+
+def test_the_first_and_the_last_coin_never_pick_an_excluded_token():
+    logits = torch.tensor([float("-inf"), 1.0, 2.0, float("-inf")])
+    coins = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    tokens, _ = draw(logits.expand(2, -1), SamplingConfig(temperature=1.0), coins)
+    assert tokens.tolist() == [1, 2]
+
+
+def test_verification_follows_the_draws_in_every_row_by_itself():
+    shape = TreeShape(depth=2, top_k=2, nodes=6, static=False)
+    pool = Pool(
+        torch.tensor([[5, 6, 7, 8, 9, 10]] * 3),
+        torch.tensor([[-0.1, -0.2, -0.3, -0.4, -0.5, -0.6]] * 3),
+        torch.tensor([[-1, -1, 0, 0, 1, 1]] * 3),
+    )
+    tree = assemble(torch.tensor([4, 4, 4]), pool, shape)  # 5 ─ {7, 8}, 6 ─ {9}
+    drawn = torch.tensor([[5, 8, 0, 0, 1, 0], [6, 9, 3, 0, 0, 0], [1, 7, 9, 0, 0, 0]])
+    result = accept(tree, drawn, shape.places)
+    rows = [ids[:count] for ids, count in zip(result.token_ids.tolist(), result.counts.tolist(), strict=True)]
+    assert rows == [[5, 8, 1], [6, 3], [1]]
+
+
+def test_samples_through_the_whole_decoder_follow_the_targets_own_distribution():
+    target = freeze(tiny_llama(vocab_size=97, initializer_range=0.5), byte_tokenizer(), name="tiny")
+    runner, prompt, answers = make_runner(target), [5, 17, 3, 9], 3000
+    sampling = SamplingConfig(temperature=0.8, top_k=4)
+    decoder = SpeculativeDecoder(runner, random_draft(target), TreeConfig(depth=2, top_k=3, nodes=8))
+    pairs: dict[tuple[int, int], int] = {}
+    accepted = 0
+    for start in range(0, answers, 500):
+        for generation in decoder.generate([prompt] * 500, sampling, 3, ENDLESS, seed=start):
+            second = (generation.token_ids[1], generation.token_ids[2])
+            pairs[second] = pairs.get(second, 0) + 1
+            accepted += generation.cycles[0].accepted
+    assert accepted > 20  # both branches of the rule were taken
+    expected = _second_and_third(target, prompt, sampling)
+    assert pairs.keys() <= expected.keys()
+    common = {pair: q for pair, q in expected.items() if q * answers >= 5}
+    statistic = sum((pairs.get(pair, 0) - answers * q) ** 2 / (answers * q) for pair, q in common.items())
+    freedom = len(common)
+    # Wilson-Hilferty: the cube root of a chi-square is nearly normal
+    deviation = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
+    assert abs(deviation) < 4
+
+
+def _second_and_third(target, prompt: list[int], sampling: SamplingConfig) -> dict[tuple[int, int], float]:
+    """Exact probabilities of (second, third) answer tokens, by the model's own forward passes."""
+
+    def following(token_ids: list[int]) -> list[tuple[int, float]]:
+        with torch.no_grad():
+            p = probabilities(target.model(torch.tensor([token_ids])).logits[0, -1], sampling)
+        return [(token, float(p[token])) for token in p.nonzero()[:, 0].tolist()]
+
+    found: dict[tuple[int, int], float] = {}
+    for first, p_first in following(prompt):
+        for second, p_second in following([*prompt, first]):
+            for third, p_third in following([*prompt, first, second]):
+                found[second, third] = found.get((second, third), 0.0) + p_first * p_second * p_third
+    return found
