@@ -6,7 +6,7 @@ import sys
 import typer
 from rich.markup import escape
 
-from hass_core.cli import bench, chat, doctor, drafts, evaluate, run
+from hass_core.cli import bench, chat, doctor, drafts, evaluate, plan, run
 from hass_core.cli.common import console
 from hass_core.errors import HassError
 
@@ -19,6 +19,7 @@ app = typer.Typer(
 run.register(app)
 chat.register(app)
 evaluate.register(app)
+plan.register(app)
 drafts.register(app)
 app.add_typer(doctor.app, name="doctor", help="Find out what is wrong with data or a draft.")
 app.add_typer(bench.app, name="bench", help="Measure this machine; the last line printed is JSON.")

@@ -6,7 +6,7 @@ import sys
 import typer
 
 app = typer.Typer(no_args_is_help=True)
-MODULES = {"train": "hass_core.training.bench"}
+MODULES = {"train": "hass_core.training.bench", "decode": "hass_core.decoding.bench"}
 
 
 def _add(verb: str, module: str) -> None:
@@ -27,4 +27,4 @@ for _verb, _module in MODULES.items():
 
 @app.callback()
 def _group() -> None:
-    """Keeps the verbs sub-commands while there is only one."""
+    """Keeps the verbs sub-commands."""

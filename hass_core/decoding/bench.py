@@ -1,21 +1,28 @@
 """Measure decoding: plain and speculative, beside transformers' own generate and the limit the memory sets.
 
-`bench_decode` returns one record; `hass bench decode` prints it as one JSON line.
+    python -m hass_core.decoding.bench --draft DIR --plan
+
+answers the packaged held-out prompts and prints one JSON line last.
 """
 
+import argparse
 import time
+from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from hass_core.config import SamplingConfig, TreeConfig
+from hass_core.config import SamplingConfig, TargetConfig, TreeConfig
+from hass_core.data.holdout import heldout_prompts
+from hass_core.data.templates import encode_prompt
 from hass_core.decoding.generation import Decoder, Generation
 from hass_core.decoding.plain import PlainDecoder
+from hass_core.decoding.planner import make_plan
 from hass_core.decoding.probe import bandwidth_bytes_per_second
 from hass_core.decoding.speculative import SpeculativeDecoder
 from hass_core.decoding.stop import StopRule
-from hass_core.model.checkpoint import Draft
-from hass_core.target.loader import Target
+from hass_core.model.checkpoint import Draft, load_draft
+from hass_core.target.loader import Target, load_target
 from hass_core.target.runner import make_runner
 
 
@@ -37,7 +44,7 @@ class DecodeBench(BaseModel):
     tree: TreeConfig | None = None
     speculative_tokens_per_second: float | None = None
     tau: float | None = None
-    cycle_ms: float | None = None
+    cycle_ms: float | None = None  # median; the three parts are means
     draft_ms: float | None = None  # CPU only: a GPU runs the cycle as one graph
     verify_ms: float | None = None
     overhead_ms: float | None = None
@@ -91,8 +98,10 @@ def _speculative(
     cycles = [cycle for generation in drafted for cycle in generation.cycles]
     timings = [timing for generation in drafted[::rows] for timing in generation.timings]
     cycle_ms = 1000 * _seconds_per_cycle(drafted)
-    draft_ms = 1000 * sum(t.draft_seconds for t in timings) / len(timings)
-    verify_ms = 1000 * sum(t.verify_seconds for t in timings) / len(timings)
+    draft_ms, verify_ms, whole_ms = (
+        1000 * sum(getattr(t, name) for t in timings) / len(timings)
+        for name in ("draft_seconds", "verify_seconds", "total_seconds")
+    )
     return {
         "tree": tree,
         "speculative_tokens_per_second": round(_speed(drafted, rows), 2),
@@ -100,7 +109,7 @@ def _speculative(
         "cycle_ms": round(cycle_ms, 4),
         "draft_ms": round(draft_ms, 4),
         "verify_ms": round(verify_ms, 4),
-        "overhead_ms": round(cycle_ms - draft_ms - verify_ms, 4),
+        "overhead_ms": round(whole_ms - draft_ms - verify_ms, 4),
         "cycle_ratio": round(cycle_ms / token_ms, 4),
         "same_tokens": [g.token_ids for g in drafted] == [g.token_ids for g in plain],
     }
@@ -135,3 +144,35 @@ def _transformers_speed(target: Target, prompt: list[int], max_new_tokens: int) 
         target.model.generate(token_ids, attention_mask=torch.ones_like(token_ids), **options)  # pyright: ignore
         best = min(best, time.perf_counter() - started)
     return max_new_tokens / best
+
+
+def main() -> None:
+    """Parse the command line, measure, print the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default=TargetConfig().source)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--draft", type=Path, default=None, help="draft folder; without one, plain decoding only")
+    parser.add_argument("--plan", action="store_true", help="choose the tree by measuring, on other prompts")
+    tree = TreeConfig()
+    for name in ("depth", "top-k", "nodes"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(tree, name.replace("-", "_")))
+    for name, value in (("rows", 1), ("questions", 8), ("max-new-tokens", 128)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    options = parser.parse_args()
+
+    target = load_target(TargetConfig(source=options.target, dtype=options.dtype))
+    encoded = [encode_prompt(target.tokenizer, record.messages[:1]) for record in heldout_prompts()]
+    spread = encoded[:: max(1, len(encoded) // (2 * options.questions))]  # half to plan on, half to measure
+    questions, others = spread[::2][: options.questions], spread[1::2][: options.questions]
+    draft = load_draft(options.draft, target) if options.draft else None
+    tree = TreeConfig(depth=options.depth, top_k=options.top_k, nodes=options.nodes)
+    if draft and options.plan:
+        plan = make_plan(make_runner(target), draft, others, options.rows)
+        print(plan.model_dump_json(indent=1))
+        tree = plan.tree()
+    record = bench_decode(target, questions, draft, tree, options.max_new_tokens, options.rows)
+    print(record.model_dump_json())
+
+
+if __name__ == "__main__":
+    main()

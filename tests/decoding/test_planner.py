@@ -3,12 +3,15 @@
 import json
 
 import torch
+from typer.testing import CliRunner
 
+from hass_core.cli.app import app
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.bench import bench_decode
 from hass_core.decoding.planner import LARGEST, Costs, Plan, Record, make_plan, observe, planned
 from hass_core.decoding.probe import FixedTree, cycle_seconds
 from hass_core.decoding.speculative import SpeculativeDecoder
+from hass_core.model.checkpoint import draft_info, save_draft
 from hass_core.target.runner import make_runner
 from tests.decoding.conftest import ENDLESS, random_draft
 
@@ -72,3 +75,16 @@ def test_the_benchmark_counts_what_was_decoded(tiny_target, prompts):
     assert record.cycle_ms is not None
     assert record.draft_ms is not None
     assert record.draft_ms < record.cycle_ms
+    assert record.overhead_ms is not None
+    assert record.overhead_ms >= 0
+
+
+def test_hass_plan_prints_the_curve_and_writes_it(monkeypatch, tmp_path, tiny_target):
+    draft = random_draft(tiny_target)
+    save_draft(tmp_path / "draft", draft.model, draft.head, draft_info(tiny_target))
+    monkeypatch.setattr("hass_core.target.loader.load_target", lambda config: tiny_target)
+    monkeypatch.setattr("hass_core.evaluation.session.planning_prompts", lambda target: [[5, 6, 7]])
+    result = CliRunner().invoke(app, ["plan", str(tmp_path / "draft"), "-o", str(tmp_path / "plan.json")])
+    assert result.exit_code == 0, result.output
+    plan = Plan.model_validate_json((tmp_path / "plan.json").read_text())
+    assert f"best {plan.best.tokens_per_second:.1f}" in result.output

