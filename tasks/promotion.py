@@ -55,7 +55,9 @@ def _verdict(config: RunConfig, challenger: DraftVersion, champion: DraftVersion
     if champion is None:
         return Verdict(promoted=True, reasons=("there is no champion",), **names)
     if champion.version == challenger.version:
-        return Verdict(promoted=True, reasons=("it is the champion already",), **names)
+        first = challenger.version == "1"
+        reason = "it is the first draft, with none to beat" if first else "it is the champion already"
+        return Verdict(promoted=True, reasons=(reason,), **names)
     if challenger.withdrawn and not again:
         reason = f"a rollback withdrew it; promote-draft with version = {challenger.version} brings it back"
         return Verdict(promoted=False, reasons=(reason,), **names)
