@@ -66,16 +66,6 @@ class Plan(BaseModel):
         return TreeConfig(kind=kind, depth=self.best.depth, top_k=self.best.top_k, nodes=self.best.nodes)
 
 
-def planned(
-    tree: TreeConfig, runner: Runner, draft: Draft, prompts: list[list[int]], rows: int = 1
-) -> tuple[TreeConfig, Plan | None]:
-    """The tree to decode with: as set, or measured when `tree.plan`."""
-    if not tree.plan:
-        return tree, None
-    plan = make_plan(runner, draft, prompts, rows)
-    return plan.tree(), plan
-
-
 def make_plan(runner: Runner, draft: Draft, prompts: list[list[int]], rows: int = 1, max_new_tokens: int = 64) -> Plan:
     """Measure and choose. `prompts` should resemble what will be decoded; a handful of them suffices."""
     records = observe(runner, draft, prompts, max_new_tokens)

@@ -8,7 +8,9 @@ from typer.testing import CliRunner
 from hass_core.cli.app import app
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.bench import bench_decode
-from hass_core.decoding.planner import LARGEST, Costs, Plan, Record, make_plan, observe, planned
+from hass_core.decoding.choose import choose_decoder, decoder_of
+from hass_core.decoding.plain import PlainDecoder
+from hass_core.decoding.planner import LARGEST, Costs, Plan, Record, make_plan, observe
 from hass_core.decoding.probe import FixedTree, cycle_seconds
 from hass_core.decoding.speculative import SpeculativeDecoder
 from hass_core.model.checkpoint import draft_info, save_draft
@@ -50,6 +52,17 @@ def test_a_plan_is_measured_serialises_and_gives_a_tree_to_decode_with(tiny_targ
     SpeculativeDecoder(runner, draft, plan.tree()).generate(prompts[:1], SamplingConfig(), 8, ENDLESS)
 
 
+def test_a_plan_that_does_not_pay_decodes_plainly(tiny_target, prompts):
+    runner, draft = make_runner(tiny_target), random_draft(tiny_target)
+    decoder, plan = choose_decoder(runner, draft, prompts[:1])
+    assert decoder.name == ("hass" if plan.pays else "plain")
+    never, always = (plan.model_copy(update={"plain_tokens_per_second": speed}) for speed in (1e9, 1e-9))
+    chosen = [decoder_of(p, runner, draft) for p in (never, always)]
+    assert [type(d) for d in chosen] == [PlainDecoder, SpeculativeDecoder]
+    plain, speculative = (d.generate(prompts[:2], SamplingConfig(), 12, ENDLESS) for d in chosen)
+    assert [g.token_ids for g in plain] == [g.token_ids for g in speculative]
+
+
 def test_the_cost_of_verifying_can_be_measured_where_the_target_repeats_itself(tiny_target):
     with torch.no_grad():
         kept = tiny_target.head.clone()
@@ -59,11 +72,6 @@ def test_the_cost_of_verifying_can_be_measured_where_the_target_repeats_itself(t
     finally:
         with torch.no_grad():
             tiny_target.head.copy_(kept)
-
-
-def test_a_tree_setting_without_plan_is_used_as_it_is(tiny_target):
-    tree = TreeConfig(depth=2, top_k=2, nodes=4)
-    assert planned(tree, make_runner(tiny_target), random_draft(tiny_target), []) == (tree, None)
 
 
 def test_the_benchmark_counts_what_was_decoded(tiny_target, prompts):
