@@ -8,6 +8,7 @@ from hass_core.data.prompts import collect_prompts
 from hass_core.data.responses import generate_responses
 from hass_core.evaluation.evaluate import evaluate_draft
 from hass_core.features.extract import extract_features
+from hass_core.memory import release_unused
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, Store
 from hass_core.target.loader import Target, load_target
@@ -34,4 +35,5 @@ def run_until(
     )
     for stage, run, source in following[: STAGES.index(last)]:
         done[stage] = run(config, done[source], store, target, progress_for(stage))
+        release_unused()
     return done

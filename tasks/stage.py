@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from prefect.artifacts import create_markdown_artifact
 
 from hass_core.config import RunConfig
+from hass_core.memory import release_unused
 from hass_core.progress import Progress
 from hass_core.store import Artifact, Store
 from hass_core.target.loader import Target
@@ -35,6 +36,7 @@ def run_stage(
         with watch(run):
             artifact = work(config, source, store, target, progress)
         run.record(store, artifact, {source.stage: source})
+    release_unused()
     publish_summary(artifact)
     return artifact
 

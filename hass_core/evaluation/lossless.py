@@ -106,7 +106,7 @@ def _explain(
     target: Target, exact: Target, question: str, prompt: list[int], ours: list[int], theirs: list[int], place: int
 ) -> Difference:
     prefix = prompt + ours[:place]
-    logits = last_logits(make_runner(exact), prefix)
+    logits = reference_logits(exact, prefix)
     rounding = 0.0
     if target is not exact:
         rounding = float((last_logits(make_runner(target), prefix) - logits).abs().max())
@@ -122,6 +122,13 @@ def _explain(
         rounding=rounding,
         near_tie=gap <= 2 * rounding,
     )
+
+
+def reference_logits(exact: Target, token_ids: list[int]) -> Tensor:
+    """The model's own float32 logits [V]; a runner would hold a second copy of the float32 weights."""
+    with torch.inference_mode():
+        rows = torch.tensor([token_ids], device=exact.device)
+        return exact.model(input_ids=rows, logits_to_keep=1).logits[0, -1].float()
 
 
 def last_logits(runner: Runner, token_ids: list[int]) -> Tensor:

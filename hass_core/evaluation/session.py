@@ -21,6 +21,7 @@ from hass_core.evaluation.measure import PLAIN, Examiner, encode, with_answers_d
 from hass_core.evaluation.methods import EAGLE, EAGLE2, HASS, build_decoders, draft_folder
 from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.report import Estimator
+from hass_core.memory import release_unused
 from hass_core.model.checkpoint import load_draft
 from hass_core.progress import Progress
 from hass_core.target.loader import Target
@@ -54,6 +55,7 @@ class Session:
         plan, tree = self._plan(progress)
         decoders = build_decoders(self._target, self._config.methods, self._drafts, tree)
         measured = Examiner(self._target, decoders, self._config).measure_all(self._questions, self._journal, progress)
+        del decoders  # each holds the target's weights once more
         estimator = Estimator(measured, self._config.bootstrap_resamples, self._config.seed)
         exact, same = self._certificates(tree, progress)
         findings = {
@@ -74,6 +76,7 @@ class Session:
         """The JSON-able result of one step, from the journal when it was finished before."""
         if name not in self._journal:
             self._journal[name] = work()
+            release_unused()
         return self._journal[name]
 
     def _names(self) -> list[str]:
