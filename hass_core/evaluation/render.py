@@ -4,7 +4,7 @@ A table is its column titles and rows of text. Names from outside (targets, benc
 whoever writes them out escapes them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from hass_core.evaluation.lossless import Certificate
 from hass_core.evaluation.report import ALL, PLAIN, Report, Score
@@ -64,13 +64,27 @@ def paper_table(report: Report) -> tuple[list[str], Rows]:
     """The paper's table: a row per temperature and method, speed-up and τ per benchmark and over all."""
     names = [*report.benchmarks, ALL] if len(report.benchmarks) > 1 else list(report.benchmarks)
     columns = ["T", "method", *(f"{name} {what}" for name in names for what in ("speed-up", "τ"))]
-    rows = []
-    for temperature in report.temperatures:
-        for method in report.methods:
-            scores = [report.score(method, name, temperature) for name in names]
-            cells = [cell for s in scores for cell in (f"{interval(s.speedup)} ×", interval(s.tau_macro))]
-            rows.append([f"{temperature:g}", label(method), *cells])
-    return columns, rows
+    return columns, _per_method(
+        report, lambda m, t: [c for name in names for c in _paper_cells(report.score(m, name, t))]
+    )
+
+
+def half_paper_table(report: Report, figure: Callable[[Score], Estimate]) -> tuple[list[str], Rows]:
+    """One figure of the paper's table, in 80 columns: the interval only over all benchmarks."""
+
+    def cells(method: str, temperature: float) -> list[str]:
+        each = [figure(report.score(method, name, temperature)).value for name in report.benchmarks]
+        return [*(f"{value:.2f}" for value in each), interval(figure(report.score(method, ALL, temperature)))]
+
+    return ["T", "method", *report.benchmarks, ALL], _per_method(report, cells)
+
+
+def _per_method(report: Report, cells: Callable[[str, float], list[str]]) -> Rows:
+    return [[f"{t:g}", label(m), *cells(m, t)] for t in report.temperatures for m in report.methods]
+
+
+def _paper_cells(score: Score) -> tuple[str, str]:
+    return f"{interval(score.speedup)} ×", interval(score.tau_macro)
 
 
 def speed_table(report: Report) -> tuple[list[str], Rows]:
