@@ -117,6 +117,7 @@ def test_ctrl_c_says_how_to_go_on(environment, tiny_preset, tmp_path):
             stdout=output,
             stderr=output,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job behind `&` ignores it
         )
         try:
             drafts = tiny_preset.parent / ".hass/store/draft"
