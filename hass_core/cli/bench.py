@@ -6,7 +6,11 @@ import sys
 import typer
 
 app = typer.Typer(no_args_is_help=True)
-MODULES = {"train": "hass_core.training.bench", "decode": "hass_core.decoding.bench"}
+MODULES = {
+    "train": "hass_core.training.bench",
+    "decode": "hass_core.decoding.bench",
+    "features": "hass_core.features.bench",
+}
 
 
 def _add(verb: str, module: str) -> None:

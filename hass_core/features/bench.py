@@ -1,20 +1,24 @@
 """How fast features are written, read and computed on this machine. Run by `hass bench features`."""
 
+import argparse
+import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 
+from hass_core.config import TargetConfig
 from hass_core.features.reader import FeatureDataset
 from hass_core.features.schema import Encoding, FeatureInfo
 from hass_core.features.writer import FeatureWriter
 from hass_core.store import Artifact, Store
 from hass_core.target.capture import capture_features
-from hass_core.target.loader import Target
+from hass_core.target.loader import Target, load_target
 
 TOKENS_PER_CONVERSATION = 300
 CONVERSATIONS_PER_SHARD = 256
@@ -25,7 +29,9 @@ REPEATS = 3
 class FeaturesSpeed:
     """Rates in gigabytes and tokens a second; prefill and capture are None without a target."""
 
+    rows: int
     gigabytes: float
+    disk: str  # major:minor number of the block device, as /proc/self/mountinfo has it
     write_gb_per_second: float
     read_gb_per_second: float  # in order, every row checked, from the page cache
     read_again_gb_per_second: float  # in random order, rows checked before
@@ -44,6 +50,7 @@ def bench_features(
     hidden_size = target.embedding.shape[1] if target else hidden_size
     with tempfile.TemporaryDirectory(prefix="hass-bench-", dir=folder) as place:
         store = Store(place)
+        disk = f"{os.major(os.stat(place).st_dev)}:{os.minor(os.stat(place).st_dev)}"
         conversations = max(1, round(gigabytes * 1e9 / (2 * hidden_size * TOKENS_PER_CONVERSATION)))
         size = conversations * TOKENS_PER_CONVERSATION * hidden_size * 2 / 1e9
         started = time.perf_counter()
@@ -56,7 +63,7 @@ def bench_features(
             cached[i]
         again = _best(lambda: [cached[i] for i in order])
     prefill, capture = _target_speed(target) if target else (None, None)
-    return FeaturesSpeed(size, write, size / seconds, size / again, prefill, capture)
+    return FeaturesSpeed(conversations, size, disk, write, size / seconds, size / again, prefill, capture)
 
 
 def _write(store: Store, conversations: int, hidden_size: int, encoding: Encoding) -> Artifact:
@@ -94,3 +101,21 @@ def _best(work: Callable[[], object]) -> float:
         work()
         seconds.append(time.perf_counter() - started)
     return min(seconds[1:])
+
+
+def main() -> None:
+    """Parse the command line, measure, print the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hidden-size", type=int, default=4096)
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--encoding", choices=get_args(Encoding), default="bf16")
+    parser.add_argument("--folder", type=Path, default=None, help="where to write (default: the temporary folder)")
+    parser.add_argument("--target", default=None, help="measure extraction beside plain prefill with this target")
+    options = vars(parser.parse_args())
+    source = options.pop("target")
+    target = load_target(TargetConfig(source=source)) if source else None
+    print(json.dumps(asdict(bench_features(target=target, **options))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,12 @@
 """Features survive the way to disk and back, and a broken or foreign shard is named, never read."""
 
 import errno
+import json
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -382,6 +386,16 @@ def test_the_benchmark_measures_writing_reading_and_the_target(tiny_target, tmp_
     assert min(speed.write_gb_per_second, speed.read_gb_per_second, speed.read_again_gb_per_second) > 0
     assert (speed.prefill_tokens_per_second or 0) > 0 < (speed.capture_tokens_per_second or 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_benchmark_prints_one_json_line_last(tmp_path):
+    options = ["--gigabytes", "0.001", "--hidden-size", "64", "--folder", str(tmp_path)]
+    command = [str(Path(sys.executable).with_name("hass")), "bench", "features", *options]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    record = json.loads(ran.stdout.splitlines()[-1])
+    assert record["rows"] == 26
+    assert record["disk"].count(":") == 1
+    assert record["read_gb_per_second"] > 0 < record["write_gb_per_second"]
 
 
 @given(st.data(), st.integers(1, 20_000))
