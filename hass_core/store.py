@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pydantic import ValidationError
 
 from hass_core.artifacts import Artifact, FileRecord, Manifest, digest_of
-from hass_core.errors import CorruptFile, HassError, StoreError
+from hass_core.errors import BadInput, CorruptFile, HassError, StoreError
 from hass_core.file_cache import FileCache, sha256_of
 from hass_core.provenance import provenance
 from hass_core.scratch import clear, locked, remove_abandoned, temporary_folder
@@ -105,6 +105,20 @@ class Store:
             check = "path and its permissions" if self.is_local else "address, the credentials and AWS_ENDPOINT_URL"
             reason = f"{error}" or type(error).__name__
             raise StoreError(f"cannot {what} the store {self.root}: {reason}; check the {check}") from error
+
+
+def store_at(url: str, stage: str) -> tuple[Store, Artifact]:
+    """The store and the finished stage behind a folder's address, STORE/STAGE/DIGEST.
+
+    Raises BadInput when the address has another form, StoreError when nothing finished is there.
+    """
+    root, found, digest = ("", "", *url.rstrip("/").rsplit("/", 2))[-3:]
+    if found != stage or not root:
+        raise BadInput(f"{url} is no folder of the stage {stage!r}; give one of the form STORE/{stage}/DIGEST")
+    store = Store(root)
+    artifact = Artifact(stage=stage, digest=digest, root=store.root)
+    store.open(artifact)
+    return store, artifact
 
 
 @contextmanager

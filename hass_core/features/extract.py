@@ -21,7 +21,8 @@ from torch import Tensor
 
 from hass_core.config import RunConfig
 from hass_core.data.templates import SkippedConversation, encode_conversation
-from hass_core.errors import HassError, NonFinite
+from hass_core.errors import HassError
+from hass_core.features.audit import AUDIT, audit_masks
 from hass_core.features.forecast import forecast, measure, refuse_if_too_large
 from hass_core.features.reader import shard_names
 from hass_core.features.schema import SKIPPED, FeatureInfo
@@ -78,7 +79,10 @@ def extract_features(
     finished = folder.finished().keys()
     run = _Extraction(config, source, folder, target, progress, rows)
     speed = run.complete([name for name in rows if name not in finished])
-    return folder.finish(_finish(folder, sum(rows.values()), speed))
+    summary = _finish(folder, sum(rows.values()), speed)
+    audit = audit_masks(folder, [name for name in rows if folder.record(name).rows], target.tokenizer)
+    folder.write_text(AUDIT, audit.model_dump_json(indent=1))
+    return folder.finish(summary)
 
 
 class _Extraction:
@@ -216,10 +220,7 @@ def _key(config: RunConfig, responses: Artifact, target: Target) -> dict[str, An
 def _captured(encoded: list[Encoded], target: Target, max_tokens: int) -> Iterator[Batch]:
     for indices in batches_by_tokens([len(c.token_ids) for c in encoded], max_tokens):
         batch = [encoded[i] for i in indices]
-        try:
-            yield batch, capture_features(target, [c.token_ids for c in batch])
-        except NonFinite as error:
-            raise NonFinite(f"{error} (conversations {', '.join(c.id for c in batch[:8])} …)") from error
+        yield batch, capture_features(target, [c.token_ids for c in batch], [c.id for c in batch])
 
 
 def split_of(name: str, validation_fraction: float) -> str:

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass, field
 
+from hass_core.config import TargetConfig
 from hass_core.errors import CorruptFile
-from hass_core.features.reader import FeatureDataset
+from hass_core.features.audit import AUDIT, Audit, audit_masks
+from hass_core.features.reader import FeatureDataset, shard_names
 from hass_core.store import Artifact, Store
+from hass_core.target.loader import load_target
 
 LEAST_SUPERVISED, MOST_SUPERVISED = 0.01, 0.99  # shares outside of which a mask is likely wrong for all conversations
 
@@ -42,3 +45,13 @@ def validate_features(store: Store, artifact: Artifact, target_fingerprint: str 
     if report.tokens and not LEAST_SUPERVISED < report.supervised_fraction < MOST_SUPERVISED:
         report.problems.append(f"{artifact.url}: {report.supervised_fraction:.1%} of the tokens are supervised")
     return report
+
+
+def find_audit(store: Store, artifact: Artifact, target_source: str) -> Audit:
+    """The audit stored with the features; made now, with the target's tokenizer, for features from before it was."""
+    folder = store.open(artifact)
+    manifest = folder.manifest()
+    if manifest and AUDIT in manifest.files:
+        return Audit.model_validate_json(folder.read_text(AUDIT))
+    target = load_target(TargetConfig(source=target_source, device="cpu"))
+    return audit_masks(folder, shard_names(folder), target.tokenizer)

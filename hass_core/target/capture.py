@@ -25,11 +25,13 @@ def batches_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[list[
 
 
 @torch.no_grad()
-def capture_features(target: Target, token_ids: Sequence[Sequence[int]]) -> list[Tensor]:
+def capture_features(
+    target: Target, token_ids: Sequence[Sequence[int]], names: Sequence[str] | None = None
+) -> list[Tensor]:
     """Features [L_i, H] of each row, bfloat16 on the CPU; row t is what the head turns into the next token of x_{≤t}.
 
     Rows are padded on the right. Attention is causal, so padding reaches no real token and needs no mask.
-    Raises NonFinite with the index of the row.
+    Raises NonFinite with the row's name, else its index.
     """
     longest = max(map(len, token_ids))
     padded = torch.zeros(len(token_ids), longest, dtype=torch.long)
@@ -42,6 +44,7 @@ def capture_features(target: Target, token_ids: Sequence[Sequence[int]]) -> list
     rows = []
     for i, ids in enumerate(token_ids):
         if not bool(finite[i, : len(ids)].all()):
-            raise NonFinite(f"row {i}: the target's hidden states are NaN or infinite; load the target in float32")
+            row = f"conversation {names[i]}" if names else f"row {i}"
+            raise NonFinite(f"{row}: the target's hidden states are NaN or infinite; load the target in float32")
         rows.append(features[i, : len(ids)])
     return rows

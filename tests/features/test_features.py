@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hass_core.config import parse_config
-from hass_core.data.responses import RESPONSES_SCHEMA
 from hass_core.errors import CorruptFile, DraftMismatch, HassError, NonFinite, StoreError
 from hass_core.features.bench import bench_features
 from hass_core.features.encoding import bytes_per_token, checksum, decode, encode
@@ -29,36 +28,15 @@ from hass_core.features.schema import FeatureInfo
 from hass_core.features.validate import validate_features
 from hass_core.features.writer import FeatureWriter
 from hass_core.target.capture import batches_by_tokens, capture_features
+from tests.features.conftest import conversation, responses_artifact
 
 LOSSLESS = ("bf16", "bf16-planes-zstd")
 LOSSY = ("fp8", "int8")
 
 
-def responses_artifact(store, rows, parts=1):
-    folder = store.stage("responses", {"rows": len(rows), "parts": parts})
-    size = -(-len(rows) // parts)
-    for i in range(parts):
-        part = rows[i * size : (i + 1) * size]
-        with folder.writing(f"part-{i:05d}.parquet") as file:
-            pq.write_table(pa.Table.from_pylist(part, RESPONSES_SCHEMA), file.path)
-            file.rows = len(part)
-    return folder.finish({})
-
-
-def conversation(name, question="What is it?", answer="It is a test.", **other):
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    row = {"id": name, "category": "c", "source": "s", "messages": messages, "answer_token_ids": [[]]}
-    return row | {"finished": True, "num_new_tokens": 3, "temperature": 0.0} | other
-
-
 @pytest.fixture
 def config():
     return parse_config({"features": {"validation_fraction": 0.2}})
-
-
-@pytest.fixture
-def rows():
-    return [conversation(f"c{i}", answer="word " * (i % 7 + 1) + "end") for i in range(30)]
 
 
 @given(
