@@ -82,6 +82,9 @@ class ResponsesConfig(Settings):
     conversations_per_shard: int = Field(default=512, ge=1, description="Rows of one Parquet file")
     max_conversations: int | None = Field(default=None, ge=1, description="Stop after this many")
     drop_repetitive: bool = Field(default=True, description="Drop answers that loop")
+    languages: tuple[str, ...] = Field(
+        default=(), description="ISO 639-1 codes of the languages answers may be in; empty = any"
+    )
     server_url: str | None = Field(default=None, description="Base URL of an OpenAI-compatible server, ending in /v1")
     server_model: str | None = Field(default=None, description="Model name at that server")
     server_concurrency: int = Field(default=32, ge=1, le=4096, description="Requests in flight")

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from hass_core.config import ResponsesConfig, SamplingShare
 from hass_core.data.conversations import Record
 from hass_core.data.engines.base import Completion, Request
+from hass_core.data.language import language_gate
 from hass_core.data.quality import is_loop
 from hass_core.data.templates import Message, SkippedConversation, decode, encode_prompt, special_token_ids
 
@@ -24,6 +25,7 @@ class Dialogue:
         self.problem: str | None = None  # why the conversation is skipped
         self._max_new_tokens = config.max_new_tokens
         self._drop_repetitive = config.drop_repetitive
+        self._language_problem = language_gate(config.languages)
         self._seed = stable_hash(record.id, seed)
         self._messages: list[Message] = []
         self._rest = list(record.messages)
@@ -100,7 +102,7 @@ class Dialogue:
             return "chat marker inside the answer"
         if self._drop_repetitive and is_loop(body):
             return "repetitive answer"
-        return None
+        return self._language_problem(text)
 
 
 def choose_sampling(name: str, mix: Sequence[SamplingShare]) -> SamplingShare:

@@ -21,6 +21,7 @@ from hass_core.data.dialogue import Dialogue
 from hass_core.data.engines.base import Engine, Request, RequestQueue
 from hass_core.data.engines.local import LocalEngine
 from hass_core.data.engines.openai import OpenAIEngine
+from hass_core.data.language import language_gate
 from hass_core.data.prompts import MESSAGES, read_prompts
 from hass_core.data.quality import metric_name
 from hass_core.data.templates import check_template
@@ -54,6 +55,7 @@ def generate_responses(
     if done := folder.artifact():
         return done
     check_template(target.tokenizer)
+    language_gate(config.responses.languages)
     records = read_prompts(store, prompts)[: config.responses.max_conversations]
     run = _Run(config, records, folder, target, progress)
     run.complete()
@@ -69,9 +71,10 @@ def make_engine(config: RunConfig, target: Target) -> Engine:
 
 
 def _key(config: RunConfig, prompts: Artifact, target: Target) -> dict[str, Any]:
+    unset = set() if config.responses.languages else {"languages"}  # answers from before this setting stay valid
     return {
         "prompts": prompts.digest,
-        "responses": config.responses.model_dump(exclude=SPEED_ONLY),
+        "responses": config.responses.model_dump(exclude=SPEED_ONLY | unset),
         "target": target.fingerprint,
         "template": target.template_hash,
         "seed": config.seed,
