@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from hass_core.config import RunConfig
+from flows.parameters import RunParameters
 from hass_core.store import Artifact
 from tasks import draft, evaluation, features, prompts, responses
+from tasks.elsewhere import run_elsewhere
 from tasks.links import prefect_tags
 from tasks.tracking import open_retraining
 
@@ -31,14 +32,21 @@ class Chain:
 
 
 @contextmanager
-def run_until(last: str, config: RunConfig) -> Iterator[Chain]:
-    """Run prompts to `last`; the MLflow run ends with the block."""
+def run_until(last: str, run: RunParameters) -> Iterator[Chain]:
+    """Run prompts to `last`; the MLflow run ends with the block.
+
+    A stage named in `run.deployments` becomes a flow run of that deployment, the others run in this process.
+    """
+    config = run.config()
     collected = prompts.collect_prompts(config)
     with open_retraining(config, collected, prefect_tags()) as run_id:
         prompts.record_prompts(config, collected, run_id)
         done = [collected]
         for stage, step in STEPS.items():
-            done.append(step(config, done[-1], run_id))
+            if deployment := run.deployments.get(stage):
+                done.append(run_elsewhere(stage, deployment, run.for_sub_flow(), config, run_id))
+            else:
+                done.append(step(config, done[-1], run_id))
             if stage == last:
                 break
         yield Chain(run_id, done)

@@ -11,7 +11,7 @@ from hass_core.store import Artifact
 @flow(name="evaluate-draft", flow_run_name="evaluate-draft {run.preset}")
 def evaluate_draft(run: RunParameters) -> Artifact:
     """The report on a draft, after whatever comes before and is not finished."""
-    with run_until("evaluation", run.config()) as chain:
+    with run_until("evaluation", run) as chain:
         return chain.last
 
 

@@ -11,7 +11,7 @@ from hass_core.store import Artifact
 @flow(name="extract-features", flow_run_name="extract-features {run.preset}")
 def extract_features(run: RunParameters) -> Artifact:
     """The target's hidden states over its answers, after whatever comes before and is not finished."""
-    with run_until("features", run.config()) as chain:
+    with run_until("features", run) as chain:
         return chain.last
 
 

@@ -11,7 +11,7 @@ from hass_core.store import Artifact
 @flow(name="generate-data", flow_run_name="generate-data {run.preset}")
 def generate_data(run: RunParameters) -> Artifact:
     """Prompts and the target's answers to them."""
-    with run_until("responses", run.config()) as chain:
+    with run_until("responses", run) as chain:
         return chain.last
 
 

@@ -3,7 +3,7 @@
 Every setting of `RunConfig` appears with its type, bounds and description; left empty, the preset's value counts.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, create_model
 
@@ -32,9 +32,16 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+RemoteStage = Literal["responses", "features", "draft", "evaluation"]
+
+
 class _Preset(Settings):
     preset: str = Field(default="smollm2-cpu", description="Name of a preset, or path of a .toml file on the worker")
     overrides: list[str] = Field(default=[], description="More changes, as section.key=value; `none` clears a setting")
+    deployments: dict[RemoteStage, str] = Field(
+        default={},
+        description='Stages to run as deployments of their own, such as {"draft": "train-draft/gpu"}; others run here',
+    )
 
 
 _Changes: Any = optional(RunConfig, base=_Preset)
@@ -48,3 +55,7 @@ class RunParameters(_Changes):
         changes = self.model_dump(mode="json", exclude_none=True, include=set(RunConfig.model_fields))
         preset = load_config(self.preset, self.overrides).model_dump(mode="json")
         return parse_config(merged(preset, changes), where=self.preset)
+
+    def for_sub_flow(self) -> dict[str, Any]:
+        """The same settings for a flow run of another deployment, which runs all of its stages itself."""
+        return self.model_dump(mode="json", exclude_none=True, exclude={"deployments"})

@@ -31,7 +31,7 @@ class Retrained(BaseModel):
 def retrain(run: RunParameters) -> Retrained:
     """Retrain the draft, measure it, register it, and put it in use when it is better than the present one."""
     config = run.config()
-    with run_until("evaluation", config) as chain:
+    with run_until("evaluation", run) as chain:
         version = register_draft(config, chain.artifacts, chain.run_id)
         verdict = decide(config, version) if config.promotion.automatic else None
     return Retrained(run_id=chain.run_id, evaluation=chain.last, version=version, verdict=verdict)

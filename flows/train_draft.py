@@ -11,7 +11,7 @@ from hass_core.store import Artifact
 @flow(name="train-draft", flow_run_name="train-draft {run.preset}")
 def train_draft(run: RunParameters) -> Artifact:
     """A trained draft, after whatever comes before and is not finished."""
-    with run_until("draft", run.config()) as chain:
+    with run_until("draft", run) as chain:
         return chain.last
 
 

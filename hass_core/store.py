@@ -82,6 +82,10 @@ class Store:
             raise StoreError(f"{folder.url} has no {MANIFEST}: the stage was removed or never finished; run it again")
         return folder
 
+    def artifact(self, stage: str, digest: str) -> Artifact | None:
+        """The finished stage with this digest, or None."""
+        return StageFolder(self, stage, digest, {}).artifact()
+
     def free_bytes(self) -> int | None:
         """Free space of a local store; None where the store has no limit to ask for."""
         if not self.is_local:

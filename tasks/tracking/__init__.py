@@ -20,7 +20,7 @@ from tasks.tracking.registry import (
     registered_name,
     restore,
 )
-from tasks.tracking.runs import StageRun, open_retraining, stage_run
+from tasks.tracking.runs import StageRun, open_retraining, resume, stage_run
 
 __all__ = [
     "DraftVersion",
@@ -35,6 +35,7 @@ __all__ = [
     "register",
     "registered_name",
     "restore",
+    "resume",
     "stage_run",
     "ui_command",
 ]

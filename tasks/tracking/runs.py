@@ -42,6 +42,14 @@ def open_retraining(config: RunConfig, prompts: Artifact, tags: Mapping[str, str
         yield run.info.run_id
 
 
+def resume(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> dict[str, str]:
+    """Take a run over again that a sub-flow has filled and ended; its tags, those of `tags` put in."""
+    client.update_run(run_id, status="RUNNING")
+    for key, value in tags.items():
+        client.set_tag(run_id, key, value)
+    return dict(client.get_run(run_id).data.tags)
+
+
 class StageRun:
     """One stage's child run."""
 

@@ -19,12 +19,10 @@ PREFECT = [sys.executable, "-m", "prefect"]
 class Stack:
     """Server, pool `cpu`, all deployments, one worker; everything under `home`."""
 
-    def __init__(self, home: Path):
+    def __init__(self, home: Path, **environment: str):
         self.home = home
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.api = f"http://127.0.0.1:{port}/api"
+        self._port = free_port()
+        self.api = f"http://127.0.0.1:{self._port}/api"
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))},
             "PREFECT_HOME": str(home / "prefect"),
@@ -33,10 +31,10 @@ class Stack:
             "DO_NOT_TRACK": "1",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "OMP_NUM_THREADS": "1",
+            **environment,
         }
         self._processes: list[subprocess.Popen[bytes]] = []
-        self.server = self.start("server", "server", "start", "--host", "127.0.0.1", "--port", str(port))
-        wait_for(lambda: _healthy(self.api), "the Prefect server", 120)
+        self.server = self.start_server()
         self.prefect("work-pool", "create", "cpu", "--type", "process", "--overwrite")
         self.prefect("work-pool", "create", "gpu", "--type", "process", "--overwrite")
         self.prefect("--no-prompt", "deploy", "--all")
@@ -55,6 +53,19 @@ class Stack:
             )
         self._processes.append(process)
         return process
+
+    def start_server(self) -> subprocess.Popen[bytes]:
+        """The Prefect server; returns when it answers."""
+        server = self.start("server", "server", "start", "--host", "127.0.0.1", "--port", str(self._port))
+        wait_for(lambda: answers(f"{self.api}/health"), "the Prefect server", 120)
+        return server
+
+    def restart_server(self, seconds_away: float) -> None:
+        """Stop the server as an operator does, and start it again after a while."""
+        self.server.terminate()
+        self.server.wait(60)
+        time.sleep(seconds_away)
+        self.server = self.start_server()
 
     def start_worker(self) -> subprocess.Popen[bytes]:
         """A process worker on the pool `cpu`."""
@@ -111,8 +122,16 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float) -> None
         time.sleep(0.25)
 
 
-def _healthy(api: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a server is there and well."""
     try:
-        return httpx.get(f"{api}/health", timeout=2).status_code == 200
+        return httpx.get(url, timeout=2).status_code == 200
     except httpx.HTTPError:
         return False
+
+
+def free_port() -> int:
+    """A port of loopback that nobody uses at present."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

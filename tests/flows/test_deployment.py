@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tests.flows.stack import Stack, wait_for
+from tests.flows.stack import Stack, end, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -75,4 +75,24 @@ def test_a_killed_flow_is_completed_by_the_same_command_and_nothing_is_done_twic
     parents, versions = records(tiny_preset)
     assert [run.info.status for run in parents] == ["FINISHED"]
     assert parents[0].data.tags["prefect.flow_run_url"].startswith("http://127.0.0.1")
+    assert len(versions) == 1
+
+
+def test_a_stage_runs_on_the_pool_it_needs_and_the_retraining_goes_on_with_it(stack, tiny_preset):
+    gpu_worker = stack.start("gpu-worker", "worker", "start", "--pool", "gpu", "--name", "gpu-test")
+    try:
+        parameters = json.dumps({"preset": str(tiny_preset), "deployments": {"draft": "train-draft/gpu"}})
+        done = stack.prefect(
+            "deployment", "run", "retrain/smollm2-cpu", "-p", f"run={parameters}", "--watch", check=False
+        )
+        assert done.returncode == 0, done.stdout + stack.log("worker") + stack.log("gpu-worker")
+    finally:
+        end(gpu_worker)
+    inner, outer = stack.flow_runs()[:2]  # newest first
+    assert (inner["state_type"], outer["state_type"]) == ("COMPLETED", "COMPLETED")
+    assert (inner["work_pool_name"], outer["work_pool_name"]) == ("gpu", "cpu")
+    assert inner["parent_task_run_id"]
+    parents, versions = records(tiny_preset)
+    assert [run.info.status for run in parents] == ["FINISHED"]
+    assert parents[0].data.tags["prefect.flow_run_id"] == outer["id"]
     assert len(versions) == 1

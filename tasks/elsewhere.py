@@ -1,0 +1,38 @@
+"""A stage as a flow run of its own deployment, on the work pool that the stage needs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefect.deployments import run_deployment
+
+from hass_core.config import RunConfig
+from hass_core.errors import HassError
+from hass_core.store import Artifact
+from tasks import tracking
+from tasks.links import prefect_tags
+from tasks.resources import store_of
+
+
+def run_elsewhere(
+    stage: str, deployment: str, parameters: Mapping[str, Any], config: RunConfig, run_id: str
+) -> Artifact:
+    """Run the deployment as a sub-flow with these parameters, and take what it stored of `stage`.
+
+    Store and MLflow must be the same for both workers. Raises HassError when the sub-flow does not complete.
+    """
+    flow_run: Any = run_deployment(deployment, parameters={"run": dict(parameters)}, as_subflow=True)
+    if flow_run.state is None or not flow_run.state.is_completed():
+        end = flow_run.state.name if flow_run.state else "no state"
+        raise HassError(
+            f"the stage {stage} ran as flow run {flow_run.name!r} of {deployment} and ended as {end}; see its log. "
+            "The same command continues from what is finished"
+        )
+    client = tracking.connect(config)
+    digest = tracking.resume(client, run_id, prefect_tags()).get(f"hass.digest.{stage}")
+    artifact = digest and store_of(config).artifact(stage, digest)
+    if not artifact:
+        raise HassError(
+            f"{deployment} completed, but the store {config.store} holds no finished stage {stage} of it; "
+            "give both workers the same store and the same MLflow"
+        )
+    return artifact
