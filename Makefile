@@ -12,7 +12,7 @@ PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := infra/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install retrain test lint types ui deploy constraints clean
+.PHONY: help install retrain test test-recovery lint types ui deploy constraints clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ retrain: $(VENV)/.installed  ## retrain the draft of PRESET, with SET's changes
 
 test: $(VENV)/.installed  ## run the tests
 	@$(BIN)/python -m pytest
+
+test-recovery: $(VENV)/.installed  ## kill workers, servers and stores under real runs (10 minutes)
+	@$(BIN)/python -m pytest -m recovery
 
 lint: $(VENV)/.installed  ## check style
 	@$(BIN)/ruff check .

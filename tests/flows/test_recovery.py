@@ -1,0 +1,213 @@
+"""What survives what: workers and flows killed, the server restarted, MLflow and the store away for a minute.
+
+`make test-recovery` runs these; they wait for real time-outs and take several minutes.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from tests.flows.stack import ROOT, Stack, answers, end, free_port, wait_for
+from tests.s3_server import ACCESS_KEY, SECRET_KEY
+
+pytestmark = [pytest.mark.recovery, pytest.mark.timeout(900)]
+OUTAGE_SECONDS = 60
+LONG = ("training.passes=400", "training.checkpoint_every_steps=20", "training.validate_every_steps=1000")
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory) -> Iterator[Stack]:
+    stack = Stack(tmp_path_factory.mktemp("stack"), PREFECT_FLOWS_HEARTBEAT_FREQUENCY="30")
+    stack.prefect("work-pool", "set-concurrency-limit", "gpu", "1")
+    stack.prefect("automation", "create", "--from-file", "infra/automations.yaml")
+    try:
+        yield stack
+    finally:
+        stack.stop()
+
+
+def start_run(stack: Stack, preset: Path, overrides: tuple[str, ...] = LONG, deployment: str = "smollm2-cpu") -> str:
+    """Ask for a retraining; its flow run's id."""
+    parameters = json.dumps({"preset": str(preset), "overrides": list(overrides)})
+    stack.prefect("deployment", "run", f"retrain/{deployment}", "-p", f"run={parameters}")
+    return str(max(stack.flow_runs(), key=lambda run: run["created"])["id"])
+
+
+def state(stack: Stack, run_id: str) -> str:
+    return next(str(run["state_type"]) for run in stack.flow_runs() if run["id"] == run_id)
+
+
+def steps_trained(preset: Path) -> int:
+    """Steps in the record of the training under way."""
+    files = list((preset.parent / ".hass/store/draft").rglob("metrics.jsonl"))
+    lines = files[0].read_text().splitlines() if files else []
+    return len(lines)
+
+
+def manifests(preset: Path) -> dict[str, int]:
+    """Time of completion of every finished stage."""
+    return {path.parts[-3]: path.stat().st_mtime_ns for path in (preset.parent / ".hass/store").rglob("manifest.json")}
+
+
+def assert_once(preset: Path, uri: str | None = None) -> None:
+    """One MLflow run and one child per stage, all finished, and one registered version."""
+    client = MlflowClient(uri or f"sqlite:///{preset.parent}/.hass/mlflow.db")
+    experiment = client.get_experiment_by_name("hass")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    stages = sorted(run.data.tags["hass.stage"] for run in runs if "hass.stage" in run.data.tags)
+    assert stages == sorted(set(stages))
+    assert len([run for run in runs if "mlflow.parentRunId" not in run.data.tags]) == 1
+    assert len(client.search_model_versions("name = 'hass-draft-tiny'")) == 1
+
+
+def assert_no_step_twice(preset: Path) -> None:
+    """Training went on from its checkpoint: every step stands in the record once."""
+    steps = trained_steps(preset)
+    assert steps == sorted(set(steps))
+    assert steps[0] == 1
+
+
+def test_worker_and_flow_killed_the_slot_comes_back_and_the_next_run_completes(stack, tiny_preset):
+    worker = stack.start("gpu-worker", "worker", "start", "--pool", "gpu", "--name", "gpu-test")
+    first = start_run(stack, tiny_preset, deployment="gpu")
+    wait_for(lambda: steps_trained(tiny_preset) > 30, "the training to begin", 180)
+    before = manifests(tiny_preset)
+    assert sorted(before) == ["features", "prompts", "responses"]
+    end(worker)  # and with it the flow's process
+    killed = time.monotonic()
+    stack.start("gpu-worker", "worker", "start", "--pool", "gpu", "--name", "gpu-test")
+    second = start_run(stack, tiny_preset, deployment="gpu")
+    wait_for(lambda: state(stack, first) == "CRASHED", "the heartbeat automation", 120)
+    assert time.monotonic() - killed < 120
+    wait_for(lambda: state(stack, second) == "COMPLETED", "the next run to complete", 300)
+    after = manifests(tiny_preset)
+    assert {stage: after[stage] for stage in before} == before
+    assert_once(tiny_preset)
+    assert_no_step_twice(tiny_preset)
+
+
+def test_a_crashed_run_completes_by_retry(stack, tiny_preset):
+    run = start_run(stack, tiny_preset)
+    wait_for(lambda: steps_trained(tiny_preset) > 30, "the training to begin", 180)
+    process = stack.flow_process()
+    assert process is not None
+    process.kill()
+    before = manifests(tiny_preset)
+    wait_for(lambda: state(stack, run) == "CRASHED", "the crash to be noticed", 120)
+    # runner and worker each look at the dead process, seconds apart; the second look would end a retry begun before
+    looked = "Check whether the flow run exceeded"
+    wait_for(lambda: stack.log("worker").count(looked) >= 2, "the worker to have done with it", 60)
+    stack.prefect("flow-run", "retry", run)
+    wait_for(lambda: state(stack, run) == "COMPLETED", "the retry to complete", 300)
+    after = manifests(tiny_preset)
+    assert {stage: after[stage] for stage in before} == before
+    assert_once(tiny_preset)
+    assert_no_step_twice(tiny_preset)
+
+
+def test_the_server_restarted_in_mid_run(stack, tiny_preset):
+    run = start_run(stack, tiny_preset)
+    wait_for(lambda: steps_trained(tiny_preset) > 30, "the training to begin", 180)
+    stack.restart_server(seconds_away=15)
+    wait_for(lambda: state(stack, run) == "COMPLETED", "the run to complete", 300)
+    assert_once(tiny_preset)
+    assert_no_step_twice(tiny_preset)
+
+
+def test_mlflow_away_for_a_minute(stack, tiny_preset, tmp_path):
+    server = MLflowServer(tmp_path)
+    try:
+        run = start_run(stack, tiny_preset, (*LONG, f"tracking.uri={server.uri}"))
+        wait_for(lambda: steps_trained(tiny_preset) > 30, "the training to begin", 180)
+        end(server.process)
+        time.sleep(OUTAGE_SECONDS)
+        server.start()
+        wait_for(lambda: state(stack, run) == "COMPLETED", "the run to complete", 400)
+        assert_once(tiny_preset, server.uri)
+        client = MlflowClient(server.uri)
+        (draft,) = client.search_runs(["1"], "tags.`hass.stage` = 'draft'")
+        assert len(client.get_metric_history(draft.info.run_id, "train/loss")) == len(trained_steps(tiny_preset))
+    finally:
+        end(server.process)
+
+
+def test_the_store_away_for_a_minute(s3_store, s3_proxy, tiny_preset, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
+    environment |= {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3_proxy.port}",
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "HASS_CACHE": str(tmp_path / "cache"),
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "OMP_NUM_THREADS": "1",
+    }
+    database = f"sqlite:///{tmp_path}/mlflow.db"
+    overrides = [f"store={s3_store.root}", f"tracking.uri={database}"]
+    command = [sys.executable, "-m", "flows.retrain", str(tiny_preset), *overrides]
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        try:
+            wait_for(lambda: s3_store.fs.glob(f"{s3_store.root}/responses/*/manifest.json"), "the answers", 180)
+            s3_proxy.fail("500")
+            time.sleep(OUTAGE_SECONDS)
+            s3_proxy.mode = "pass"
+            assert process.wait(300) == 0, (tmp_path / "output").read_text()[-3000:]
+        finally:
+            if process.poll() is None:
+                end(process)
+    assert_once(tiny_preset, database)
+
+
+def test_a_worker_stops_within_30_seconds_of_sigterm_and_training_goes_on_from_its_checkpoint(stack, tiny_preset):
+    run = start_run(stack, tiny_preset)
+    wait_for(lambda: steps_trained(tiny_preset) > 30, "the training to begin", 180)
+    family = psutil.Process(stack.worker.pid).children(recursive=True)
+    stack.worker.send_signal(signal.SIGTERM)
+    stack.worker.wait(30)
+    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    checkpoints = list((tiny_preset.parent / ".hass/store/draft").rglob("checkpoint-*.safetensors"))
+    assert checkpoints
+    stack.worker = stack.start_worker()
+    wait_for(lambda: state(stack, run) in ("CRASHED", "CANCELLED", "FAILED", "SCHEDULED"), "the run's end", 120)
+    again = start_run(stack, tiny_preset)
+    wait_for(lambda: state(stack, again) == "COMPLETED", "the next run to complete", 300)
+    assert_once(tiny_preset)
+    assert_no_step_twice(tiny_preset)
+
+
+def trained_steps(preset: Path) -> list[int]:
+    (file,) = (preset.parent / ".hass/store/draft").rglob("metrics.jsonl")
+    return [row["step"] for row in map(json.loads, file.read_text().splitlines()) if "train/loss" in row]
+
+
+class MLflowServer:
+    """A real MLflow server on loopback that can be stopped and started again."""
+
+    def __init__(self, folder: Path):
+        self._folder, port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{port}"
+        store = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/files"]
+        address = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+        self._command = [sys.executable, "-m", "mlflow", "server", *address, *store]
+        self.start()
+
+    def start(self) -> None:
+        """Start, and wait until it answers."""
+        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (self._folder / "mlflow.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command, cwd=self._folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        wait_for(lambda: answers(f"{self.uri}/health"), "the MLflow server", 120)
