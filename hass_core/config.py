@@ -104,8 +104,10 @@ class FeaturesConfig(Settings):
 
     max_tokens_per_conversation: int = Field(default=2048, ge=16, description="Longer conversations are cut")
     max_tokens_per_batch: int = Field(default=16_384, ge=16, description="Padded tokens of one forward pass")
-    encoding: Literal["bf16", "bf16-planes-zstd", "fp8", "int8"] = Field(
-        default="bf16", description="bf16 and its byte planes are lossless; fp8 and int8 halve the space"
+    encoding: Literal["bf16", "bf16-planes-zstd", "fp8", "int8", "none"] = Field(
+        default="bf16",
+        description="bf16 and its byte planes are lossless; fp8 and int8 halve the space; "
+        "none stores no features: the target makes them again while training",
     )
     row_group_mb: int = Field(default=64, ge=1, le=1024, description="Megabytes of one Parquet row group")
     conversations_per_shard: int = Field(default=512, ge=1, description="Rows of one Parquet file")

@@ -21,11 +21,15 @@ FP8_LARGEST = 448.0  # of float8_e4m3fn
 
 def bytes_per_token(encoding: Encoding, hidden_size: int) -> int:
     """Bytes of one token's features, before compression."""
+    if encoding == "none":
+        return 0
     return 2 * hidden_size if encoding.startswith("bf16") else hidden_size + 2
 
 
 def encode(features: Tensor, encoding: Encoding) -> bytes:
     """Bytes of features [L, H] (any float type)."""
+    if encoding == "none":
+        return b""
     exact = features.detach().to("cpu", torch.bfloat16).contiguous()
     if encoding == "bf16":
         return _raw(exact)
@@ -51,6 +55,8 @@ def decode(data: pa.Buffer, num_tokens: int, hidden_size: int, encoding: Encodin
     expected = num_tokens * bytes_per_token(encoding, hidden_size)
     if data.size != expected:
         raise ValueError(f"{data.size} bytes where {num_tokens} tokens × {hidden_size} need {expected}")
+    if encoding == "none":
+        return torch.empty(0, hidden_size, dtype=torch.bfloat16)
     numbers = torch.from_dlpack(pa.Array.from_buffers(pa.uint8(), data.size, [None, data]))
     if encoding == "bf16":
         return numbers.view(torch.bfloat16).view(num_tokens, hidden_size)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from hass_core.config import RunConfig
+from hass_core.config import FeaturesConfig, RunConfig
 from hass_core.data.templates import SkippedConversation, encode_conversation
 from hass_core.errors import HassError
 from hass_core.features.audit import AUDIT, audit_masks
@@ -135,8 +135,8 @@ class _Extraction:
         chosen = names[:: -(-len(names) // SAMPLE_PARTS)]
         parts = [self._encode(name, limit=SAMPLE_CONVERSATIONS // len(chosen)) for name in chosen]
         sample = [c.token_ids for part in parts for c in part.conversations]
-        if not sample:
-            return  # all skipped: there may be nothing to store
+        if not sample or self._config.features.encoding == "none":
+            return  # there is nothing to store, or next to nothing
         settings = self._config.features
         measured = measure(self._target, sample, settings.max_tokens_per_batch, settings.encoding)
         expected = forecast([len(ids) for ids in sample], sum(self._rows[name] for name in names), measured)
@@ -148,7 +148,7 @@ class _Extraction:
         batches: queue.Queue[Batch | BaseException | None] = queue.Queue(BATCHES_WAITING)
         written = writing.submit(self._write, part, batches)
         try:
-            for batch in _captured(part.conversations, self._target, self._config.features.max_tokens_per_batch):
+            for batch in _captured(part.conversations, self._target, self._config.features):
                 _hand_over(batches, batch, written)
                 self._report(batch[0])
         except BaseException as error:
@@ -217,10 +217,14 @@ def _key(config: RunConfig, responses: Artifact, target: Target) -> dict[str, An
     }
 
 
-def _captured(encoded: list[Encoded], target: Target, max_tokens: int) -> Iterator[Batch]:
-    for indices in batches_by_tokens([len(c.token_ids) for c in encoded], max_tokens):
+def _captured(encoded: list[Encoded], target: Target, settings: FeaturesConfig) -> Iterator[Batch]:
+    nothing = target.embedding.new_zeros(1, target.embedding.shape[1])
+    for indices in batches_by_tokens([len(c.token_ids) for c in encoded], settings.max_tokens_per_batch):
         batch = [encoded[i] for i in indices]
-        yield batch, capture_features(target, [c.token_ids for c in batch], [c.id for c in batch])
+        if settings.encoding == "none":
+            yield batch, [nothing.expand(len(c.token_ids), -1) for c in batch]
+        else:
+            yield batch, capture_features(target, [c.token_ids for c in batch], [c.id for c in batch])
 
 
 def split_of(name: str, validation_fraction: float) -> str:

@@ -8,7 +8,7 @@ is read; a bad one is named and never trained on.
 import os
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,6 +101,15 @@ class FeatureDataset:
     def __len__(self) -> int:
         return len(self._places)
 
+    @property
+    def holds_features(self) -> bool:
+        """False where only tokens and masks were stored, for the target to run again."""
+        return self.info.encoding != "none"
+
+    def many(self, indices: Sequence[int]) -> list[Conversation]:
+        """Several conversations, in the order asked for."""
+        return [self[i] for i in indices]
+
     def __getitem__(self, index: int) -> Conversation:
         place = self._places[index]
         group = self._group(place.file, place.row_group)
@@ -121,7 +130,7 @@ class FeatureDataset:
             features=features,
         )
         if unchecked:
-            check(conversation, where)
+            check(conversation, where, self.holds_features)
             group.checked.add(place.row)
         return conversation
 
@@ -159,13 +168,16 @@ class FeatureDataset:
         return group
 
 
-def check(conversation: Conversation, where: str) -> None:
+def check(conversation: Conversation, where: str, holds_features: bool = True) -> None:
     """Refuse a row whose parts disagree or are not finite. Raises CorruptFile naming `where`."""
-    lengths = {len(conversation.token_ids), len(conversation.loss_mask), len(conversation.features)}
+    rows = conversation.features if holds_features else conversation.token_ids
+    lengths = {len(conversation.token_ids), len(conversation.loss_mask), len(rows)}
     if len(lengths) != 1:
         raise CorruptFile(f"{where}: token ids, loss mask and features have the lengths {sorted(lengths)}")
     if not conversation.loss_mask.any():
         raise CorruptFile(f"{where}: no token is supervised")
+    if not holds_features:
+        return
     # without its sign, a bfloat16 read as an integer is 0x7F80 for infinity and more for NaN: 20 times faster to see
     if int((conversation.features.view(torch.int16) & 0x7FFF).amax()) >= 0x7F80:
         raise CorruptFile(f"{where}: the features hold NaN or infinite values; extract again, in another dtype")

@@ -6,7 +6,7 @@ trains on does not depend on how they are divided: 8 micro-batches of 1 pack equ
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ STEPS_AHEAD = 2
 class Dataset(Protocol):
     """Random access to conversations."""
 
-    def __getitem__(self, index: int) -> Conversation: ...
+    def many(self, indices: Sequence[int]) -> Sequence[Conversation]: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def micro_batches(
     packs = stream.passes(start_step * division.packs_per_step)
     while True:
         step = list(islice(packs, division.packs_per_step))
-        batches = [collate([dataset[i] for i in group], align_steps) for group in division.mine(step)]
+        batches = [collate(dataset.many(group), align_steps) for group in division.mine(step)]
         yield [batch.pin_memory() for batch in batches] if pin else batches
 
 

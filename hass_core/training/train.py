@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from hass_core.config import RunConfig
 from hass_core.errors import BadInput
+from hass_core.features.live import LiveFeatures, with_features
 from hass_core.features.reader import FeatureDataset
 from hass_core.model.architecture import DraftArchitecture
 from hass_core.model.checkpoint import CONFIG, VOCABULARY, WEIGHTS, draft_info, save_draft
@@ -51,15 +52,18 @@ def train_draft(
     folder = draft_folder(config, features, store, target)
     if done := folder.artifact():
         return done
-    dataset = FeatureDataset(store, features, "train", target.fingerprint)
+    stored = FeatureDataset(store, features, "train", target.fingerprint)
+    dataset = with_features(stored, target, config.features.max_tokens_per_batch)
     if len(dataset) == 0:
         raise BadInput(f"{features.url} holds no training conversation; generate more responses")
     accelerator = Accelerator(cpu=target.device.type == "cpu")
     torch.manual_seed(config.seed)
-    head = make_head(config, dataset, target)
+    head = make_head(config, stored, target)
     draft = make_draft(config, dataset, target)
     run = make_run(config, accelerator, draft, head, dataset, folder)
-    validation = FeatureDataset(store, features, "validation")
+    validation = with_features(
+        FeatureDataset(store, features, "validation"), target, config.features.max_tokens_per_batch
+    )
     held = (validation[i] for i in range(len(validation)))
     run.held = held_out(held, target.head, config.training.tokens_per_pack)
     at = resume(run)
@@ -108,7 +112,7 @@ def make_head(config: RunConfig, dataset: FeatureDataset, target: Target) -> Dra
     return DraftHead.from_target(target.head, frequent_tokens(conversations, size, rows, target.eos_token_ids))
 
 
-def make_draft(config: RunConfig, dataset: FeatureDataset, target: Target) -> DraftModel:
+def make_draft(config: RunConfig, dataset: FeatureDataset | LiveFeatures, target: Target) -> DraftModel:
     """A float32 draft at its start: an existing one, the least-squares fit, or random weights."""
     architecture = DraftArchitecture.from_target_config(target.model.config, config.draft.fc_bias)
     draft = DraftModel(architecture, target.embedding)
@@ -136,7 +140,7 @@ def make_run(
     accelerator: Accelerator,
     draft: DraftModel,
     head: DraftHead,
-    dataset: FeatureDataset,
+    dataset: FeatureDataset | LiveFeatures,
     folder: StageFolder,
 ) -> Run:
     """Put the pieces together."""

@@ -1,0 +1,46 @@
+"""Features made while they are needed: the frozen target runs beside the draft, and only tokens and masks are stored.
+
+For those who lack the disk. It costs a forward pass of the target for every pass over the data.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from hass_core.features.reader import Conversation, FeatureDataset
+from hass_core.target.capture import batches_by_tokens, capture_features
+from hass_core.target.loader import Target
+
+
+class LiveFeatures:
+    """A dataset without features, completed by the target. Same order, same conversations, bfloat16 features."""
+
+    def __init__(self, stored: FeatureDataset, target: Target, max_tokens_per_batch: int):
+        self._stored, self._target, self._max_tokens = stored, target, max_tokens_per_batch
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each conversation [N]."""
+        return self._stored.lengths
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __getitem__(self, index: int) -> Conversation:
+        return self.many([index])[0]
+
+    def many(self, indices: Sequence[int]) -> list[Conversation]:
+        """Several conversations, their features computed together. Raises NonFinite naming one of them."""
+        found = self._stored.many(indices)
+        for places in batches_by_tokens([len(c.token_ids) for c in found], self._max_tokens):
+            batch = [found[place] for place in places]
+            rows = capture_features(self._target, [c.token_ids.tolist() for c in batch], [c.id for c in batch])
+            for place, features in zip(places, rows, strict=True):
+                found[place] = replace(found[place], features=features)
+        return found
+
+
+def with_features(stored: FeatureDataset, target: Target, max_tokens_per_batch: int) -> "FeatureDataset | LiveFeatures":
+    """The dataset to train on: the stored features, or the target's where none are stored."""
+    return stored if stored.holds_features else LiveFeatures(stored, target, max_tokens_per_batch)
