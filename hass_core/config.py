@@ -166,6 +166,9 @@ class TrainingConfig(Settings):
     compile: bool = Field(default=False, description="torch.compile the step; pays on a GPU")
     log_every_steps: int = Field(default=10, ge=1, description="Optimizer steps between records")
     validate_every_steps: int = Field(default=100, ge=1, description="Optimizer steps between validations")
+    tree_answers: int = Field(
+        default=32, ge=0, le=4096, description="Held-out answers replayed for val/tree_tau at a validation; 0 = none"
+    )
     checkpoint_every_steps: int = Field(default=100, ge=1, description="Optimizer steps between checkpoints")
     keep_checkpoints: int = Field(default=2, ge=1, description="Last checkpoints kept, beside the best")
     early_stop_validations: int | None = Field(
@@ -248,6 +251,20 @@ class PromotionConfig(Settings):
     tolerance: float = Field(default=0.02, ge=0, le=1, description="Loss of speed-up that one benchmark may show")
 
 
+class ExecutionConfig(Settings):
+    """Who does the work of a stage that can be divided by shards; the result is the same."""
+
+    workers: int = Field(
+        default=1, ge=1, le=4096, description="Shards extracted at once; 1 = one after the other in this process"
+    )
+    runner: Literal["threads", "ray"] = Field(
+        default="threads", description="threads = this machine, one process for each of several GPUs; ray = a cluster"
+    )
+    ray_address: str | None = Field(
+        default=None, description="A running cluster, as ray://HOST:10001; None = one started on this machine"
+    )
+
+
 class RunConfig(Settings):
     """One retraining, whole."""
 
@@ -266,6 +283,7 @@ class RunConfig(Settings):
     evaluation: EvaluationConfig = EvaluationConfig()
     promotion: PromotionConfig = PromotionConfig()
     tracking: TrackingConfig = TrackingConfig()
+    execution: ExecutionConfig = ExecutionConfig()
 
 
 def preset_names() -> list[str]:

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hass_core.config import TrainingConfig
+from hass_core.config import TrainingConfig, TreeConfig
+from hass_core.decoding.replay import Answer
 from hass_core.errors import NonFinite
 from hass_core.model.head import DraftHead
 from hass_core.progress import Progress
@@ -26,6 +27,7 @@ from hass_core.training.feed import Prefetcher, noisy
 from hass_core.training.losses import PARTS, Objective, distill
 from hass_core.training.metrics import MetricsFile
 from hass_core.training.optim import MovingAverage, global_norm, learning_rate, set_learning_rate
+from hass_core.training.tree_validation import validate_tree
 from hass_core.training.validation import HeldOut, validate
 
 
@@ -42,6 +44,8 @@ class Run:
     optimizers: list[Optimizer]
     average: MovingAverage | None
     held: list[HeldOut]
+    answers: list[Answer]  # replayed with trees of the shape `tree`
+    tree: TreeConfig
     dtype: torch.dtype
     folder: StageFolder
     metrics: MetricsFile | None  # None on all processes but the first
@@ -142,6 +146,8 @@ def _validate(run: Run, at: Position) -> Position:
     if run.average:
         run.average.swap(run.alignment.draft)
     record = validate(run.alignment, run.head, run.held, run.objective, run.dtype)
+    if run.answers:
+        record |= validate_tree(run.alignment.draft, run.head, run.answers, run.tree)
     if run.average:
         run.average.swap(run.alignment.draft)
     _log(run, at, record)

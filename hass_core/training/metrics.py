@@ -6,7 +6,8 @@ Every record has `step` (optimizer steps done) and `tokens_seen` (conversation t
     train/accuracy_step_1 …                                      share of tokens where draft and target agree
     train/lr, train/grad_norm, train/tokens_per_second, train/epoch
 
-and validation records `val/loss`, `val/accuracy_step_1 …`, `val/chain_1 …` and `val/tau` (see validation.py).
+and validation records `val/loss`, `val/accuracy_step_1 …`, `val/chain_1 …` and `val/tau` (see validation.py), and
+`val/tree_tau` (see tree_validation.py).
 """
 
 import json

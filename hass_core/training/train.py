@@ -9,6 +9,7 @@ While it runs, metrics.jsonl grows at `metrics_path`. Running it again continues
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from hass_core.config import RunConfig
 from hass_core.errors import BadInput
 from hass_core.features.live import LiveFeatures, with_features
-from hass_core.features.reader import FeatureDataset
+from hass_core.features.reader import Conversation, FeatureDataset
 from hass_core.model.architecture import DraftArchitecture
 from hass_core.model.checkpoint import CONFIG, VOCABULARY, WEIGHTS, draft_info, save_draft
 from hass_core.model.draft import DraftModel
@@ -35,6 +36,7 @@ from hass_core.training.metrics import MetricsFile, read_records
 from hass_core.training.optim import MovingAverage, make_optimizers
 from hass_core.training.packing import PackStream
 from hass_core.training.start import start_least_squares
+from hass_core.training.tree_validation import recorded_answers
 from hass_core.training.validation import held_out
 from hass_core.training.vocabulary import frequent_tokens
 
@@ -64,8 +66,8 @@ def train_draft(
     validation = with_features(
         FeatureDataset(store, features, "validation"), target, config.features.max_tokens_per_batch
     )
-    held = (validation[i] for i in range(len(validation)))
-    run.held = held_out(held, target.head, config.training.tokens_per_pack)
+    run.held = held_out(_all(validation), target.head, config.training.tokens_per_pack)
+    run.answers = recorded_answers(_all(validation), run.head, config.training.tree_answers)
     at = resume(run)
     if accelerator.is_main_process:
         run.metrics = MetricsFile(folder.scratch() / METRICS, at.step)
@@ -91,7 +93,7 @@ def metrics_path(config: RunConfig, features: Artifact, store: Store, target: Ta
 
 def draft_folder(config: RunConfig, features: Artifact, store: Store, target: Target) -> StageFolder:
     """The stage's folder: named by the features, the settings that matter, and this code's version."""
-    not_in_result = {"log_every_steps", "checkpoint_every_steps", "keep_checkpoints"}
+    not_in_result = {"log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "tree_answers"}
     key = {
         "features": features.digest,
         "target": target.fingerprint,
@@ -108,8 +110,11 @@ def make_head(config: RunConfig, dataset: FeatureDataset, target: Target) -> Dra
     size, rows = config.draft.vocab_size, target.head.shape[0]
     if size is None or size >= rows:
         return DraftHead.from_target(target.head)
-    conversations = (dataset[i] for i in range(len(dataset)))
-    return DraftHead.from_target(target.head, frequent_tokens(conversations, size, rows, target.eos_token_ids))
+    return DraftHead.from_target(target.head, frequent_tokens(_all(dataset), size, rows, target.eos_token_ids))
+
+
+def _all(dataset: FeatureDataset | LiveFeatures) -> Iterator[Conversation]:
+    return (dataset[i] for i in range(len(dataset)))
 
 
 def make_draft(config: RunConfig, dataset: FeatureDataset | LiveFeatures, target: Target) -> DraftModel:
@@ -160,6 +165,8 @@ def make_run(
         optimizers=optimizers,
         average=MovingAverage(draft, training.ema_decay) if training.ema_decay else None,
         held=[],
+        answers=[],
+        tree=config.tree,
         dtype=choose_dtype(training.dtype, head.weight.device),
         folder=folder,
         metrics=None,

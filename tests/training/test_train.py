@@ -62,6 +62,16 @@ def test_training_lowers_the_loss_and_leaves_a_loadable_draft(store, tiny_target
     assert draft.info["target_fingerprint"] == tiny_target.fingerprint
 
 
+def test_trees_over_held_out_answers_are_counted_at_every_validation(store, tiny_target, features):
+    chosen = parse_config({**SETTINGS, "tree": {"depth": 3, "top_k": 2, "nodes": 6}})
+    draft = train_draft(chosen, features, store, tiny_target)
+    records = [json.loads(line) for line in store.open(draft).read_text("metrics.jsonl").splitlines()]
+    taus = [record["val/tree_tau"] for record in records if "val/tau" in record]
+    assert taus
+    assert all(1 <= tau <= 4 for tau in taus)
+    assert draft.summary["val/tree_tau"] in taus
+
+
 def test_a_finished_draft_is_found_again(store, tiny_target, features):
     first = train_draft(settings(), features, store, tiny_target)
     started = time.monotonic()

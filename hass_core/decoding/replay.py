@@ -1,0 +1,89 @@
+"""Decoding's cycles repeated over answers on record, without the target: what a draft's trees would have gained.
+
+The target's tokens and features are known, so each cycle goes as in decoding: extend the draft's cache with true
+features, grow the tree, accept along the recorded tokens. On the target's greedy answers the accepted counts are those
+of greedy decoding; on a sampled answer those of sampling with the same draws.
+
+Shapes: B answers at once, L tokens, H hidden, N tree nodes, R places of a path.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from hass_core.decoding.drafter import Drafter
+from hass_core.decoding.verify import accept
+
+UNKNOWN = -1  # a token behind the end of the answer: no draft equals it
+ANSWERS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A recorded conversation up to the end of one answer, which begins at token `start`."""
+
+    token_ids: Tensor  # [L]
+    features: Tensor  # [L, H]
+    start: int
+
+
+def last_answer(token_ids: Tensor, loss_mask: Tensor, features: Tensor) -> Answer | None:
+    """The last run of supervised tokens with all that stands before it; None when it leaves nothing to draft."""
+    supervised = loss_mask.nonzero().flatten().tolist()
+    if not supervised:
+        return None
+    end = start = supervised[-1]
+    while start and loss_mask[start - 1]:
+        start -= 1
+    if start == 0 or end - start < 2:
+        return None
+    return Answer(token_ids[: end + 1], features[: end + 1], start)
+
+
+@torch.no_grad()
+def replay(drafter: Drafter, answers: Sequence[Answer]) -> list[list[int]]:
+    """Accepted drafts of every cycle of every answer."""
+    found = []
+    for first in range(0, len(answers), ANSWERS_AT_ONCE):
+        found += _replay(drafter, answers[first : first + ANSWERS_AT_ONCE])
+    return found
+
+
+def tree_tau(cycles: Sequence[Sequence[int]]) -> float:
+    """Tokens per cycle over all answers: accepted drafts and the token that every cycle adds."""
+    counts = [accepted for answer in cycles for accepted in answer]
+    return 1 + sum(counts) / max(1, len(counts))
+
+
+def _replay(drafter: Drafter, answers: Sequence[Answer]) -> list[list[int]]:
+    token_ids = pad_sequence([a.token_ids for a in answers], batch_first=True, padding_value=UNKNOWN)
+    features = pad_sequence([a.features for a in answers], batch_first=True)
+    lengths = torch.tensor([len(a.token_ids) for a in answers], device=token_ids.device)
+    root = torch.tensor([a.start for a in answers], device=token_ids.device)  # place of each answer's root token
+    places = drafter.shape.places
+    cache = drafter.new_cache(len(answers), token_ids.shape[1] + places + drafter.scratch_slots)
+    read = int(root.max())
+    estimate = drafter.extend(cache, features[:, :read], token_ids[:, 1 : read + 1].clamp(min=0), root)
+    found: list[list[int]] = [[] for _ in answers]
+    while (running := root + 1 < lengths).any():
+        tree = drafter.grow(cache, _at(token_ids, root), estimate)
+        drawn = _at(token_ids, root[:, None] + 1 + tree.depths)
+        counts = accept(tree, drawn, places).counts * running
+        for row, count in enumerate(counts.tolist()):
+            found[row] += [count - 1] if count else []
+        rows = root[:, None] + torch.arange(places, device=root.device)
+        window = features.gather(1, rows.clamp(max=features.shape[1] - 1)[:, :, None].expand(-1, -1, features.shape[2]))
+        newest = drafter.extend(cache, window, _at(token_ids, rows + 1).clamp(min=0), counts)
+        estimate = torch.where(running[:, None], newest, estimate)
+        root = root + counts
+    return found
+
+
+def _at(token_ids: Tensor, places: Tensor) -> Tensor:
+    """Tokens at places [B] or [B, …], UNKNOWN behind the end."""
+    flat = places.reshape(len(places), -1)
+    taken = token_ids.gather(1, flat.clamp(max=token_ids.shape[1] - 1))
+    return torch.where(flat < token_ids.shape[1], taken, UNKNOWN).view(places.shape)
