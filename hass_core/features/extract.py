@@ -9,7 +9,7 @@ import hashlib
 import queue
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -62,12 +62,19 @@ class Part:
 
 
 Batch = tuple[list[Encoded], list[Tensor]]
+Spread = Callable[[list[str]], Iterable[str]]
+"""Has `extract_part` run for each of these parts, anywhere, and gives each name once its part is in the store."""
 
 
 def extract_features(
-    config: RunConfig, responses: Artifact, store: Store, target: Target, progress: Progress = no_progress
+    config: RunConfig,
+    responses: Artifact,
+    store: Store,
+    target: Target,
+    progress: Progress = no_progress,
+    spread: Spread | None = None,
 ) -> Artifact:
-    """Store the features of all conversations.
+    """Store the features of all conversations, here or by `spread`.
 
     Raises StoreError before any work when the disk will not hold them, HassError when the counts do not reconcile.
     """
@@ -77,12 +84,25 @@ def extract_features(
     source = store.open(responses)
     rows = {name: source.record(name).rows or 0 for name in shard_names(source)}
     finished = folder.finished().keys()
+    unfinished = [name for name in rows if name not in finished]
     run = _Extraction(config, source, folder, target, progress, rows)
-    speed = run.complete([name for name in rows if name not in finished])
+    run.forecast(unfinished)
+    speed = run.follow(unfinished, spread) if spread else run.complete(unfinished)
     summary = _finish(folder, sum(rows.values()), speed)
     audit = audit_masks(folder, [name for name in rows if folder.record(name).rows], target.tokenizer)
     folder.write_text(AUDIT, audit.model_dump_json(indent=1))
     return folder.finish(summary)
+
+
+def extract_part(config: RunConfig, responses: Artifact, store: Store, target: Target, name: str) -> str:
+    """Store the features of one part of the responses and return its name; `extract_features` finishes the stage.
+
+    Parts may be extracted by any number of processes at once. A part done twice is stored once.
+    """
+    folder, source = store.stage("features", _key(config, responses, target)), store.open(responses)
+    rows = {name: source.record(name).rows or 0}
+    _Extraction(config, source, folder, target, no_progress, rows).complete([name])
+    return name
 
 
 class _Extraction:
@@ -111,10 +131,7 @@ class _Extraction:
         """Extract these parts; tokens per second."""
         if not names:
             return 0.0
-        self._forecast(names)
-        total = sum(self._rows.values())
-        self._done, self._total = total - sum(self._rows[name] for name in names), total
-        self._started = time.perf_counter()
+        self._start(names)
         publishing: Future[None] | None = None
         with ThreadPoolExecutor(1) as tokenizing, ThreadPoolExecutor(2) as writing:
             coming = tokenizing.submit(self._encode, names[0])
@@ -128,10 +145,23 @@ class _Extraction:
                 publishing = written
             if publishing is not None:
                 publishing.result()
-        return self._tokens / (time.perf_counter() - self._started)
+        return self._speed()
 
-    def _forecast(self, names: list[str]) -> None:
+    def follow(self, names: list[str], spread: Spread) -> float:
+        """Have these parts extracted elsewhere; tokens per second."""
+        if not names:
+            return 0.0
+        self._start(names)
+        for name in spread(names):
+            self._done += self._rows[name]
+            self._tokens += self._folder.record(name).notes["tokens"]
+            self._progress(self._done, self._total, f"{self._speed():,.0f} tokens/s")
+        return self._speed()
+
+    def forecast(self, names: list[str]) -> None:
         """Refuse what the disk will not hold, judged by conversations from all over the parts."""
+        if not names:
+            return
         chosen = names[:: -(-len(names) // SAMPLE_PARTS)]
         parts = [self._encode(name, limit=SAMPLE_CONVERSATIONS // len(chosen)) for name in chosen]
         sample = [c.token_ids for part in parts for c in part.conversations]
@@ -175,8 +205,15 @@ class _Extraction:
     def _report(self, batch: list[Encoded]) -> None:
         self._done += len(batch)
         self._tokens += sum(len(c.token_ids) for c in batch)
-        speed = self._tokens / (time.perf_counter() - self._started)
-        self._progress(self._done, self._total, f"{speed:,.0f} tokens/s")
+        self._progress(self._done, self._total, f"{self._speed():,.0f} tokens/s")
+
+    def _start(self, names: list[str]) -> None:
+        self._total = sum(self._rows.values())
+        self._done = self._total - sum(self._rows[name] for name in names)
+        self._started = time.perf_counter()
+
+    def _speed(self) -> float:
+        return self._tokens / (time.perf_counter() - self._started)
 
     def _encode(self, name: str, limit: int | None = None) -> Part:
         """Token ids and masks of one part of the responses."""

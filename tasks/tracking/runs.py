@@ -18,7 +18,7 @@ from tasks.tracking.client import connect, experiment_id, tracking_uri
 from tasks.tracking.lock import locked
 from tasks.tracking.metrics import Follower, read_metrics
 
-UNTRACKED = {"name", "store", "tracking", "promotion"}  # settings that change no result
+UNTRACKED = {"name", "store", "tracking", "promotion", "execution"}  # settings that change no result
 FILES_SHOWN = (".json", ".md", ".png", ".jsonl")
 PARAMS_PER_CALL = 100  # MLflow's limit
 
