@@ -238,6 +238,9 @@ class TrackingConfig(Settings):
     registered_model: str | None = Field(default=None, description="Registry name; None = hass-draft-<target>")
 
 
+Engine = Literal["vllm", "sglang", "eagle"]
+
+
 class PromotionConfig(Settings):
     """When a new draft (challenger) replaces the one in use (champion)."""
 
@@ -249,6 +252,9 @@ class PromotionConfig(Settings):
         description="Gain over the champion's speed-up that the interval's lower end must exceed",
     )
     tolerance: float = Field(default=0.02, ge=0, le=1, description="Loss of speed-up that one benchmark may show")
+    engines: tuple[Engine, ...] = Field(
+        default=("vllm", "sglang", "eagle"), description="Engines whose export check a new champion must pass"
+    )
 
 
 class ExecutionConfig(Settings):

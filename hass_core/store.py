@@ -14,7 +14,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -266,6 +266,15 @@ class StageFolder:
     def read_text(self, name: str) -> str:
         """Content of a small text file of this stage."""
         return self.local_path(name).read_text(encoding="utf-8")
+
+    def copied(self, folder: Path, wanted: Callable[[str], bool]) -> Path:
+        """Copy the stage's files that are wanted, verified, into a new local folder; returns it."""
+        manifest = self.manifest()
+        assert manifest is not None
+        folder.mkdir(parents=True)
+        for name in filter(wanted, manifest.files):
+            shutil.copyfile(self.local_path(name), folder / name)
+        return folder
 
     def remove(self, name: str) -> None:
         """Remove a file and its record (an old checkpoint, say); the record first."""

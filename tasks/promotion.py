@@ -10,6 +10,7 @@ from hass_core.evaluation.metrics import Measurement
 from hass_core.progress import Progress
 from hass_core.store import Artifact
 from tasks import tracking
+from tasks.export import export_objections
 from tasks.gate import Verdict, judge
 from tasks.progress import reporting
 from tasks.resources import store_of, target_of
@@ -45,9 +46,9 @@ def roll_back(config: RunConfig) -> DraftVersion:
 
 
 @task(name="find-version")
-def find_version(config: RunConfig, number: int | None) -> DraftVersion:
-    """A registered version; None = the one with the alias challenger. Raises TrackingError when there is none."""
-    return tracking.find_version(tracking.connect(config), tracking.registered_name(config), number)
+def find_version(config: RunConfig, number: int | None, alias: str = tracking.CHALLENGER) -> DraftVersion:
+    """A registered version; None = the one with the alias. Raises TrackingError when there is none."""
+    return tracking.find_version(tracking.connect(config), tracking.registered_name(config), number, alias)
 
 
 def _verdict(config: RunConfig, challenger: DraftVersion, champion: DraftVersion | None, again: bool) -> Verdict:
@@ -61,6 +62,8 @@ def _verdict(config: RunConfig, challenger: DraftVersion, champion: DraftVersion
     if challenger.withdrawn and not again:
         reason = f"a rollback withdrew it; promote-draft with version = {challenger.version} brings it back"
         return Verdict(promoted=False, reasons=(reason,), **names)
+    if objections := export_objections(config, challenger):
+        return Verdict(promoted=False, reasons=objections, **names)
     with reporting("promotion") as progress:
         ours, theirs = (_measured(config, version, progress) for version in (challenger, champion))
     lossless = bool(ours.summary["lossless"])

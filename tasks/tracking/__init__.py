@@ -11,10 +11,14 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from tasks.tracking.client import as_default, connect, ui_command
 from tasks.tracking.registry import (
+    CHALLENGER,
+    CHAMPION,
     DraftVersion,
     champion,
     crown,
     find_version,
+    lineage,
+    record_export,
     record_verdict,
     register,
     registered_name,
@@ -23,6 +27,8 @@ from tasks.tracking.registry import (
 from tasks.tracking.runs import StageRun, open_retraining, resume, stage_run
 
 __all__ = [
+    "CHALLENGER",
+    "CHAMPION",
     "DraftVersion",
     "StageRun",
     "as_default",
@@ -30,7 +36,9 @@ __all__ = [
     "connect",
     "crown",
     "find_version",
+    "lineage",
     "open_retraining",
+    "record_export",
     "record_verdict",
     "register",
     "registered_name",

@@ -1,7 +1,6 @@
 """Pack a draft as an MLflow model: a Hugging Face style folder plus a few lines of code, no pickle."""
 
 import json
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 import hass_core
 from hass_core.config import RunConfig
+from hass_core.export.exporter import is_draft_file
 from hass_core.store import Artifact, Store
 from hass_core.target.loader import Target
 from tasks.tracking.client import connect, experiment_id
@@ -27,7 +27,6 @@ SERVING_PACKAGES = (
     "numpy",
     "gguf",
 )
-NOT_SERVED = ("metrics.jsonl", "checkpoint-")
 
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("string")]),
@@ -45,7 +44,7 @@ def log_draft_model(
     In steps, because `mlflow.pyfunc.log_model` would load the target a second time to try the input example.
     """
     client = connect(config)
-    folder = collect_draft(draft, store, scratch / "draft")
+    folder = store.open(draft).copied(scratch / "draft", is_draft_file)
     served = {"target": config.target.model_dump(mode="json"), "tree": config.tree.model_dump(mode="json")}
     (folder / "served.json").write_text(json.dumps(served, indent=2))
     about = {"target": target.name, "target_fingerprint": target.fingerprint, "draft": draft.digest}
@@ -66,15 +65,3 @@ def log_draft_model(
     client.log_model_artifacts(logged.model_id, str(scratch / "model"))
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     return client.finalize_logged_model(logged.model_id, "READY")
-
-
-def collect_draft(draft: Artifact, store: Store, folder: Path) -> Path:
-    """Copy the draft's model files into one local folder."""
-    stage = store.open(draft)
-    manifest = stage.manifest()
-    assert manifest is not None
-    folder.mkdir(parents=True)
-    for name in manifest.files:
-        if not name.startswith(NOT_SERVED):
-            shutil.copyfile(stage.local_path(name), folder / name)
-    return folder

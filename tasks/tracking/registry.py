@@ -89,13 +89,13 @@ def by_alias(client: MlflowClient, name: str, alias: str) -> DraftVersion | None
         raise
 
 
-def find_version(client: MlflowClient, name: str, number: int | None) -> DraftVersion:
-    """A version by its number; None = the challenger. Raises TrackingError when there is none."""
+def find_version(client: MlflowClient, name: str, number: int | None, alias: str = CHALLENGER) -> DraftVersion:
+    """A version by its number; None = the one with the alias. Raises TrackingError when there is none."""
     if number is None:
-        waiting = by_alias(client, name, CHALLENGER)
-        if waiting is None:
-            raise TrackingError(f"{name} has no challenger; run a retraining first, or give a version number")
-        return waiting
+        found = by_alias(client, name, alias)
+        if found is None:
+            raise TrackingError(f"{name} has no {alias}; run a retraining first, or give a version number")
+        return found
     try:
         return describe(client, name, str(number))
     except MlflowException as error:
@@ -142,6 +142,19 @@ def record_verdict(client: MlflowClient, challenger: DraftVersion, promoted: boo
     if version.run_id:
         client.set_tag(version.run_id, "hass.promoted", str(promoted).lower())
         client.log_text(version.run_id, text, "promotion.md")
+
+
+def record_export(client: MlflowClient, version: DraftVersion, engine: str, folder: Path) -> None:
+    """Note an export that passed its check: a tag of the version, card and config.json in the run that made it."""
+    client.set_model_version_tag(version.model, version.version, f"hass.export.{engine}", "passed")
+    if run_id := client.get_model_version(version.model, version.version).run_id:
+        for name in ("README.md", "config.json"):
+            client.log_artifact(run_id, str(folder / name), f"export/{engine}")
+
+
+def lineage(client: MlflowClient, version: DraftVersion) -> dict[str, str]:
+    """The version's tags: digests and addresses of all it came from."""
+    return dict(client.get_model_version(version.model, version.version).tags)
 
 
 def restore(client: MlflowClient, name: str) -> tuple[DraftVersion, DraftVersion]:
