@@ -82,7 +82,7 @@ def champion(client: MlflowClient, name: str) -> DraftVersion | None:
 def by_alias(client: MlflowClient, name: str, alias: str) -> DraftVersion | None:
     """The version an alias points to."""
     try:
-        return describe(client, name, client.get_model_version_by_alias(name, alias).version)
+        return described(client.get_model_version_by_alias(name, alias))
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no alias
             return None
@@ -104,16 +104,21 @@ def find_version(client: MlflowClient, name: str, number: int | None, alias: str
 
 def describe(client: MlflowClient, name: str, version: str) -> DraftVersion:
     """A version with its draft. Raises TrackingError for a version that this pipeline did not register."""
-    tags = client.get_model_version(name, version).tags
-    if "hass.draft.artifact" not in tags:
-        raise TrackingError(f"version {version} of {name} was not registered by this pipeline; remove its alias")
-    aliases = _aliases(client, name, version)
+    return described(client.get_model_version(name, version))
+
+
+def described(found: ModelVersion) -> DraftVersion:
+    """The same, of a version that has been fetched."""
+    if "hass.draft.artifact" not in found.tags:
+        raise TrackingError(
+            f"version {found.version} of {found.name} was not registered by this pipeline; remove its alias"
+        )
     return DraftVersion(
-        model=name,
-        version=str(version),
-        alias=CHAMPION if CHAMPION in aliases else next(iter(aliases), None),
-        draft=Artifact.model_validate_json(tags["hass.draft.artifact"]),
-        withdrawn="hass.withdrawn" in tags,
+        model=found.name,
+        version=str(found.version),
+        alias=CHAMPION if CHAMPION in found.aliases else next(iter(found.aliases), None),
+        draft=Artifact.model_validate_json(found.tags["hass.draft.artifact"]),
+        withdrawn="hass.withdrawn" in found.tags,
     )
 
 
@@ -127,7 +132,7 @@ def crown(client: MlflowClient, challenger: DraftVersion, expected: DraftVersion
         if expected:
             client.set_model_version_tag(name, challenger.version, "hass.replaced", expected.version)
         client.set_registered_model_alias(name, CHAMPION, challenger.version)
-        if CHALLENGER in _aliases(client, name, challenger.version):
+        if CHALLENGER in client.get_model_version(name, challenger.version).aliases:
             client.delete_registered_model_alias(name, CHALLENGER)
         if challenger.withdrawn:
             client.delete_model_version_tag(name, challenger.version, "hass.withdrawn")
@@ -169,11 +174,6 @@ def restore(client: MlflowClient, name: str) -> tuple[DraftVersion, DraftVersion
         client.set_registered_model_alias(name, CHAMPION, before)
         client.set_model_version_tag(name, present.version, "hass.withdrawn", str(int(time.time())))
     return describe(client, name, before), describe(client, name, present.version)
-
-
-def _aliases(client: MlflowClient, name: str, version: str) -> list[str]:
-    aliases = client.get_registered_model(name).aliases
-    return [alias for alias, number in aliases.items() if str(number) == str(version)]
 
 
 def _create_model(client: MlflowClient, name: str, target: Target) -> None:

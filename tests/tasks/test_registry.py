@@ -66,6 +66,15 @@ def test_a_crowned_challenger_replaces_the_champion(register, client):
         tracking.find_version(client, first.model, None)
 
 
+def test_finding_the_champion_reads_one_version_however_many_there_are(register, client, monkeypatch):
+    first = register(0)
+    register(1)
+    # MLflow reads all versions of a model to describe the model
+    monkeypatch.setattr(type(client), "get_registered_model", lambda *_: pytest.fail("reads every version"))
+    assert tracking.champion(client, first.model) == first
+    assert tracking.find_version(client, first.model, None).alias == "challenger"
+
+
 def test_two_promotions_at_once_have_one_winner(register, client):
     champion, *challengers = (register(seed) for seed in range(4))
     barrier, won = threading.Barrier(3), []
