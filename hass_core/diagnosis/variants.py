@@ -1,0 +1,148 @@
+"""Causes weighed by taking them away: the same questions answered again with one thing mended.
+
+Each function returns None where its cause is not there.
+"""
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from hass_core.data.templates import encode_prompt
+from hass_core.diagnosis.causes import Cause, from_variant
+from hass_core.diagnosis.chain import Asked, Cycle, chain_cycles, tau
+from hass_core.errors import BadInput
+from hass_core.evaluation.benchmarks import Question
+from hass_core.evaluation.lossless import in_float32
+from hass_core.export.checks import rope_of
+from hass_core.model.architecture import DraftArchitecture
+from hass_core.model.checkpoint import Draft, load_draft
+from hass_core.model.draft import DraftModel
+from hass_core.model.head import DraftHead
+from hass_core.target.loader import Target
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the draft is served, and what is known of its training."""
+
+    temperature: float = 0.0
+    max_new_tokens: int = 64
+    trained_tokens: int | None = None  # longest conversation trained on
+    trained_template: str | None = None  # the chat template's text
+
+
+@dataclass(frozen=True)
+class Case:
+    """A draft as it is served, and the cycles measured so."""
+
+    folder: Path
+    target: Target
+    draft: Draft
+    questions: Sequence[Question]
+    settings: Settings
+    base: list[Cycle]
+
+    def measure(
+        self,
+        draft: Draft | None = None,
+        target: Target | None = None,
+        asked: list[Asked] | None = None,
+        temperature: float | None = None,
+    ) -> list[Cycle]:
+        """The cycles with something changed."""
+        return chain_cycles(
+            target or self.target,
+            draft or self.draft,
+            asked or as_asked(self.target.tokenizer, self.questions),
+            self.settings.temperature if temperature is None else temperature,
+            self.settings.max_new_tokens,
+        )
+
+
+def as_asked(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[Asked]:
+    """The first turn of each question."""
+    return [Asked(q.category, encode_prompt(tokenizer, q.messages[:1])) for q in questions]
+
+
+def rope_cause(case: Case) -> Cause | None:
+    """Other rotary settings than the target's."""
+    ours = case.draft.model.architecture
+    theirs = DraftArchitecture.from_target_config(case.target.model.config)
+    here, there = ({"rope_parameters": a.rope_parameters} for a in (ours, theirs))
+    if rope_of(here) == rope_of(there):
+        return None
+    mended = DraftModel(ours.model_copy(update=there), case.draft.model.embedding)
+    mended.load_state_dict(case.draft.model.state_dict())
+    mended.to(case.target.device, case.target.dtype).eval().requires_grad_(False)
+    cycles = case.measure(replace(case.draft, model=mended))
+    what = f"the draft's rotary settings are {rope_of(here)}, the target has {rope_of(there)}"
+    mend = "copy the target's rope settings into the draft's config.json, unless it was trained with its own"
+    return from_variant("rope", what, mend, case.base, cycles)
+
+
+def vocabulary_cause(case: Case) -> Cause | None:
+    """A trimmed draft vocabulary, against the whole head."""
+    if case.draft.head.token_ids is None:
+        return None
+    whole = replace(case.draft, head=DraftHead.from_target(case.target.head))
+    cycles = case.measure(whole)
+    what = f"the draft knows {case.draft.head.size} of {case.target.head.shape[0]} tokens"
+    mend = "raise draft.vocab_size and weigh the gain against the slower head, or choose the tokens from text like this"
+    return from_variant("vocabulary", what, mend, case.base, cycles)
+
+
+def dtype_cause(case: Case) -> Cause | None:
+    """Lower precision, against float32."""
+    exact = in_float32(case.target)
+    if exact is case.target:
+        return None
+    cycles = case.measure(load_draft(case.folder, exact, check=False), target=exact)
+    name = str(case.target.dtype).removeprefix("torch.")
+    mend = "serve in float32, or take the features of training in the precision that serves"
+    return from_variant("dtype", f"target and draft compute in {name}, not float32", mend, case.base, cycles)
+
+
+def sampling_cause(case: Case) -> Cause:
+    """Sampling, against greedy answers; what it would cost where the draft is served greedily."""
+    other = 0.0 if case.settings.temperature else 1.0
+    cycles = case.measure(temperature=other)
+    mend = "add answers sampled at the serving temperature to training (responses.sampling), or serve greedily"
+    if case.settings.temperature:
+        what = f"answers are sampled at T = {case.settings.temperature:g}"
+        return from_variant("sampling", what, mend, case.base, cycles)
+    told = f"served greedily, so it costs nothing now; τ at T = 0 is {tau(case.base):.2f}, at T = 1 {tau(cycles):.2f}"
+    return Cause("sampling", 0.0, told, mend)
+
+
+def template_cause(case: Case) -> Cause | None:
+    """Another chat template than in training. Raises BadInput when the template given is not the recorded one."""
+    trained = case.draft.info.get("template_hash", case.target.template_hash)
+    if trained == case.target.template_hash:
+        return None
+    what = f"the draft was trained under the chat template {trained}, the target has {case.target.template_hash}"
+    mend = "serve with the template of training, or train again with this one"
+    if case.settings.trained_template is None:
+        return Cause("template", None, f"{what}; its cost is unknown without that template (--trained-template)", mend)
+    given = hashlib.sha256(case.settings.trained_template.encode()).hexdigest()[:16]
+    if given != trained:
+        raise BadInput(
+            f"--trained-template has the hash {given}, the draft's record says {trained}; give that template"
+        )
+    tokenizer = copy.deepcopy(case.target.tokenizer)
+    tokenizer.chat_template = case.settings.trained_template
+    cycles = case.measure(asked=as_asked(tokenizer, case.questions))
+    return from_variant("template", what, mend, case.base, cycles)
+
+
+def target_cause(case: Case) -> Cause | None:
+    """Another target's weights; that cannot be weighed without that target."""
+    trained = case.draft.info.get("target_fingerprint", case.target.fingerprint)
+    if trained == case.target.fingerprint:
+        return None
+    name = case.draft.info.get("target", "another target")
+    what = f"the draft was trained for {name} ({trained}), not {case.target.name} ({case.target.fingerprint})"
+    return Cause("target", None, what, "use the target it was trained for, or train a draft for this one")
