@@ -1,0 +1,223 @@
+"""How the pipeline behaves under load: queued runs, many shards at once, a tracking store with a long history.
+
+    python -m infra.evidence.load OUT.json [--deployed 50] [--shards 200] [--runs 2000]
+
+Starts a Prefect server and a worker of its own on loopback and stops them; MLflow is SQLite in a temporary folder.
+While runs are queued and shards are mapped, a probe asks the server every half second what the UI asks it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+
+from hass_core.config import RunConfig, parse_config
+from hass_core.provenance import provenance
+from hass_core.store import Artifact
+from tasks import tracking
+from tasks.tracking.registry import version_of
+from tests.flows.stack import ROOT, Stack, wait_for
+
+AT_ONCE = 4  # flow processes, each of which takes a core while it starts
+STAGES = ("prompts", "responses", "features", "draft", "evaluation")
+TAGS = {"hass.commit": "0" * 40}
+SHARD_SECONDS = 2.0
+
+
+def deployed_runs(stack: Stack, count: int) -> dict[str, Any]:
+    """Queue `count` runs of a small flow at once and wait for the last."""
+    stack.prefect("deploy", f"{ROOT}/infra/evidence/small_flow.py:small", "-n", "load", "-p", "cpu")
+    stack.prefect("work-pool", "set-concurrency-limit", "cpu", str(AT_ONCE))
+    deployment = httpx.get(f"{stack.api}/deployments/name/small/load").raise_for_status().json()["id"]
+    with probed(stack) as answers, httpx.Client(timeout=60) as client:
+        started = time.perf_counter()
+        url = f"{stack.api}/deployments/{deployment}/create_flow_run"
+        refused = sum(_queue(client, url, number) for number in range(count))
+        queued = time.perf_counter() - started
+        wait_for(lambda: completed(stack) == count, "all runs", 900)
+        total = time.perf_counter() - started
+    runs = stack.flow_runs()
+    return {
+        "runs": len(runs),
+        "at_once": AT_ONCE,
+        "refused_and_asked_again": refused,
+        "seconds_to_queue_all": queued,
+        "seconds_to_finish_all": total,
+        "seconds_in_flow_max": max(run["total_run_time"] for run in runs),
+        "seconds_to_import_retrain": best(
+            lambda: subprocess.run([sys.executable, "-c", "import flows.retrain"], cwd=ROOT)
+        ),
+        "ui_answers": answers,
+    }
+
+
+def _queue(client: httpx.Client, url: str, number: int) -> int:
+    """Queue one run as Prefect's client does: again when the server is busy (503). How often it was refused."""
+    body = {"parameters": {"number": number}, "state": {"type": "SCHEDULED"}, "idempotency_key": f"load-{number}"}
+    refused = 0
+    while (answer := client.post(url, json=body)).status_code == 503:
+        refused += 1
+        time.sleep(1)
+    answer.raise_for_status()
+    return refused
+
+
+def completed(stack: Stack) -> int:
+    """Number of runs that have ended well."""
+    body = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
+    answer = httpx.post(f"{stack.api}/flow_runs/count", json=body, timeout=60)
+    return answer.json() if answer.is_success else 0
+
+
+def mapped_shards(stack: Stack, count: int) -> dict[str, Any]:
+    """`count` shards at once, mapped as the features stage maps them."""
+    command = [sys.executable, "-m", "infra.evidence.small_flow", str(count), str(SHARD_SECONDS)]
+    with probed(stack) as answers:
+        done = subprocess.run(command, cwd=ROOT, env=stack.environment, capture_output=True, text=True, check=True)
+    seconds = float(done.stdout.rpartition("seconds=")[2])
+    return {"shards": count, "seconds_of_a_shard": SHARD_SECONDS, "seconds_in_all": seconds, "ui_answers": answers}
+
+
+@contextmanager
+def probed(stack: Stack) -> Iterator[dict[str, float]]:
+    """Ask for the newest runs all through the block; the times are in the yielded dict after it."""
+    times: list[float] = []
+    refused: list[bool] = []
+    end = threading.Event()
+
+    def ask() -> None:
+        while not end.wait(0.5):
+            started = time.perf_counter()
+            answer = httpx.post(f"{stack.api}/flow_runs/filter", json={"limit": 50}, timeout=60)
+            times.append(time.perf_counter() - started)
+            refused.append(answer.status_code == 503)
+
+    probe = threading.Thread(target=ask)
+    probe.start()
+    found: dict[str, float] = {}
+    try:
+        yield found
+    finally:
+        end.set()
+        probe.join()
+        found |= {"count": len(times), "median_seconds": statistics.median(times), "max_seconds": max(times)}
+        found["refused"] = sum(refused)
+
+
+def tracking_history(folder: Path, runs: int) -> dict[str, Any]:
+    """Times of what a flow asks of MLflow, in an empty store and after `runs` runs."""
+    config = parse_config({"store": str(folder / "store"), "tracking": {"registered_model": "load"}})
+    client = tracking.connect(config)
+    new = _times(config, client, "new")
+    started = time.perf_counter()
+    for number in range(0, runs, 1 + len(STAGES)):
+        _retraining(config, client, number)
+    filled = time.perf_counter() - started
+    count = client.search_model_versions("name = 'load'", max_results=10_000)
+    return {
+        "runs": runs,
+        "versions": len(count),
+        "seconds_to_fill": filled,
+        "empty": new,
+        "full": _times(config, client, "old"),
+    }
+
+
+def _retraining(config: RunConfig, client: MlflowClient, number: int) -> None:
+    """One retraining as our tracking writes it: parent, a run per stage, a version with aliases."""
+    with tracking.open_retraining(config, _artifact("prompts", f"{number}"), TAGS) as run_id:
+        experiment = client.get_run(run_id).info.experiment_id
+        for stage in STAGES:
+            tags = {"mlflow.parentRunId": run_id, "hass.stage": stage}
+            child = client.create_run(experiment, tags=tags, run_name=stage).info.run_id
+            params = [Param(f"{stage}.setting-{n}", str(n)) for n in range(20)]
+            metrics = [Metric(f"{stage}/loss", 1 / step, 0, step) for step in range(1, 51)]
+            client.log_batch(child, metrics=metrics, params=params)
+            client.set_terminated(child)
+    if number == 0:
+        client.create_registered_model("load")
+    draft = _artifact("draft", f"{number}")
+    tags = {"hass.draft": draft.digest, "hass.draft.artifact": draft.model_dump_json()}
+    version = client.create_model_version("load", f"file://{config.store}", run_id, tags=tags)
+    client.set_registered_model_alias("load", "champion" if number == 0 else "challenger", version.version)
+
+
+def _times(config: RunConfig, client: MlflowClient, name: str) -> dict[str, float]:
+    """Seconds of each request, the best of three."""
+    prompts, draft = _artifact("prompts", f"{name}-prompts"), _artifact("draft", "0")
+    with tracking.open_retraining(config, prompts, {}) as run_id:
+        pass
+    experiment = client.get_run(run_id).info.experiment_id
+    newest = {"max_results": 100, "order_by": ["attributes.start_time DESC"]}
+    return {
+        "connect": best(lambda: tracking.connect(config)),
+        "find_the_run_again": best(lambda: _entered(tracking.open_retraining(config, prompts, {}))),
+        "a_stage": best(lambda: _entered(tracking.stage_run(config, run_id, "prompts"))),
+        "champion": best(lambda: tracking.champion(client, "load")),
+        "version_of_a_draft": best(lambda: version_of(client, "load", draft)),
+        "first_page_of_the_ui": best(lambda: client.search_runs([experiment], **newest)),
+        "models_page_of_the_ui": best(lambda: client.search_registered_models(max_results=25)),
+    }
+
+
+def _entered(manager: Any) -> None:
+    with manager:
+        pass
+
+
+def _artifact(stage: str, digest: str) -> Artifact:
+    return Artifact(stage=stage, digest=digest, root="/nowhere")
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def best(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of three calls."""
+    return min(timed(work) for _ in range(3))
+
+
+def main() -> None:
+    """Measure what was asked for, and write it with commit and machine."""
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    options.add_argument("out", type=Path)
+    for name, count in (("deployed", 50), ("shards", 200), ("runs", 2000)):
+        options.add_argument(f"--{name}", type=int, default=count, help="0 = leave this part out")
+    asked = options.parse_args()
+    found: dict[str, Any] = {"provenance": provenance(), "cores": os.cpu_count()}
+    with tempfile.TemporaryDirectory(prefix="hass-load-") as name:
+        home = Path(name)
+        if asked.runs:
+            found["tracking"] = tracking_history(home, asked.runs)
+        if asked.deployed or asked.shards:
+            stack = Stack(home)
+            try:
+                if asked.deployed:
+                    found["deployed"] = deployed_runs(stack, asked.deployed)
+                if asked.shards:
+                    found["mapped"] = mapped_shards(stack, asked.shards)
+            finally:
+                stack.stop()
+    asked.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(asked.out.read_text())
+
+
+if __name__ == "__main__":
+    main()
