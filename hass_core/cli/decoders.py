@@ -1,0 +1,34 @@
+"""The decoder of `hass chat` and `hass serve`: plain, with a given tree, or with the best one for this machine."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hass_core.cli.common import console
+from hass_core.config import TreeConfig
+
+if TYPE_CHECKING:
+    from hass_core.decoding.generation import Decoder
+    from hass_core.target.loader import Target
+
+
+def build_decoder(target: "Target", folder: Path | None, tree: TreeConfig | None) -> "Decoder":
+    """Plain without a draft; speculative with `tree`; measured and chosen when `tree` is None."""
+    from hass_core.decoding.choose import choose_decoder
+    from hass_core.decoding.plain import PlainDecoder
+    from hass_core.decoding.speculative import SpeculativeDecoder
+    from hass_core.evaluation.session import planning_prompts
+    from hass_core.model.checkpoint import load_draft
+    from hass_core.target.runner import make_runner
+
+    runner = make_runner(target)
+    if folder is None:
+        return PlainDecoder(runner)
+    draft = load_draft(folder, target)
+    if tree is not None:
+        return SpeculativeDecoder(runner, draft, tree)
+    with console.status("measuring this machine and the draft"):
+        decoder, plan = choose_decoder(runner, draft, planning_prompts(target))
+    best = plan.best
+    chosen = f"{best.nodes} nodes, {best.depth} levels" if plan.pays else "plain decoding, since no tree wins here"
+    console.print(f"[dim]chosen: {chosen}[/]")
+    return decoder
