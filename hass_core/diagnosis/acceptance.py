@@ -57,7 +57,8 @@ def diagnose(
     if not case.base:
         raise BadInput("the target ended every answer at once, nothing was drafted; ask other questions")
     found = [causes.depth_cause(case.base), causes.first_place_cause(case.base)]
-    found += [causes.category_cause(case.base), causes.context_cause(case.base, settings.trained_tokens)]
+    trained_tokens = settings.trained_tokens or case.draft.info.get("trained_tokens")
+    found += [causes.category_cause(case.base), causes.context_cause(case.base, trained_tokens)]
     for done, variant in enumerate(VARIANTS, start=1):
         progress(done, len(VARIANTS) + 1, variant.__name__.removesuffix("_cause"))
         found.append(variant(case))

@@ -83,7 +83,7 @@ def train_draft(
     finally:
         steps.close()
     rate = (at.tokens_seen - before.tokens_seen) / (time.monotonic() - started)
-    return _finish(run, at, target, rate)
+    return _finish(run, at, target, rate, longest=int(dataset.lengths.max()))
 
 
 def metrics_path(config: RunConfig, features: Artifact, store: Store, target: Target) -> Path:
@@ -196,8 +196,8 @@ def _division(config: RunConfig, accelerator: Accelerator) -> Division:
     )
 
 
-def _finish(run: Run, at: Position, target: Target, tokens_per_second: float) -> Artifact:
-    """Publish the best draft and the curves; the manifest last."""
+def _finish(run: Run, at: Position, target: Target, tokens_per_second: float, longest: int) -> Artifact:
+    """Publish the best draft and the curves; the manifest last. `longest`: tokens of the longest conversation."""
     run.accelerator.wait_for_everyone()
     best = at.best_step or at.step
     load_weights(run.folder, best, run.alignment.draft)
@@ -206,7 +206,7 @@ def _finish(run: Run, at: Position, target: Target, tokens_per_second: float) ->
         run.accelerator.wait_for_everyone()
         return Artifact(stage=run.folder.stage, digest=run.folder.digest, root=run.folder.store.root, summary=summary)
     scratch = run.folder.scratch() / "draft"
-    extra = {"trained_steps": best, "tokens_seen": at.tokens_seen, "val_tau": at.best_tau}
+    extra = {"trained_steps": best, "tokens_seen": at.tokens_seen, "val_tau": at.best_tau, "trained_tokens": longest}
     save_draft(scratch, run.alignment.draft, run.head, draft_info(target, extra))
     names = [CONFIG, WEIGHTS, *([VOCABULARY] if run.head.token_ids is not None else [])]
     for name, source in [*((name, scratch / name) for name in names), (METRICS, run.folder.scratch() / METRICS)]:

@@ -160,3 +160,11 @@ def test_the_terminal_shows_cost_and_remedy_of_what_matters(healthy):
     assert f"τ {healthy.tau:.2f} of at most 5" in text
     assert "first place  costs" in text
     assert "To mend: the rest is the draft's own quality" in text
+
+
+def test_the_drafts_own_record_of_its_longest_conversation_is_used(planted, tiny_target, questions):
+    config = json.loads((planted / "config.json").read_text())
+    config["hass"]["trained_tokens"] = 20  # shorter than every prompt
+    (planted / "config.json").write_text(json.dumps(config))
+    found = diagnose(planted, tiny_target, questions[:2], SETTINGS)
+    assert any("beyond the 20 tokens trained on" in cause.what for cause in found.causes)
