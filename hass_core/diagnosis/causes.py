@@ -84,11 +84,11 @@ def context_cause(cycles: Sequence[Cycle], trained_tokens: int | None) -> Cause 
     if trained_tokens is None:
         told = f"τ by context: {listed}; how long the training conversations were is not on record (--trained-tokens)"
         return Cause("context", 0.0, told, mend)
-    if len(known) in (0, len(cycles)):
+    if len(known) == len(cycles):
         return None
     beyond = len(cycles) - len(known)
     told = f"{beyond} of {len(cycles)} cycles lie beyond the {trained_tokens} tokens trained on; τ by context: {listed}"
-    return Cause("context", tau(known) - tau(cycles), told, mend)
+    return Cause("context", tau(known) - tau(cycles) if known else None, told, mend)
 
 
 def _bucket(tokens: int, edges: list[int]) -> str:
