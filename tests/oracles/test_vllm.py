@@ -26,6 +26,7 @@ from hass_core.target.runner import make_runner
 from tests.oracles.fitted import fitted_draft
 
 PYTHON = os.environ.get("HASS_VLLM_PYTHON")
+DRAFT = os.environ.get("HASS_ORACLE_DRAFT")  # a trained draft's folder, instead of one fitted here
 DEPTH, NEW_TOKENS, PROMPTS = 3, 48, 6
 CHAIN = TreeConfig(kind="chain", depth=DEPTH, top_k=1, nodes=DEPTH + 1)
 
@@ -56,7 +57,9 @@ def plain(target, prompts) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def draft_folder(target, prompts, plain, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("oracle") / "draft"
-    draft = fitted_draft(target, prompts, plain, steps=60)
+    trained = load_draft(Path(DRAFT), target).model.float() if DRAFT else None
+    draft = trained or fitted_draft(target, prompts, plain, steps=60)
+    # with all of the target's head: vLLM knows no trimmed one in this layout
     save_draft(folder, draft, DraftHead.from_target(target.head), draft_info(target))
     return folder
 
