@@ -5,6 +5,7 @@ reads a preset or a file and applies overrides. Derived quantities are methods e
 """
 
 import difflib
+import os
 import tomllib
 from collections.abc import Iterable
 from importlib import resources
@@ -277,7 +278,8 @@ class RunConfig(Settings):
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     seed: int = Field(default=0, ge=0)
     store: str = Field(
-        default=".hass/store", description="Folder or s3://bucket/prefix that holds every stage's output"
+        default_factory=lambda: os.environ.get("HASS_STORE", ".hass/store"),
+        description="Folder or s3://bucket/prefix of every stage's output; default: $HASS_STORE, else .hass/store",
     )
     target: TargetConfig = TargetConfig()
     prompts: PromptsConfig = PromptsConfig()

@@ -1,5 +1,6 @@
 """What made a result: code commit, versions, device. Stands beside every output."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def _environment() -> dict[str, Any]:
 
 @cache
 def code_commit() -> str | None:
-    """The checkout's commit, with `+changes` when files differ from it; None outside a checkout."""
+    """The checkout's commit, with `+changes` when files differ from it; outside a checkout $HASS_COMMIT, else None."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -42,7 +43,7 @@ def code_commit() -> str | None:
     try:
         return git("rev-parse", "HEAD").strip() + ("+changes" if git("status", "--porcelain", "-uno").strip() else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("HASS_COMMIT") or None
 
 
 def _version(package: str) -> str | None:

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import fsspec
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -15,6 +16,9 @@ from hass_core.target.loader import Target, freeze
 from tests.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, FaultyProxy, seaweedfs
 
 IMPATIENT = {"read_timeout": 1, "connect_timeout": 1, "retries": {"max_attempts": 2, "mode": "standard"}}
+
+hypothesis.settings.register_profile("busy machine", deadline=None)  # tests do not time
+hypothesis.settings.load_profile("busy machine")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -74,3 +74,13 @@ def test_a_refused_password_is_not_repeated():
     with pytest.raises(ConfigError) as refused:
         load_config("smollm2-cpu", ["tracking.uri=http://me:hunter2@host"])
     assert "hunter2" not in str(refused.value)
+
+
+def test_the_store_is_taken_from_the_environment_unless_it_is_set(monkeypatch):
+    assert parse_config({}).store == ".hass/store"
+    monkeypatch.setenv("HASS_STORE", "s3://hass/store")
+    assert parse_config({}).store == load_config("smollm2-cpu").store == "s3://hass/store"
+    assert parse_config({"store": "elsewhere"}).store == "elsewhere"
+    monkeypatch.setenv("HASS_STORE", "s3://key:secret@bucket/x")
+    with pytest.raises(ConfigError, match="store holds a password"):
+        parse_config({})

@@ -20,7 +20,7 @@ def compose() -> dict:
 
 def test_compose_holds_every_part_and_waits_for_what_exists(compose):
     services = compose["services"]
-    assert {"postgres", "s3", "prefect", "mlflow", "worker-cpu", "worker-gpu", "deploy"} == set(services)
+    assert {"postgres", "s3", "prefect", "mlflow", "worker-cpu", "worker-gpu", "deploy", "buckets"} == set(services)
     for name, service in services.items():
         assert "image" in service, name
         assert set(service.get("depends_on", {})) <= set(services), name

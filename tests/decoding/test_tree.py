@@ -76,13 +76,16 @@ def test_a_tree_is_closed_consistent_and_holds_the_best_candidates(given_pool):
 
 
 @given(drafted())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_siblings_offered_are_the_likeliest_ones(given_pool):
     pool, shape, root = given_pool
     ordered = pool.scores.clone()  # siblings come best first, as topk gives them
     for start in range(0, ordered.shape[1], shape.top_k):
         ordered[:, start : start + shape.top_k] = ordered[:, start : start + shape.top_k].sort(descending=True).values
-    closed = torch.minimum(ordered, torch.where(pool.parents < 0, 0.0, ordered.gather(1, pool.parents.clamp(min=0))))
+    closed = ordered  # no child above its parent, level by level
+    for _ in range(shape.depth):
+        above = torch.where(pool.parents < 0, 0.0, closed.gather(1, pool.parents.clamp(min=0)))
+        closed = torch.minimum(closed, above)
     tree = assemble(root, Pool(pool.token_ids, closed, pool.parents), shape)
     for row in range(len(root)):
         for parent in range(shape.nodes):
