@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -59,7 +60,7 @@ class Store:
 
     def check_writable(self) -> None:
         """Raise StoreError unless a file can be written and removed."""
-        probe = f"{self._base}/.probe-{os.getpid()}"
+        probe = f"{self._base}/.probe-{uuid4().hex}"
         with self.named_failures("write to"):
             if self.is_local:
                 self.fs.makedirs(self._base, exist_ok=True)

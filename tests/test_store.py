@@ -296,3 +296,9 @@ def test_a_removed_file_is_gone_with_its_record(store):
 
 def test_free_space_is_that_of_the_disk(small_disk):
     assert 0 < (Store(small_disk / "not" / "there").free_bytes() or 0) <= 1 << 20
+
+
+def test_many_threads_may_ask_at_once_whether_the_store_can_be_written(store):
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: store.check_writable(), range(200)))
+    assert not list(Path(store.root).iterdir())
