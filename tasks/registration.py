@@ -7,6 +7,7 @@ from hass_core.config import RunConfig
 from hass_core.provenance import code_commit
 from hass_core.store import Artifact
 from tasks import tracking
+from tasks.model_card import model_card
 from tasks.resources import store_of, target_of
 from tasks.retries import NETWORK_RETRIES
 
@@ -19,7 +20,8 @@ def register_draft(config: RunConfig, stages: list[Artifact], run_id: str) -> tr
     lineage |= {f"hass.url.{name}": artifact.url for name, artifact in by_name.items()}
     lineage |= {"hass.commit": code_commit() or "unknown", "hass.mlflow_run": run_id}
     draft, store, target = by_name["draft"], store_of(config), target_of(config)
-    version = tracking.register(config, run_id, draft, store, target, lineage)
+    card = model_card(config, target, by_name)
+    version = tracking.register(config, run_id, draft, store, target, lineage, card)
     text = (
         f"`{version.model}` version {version.version}, alias `{version.alias}`. MLflow: `{tracking.ui_command(config)}`"
     )

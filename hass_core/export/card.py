@@ -31,8 +31,8 @@ def serving_command(engine: Engine, tree: TreeConfig, target_name: str, draft: s
 def model_card(config: dict[str, Any], engine: Engine, tree: TreeConfig, target_name: str) -> str:
     """Markdown: what the draft is, which target it serves, how to serve it."""
     made = config.get("hass", {})
-    facts = "\n".join(f"| {key} | {_cell(value)} |" for key, value in sorted(made.items()))
-    return f"""# Draft model for {_cell(target_name)}
+    facts = "\n".join(f"| {key} | {cell(value)} |" for key, value in sorted(made.items()))
+    return f"""# Draft model for {cell(target_name)}
 
 A HASS draft (arXiv 2408.15766) in the layout of {engine.title}: one decoder layer that reads the target's hidden states
 and token embeddings and guesses the next tokens. The target verifies every guess, so its output does not change.
@@ -49,5 +49,6 @@ It serves only the target with this fingerprint, chat template and vocabulary. T
 """
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value inside a Markdown table, its markup made harmless."""
     return str(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -37,7 +37,7 @@ INPUT_EXAMPLE = ["What is the capital of France?"]
 
 
 def log_draft_model(
-    config: RunConfig, run_id: str, draft: Artifact, store: Store, target: Target, scratch: Path
+    config: RunConfig, run_id: str, draft: Artifact, store: Store, target: Target, scratch: Path, card: str = ""
 ) -> LoggedModel:
     """Log the draft with the code that decodes with it. `scratch` takes the folder while it is uploaded.
 
@@ -47,6 +47,7 @@ def log_draft_model(
     folder = store.open(draft).copied(scratch / "draft", is_draft_file)
     served = {"target": config.target.model_dump(mode="json"), "tree": config.tree.model_dump(mode="json")}
     (folder / "served.json").write_text(json.dumps(served, indent=2))
+    (folder / "README.md").write_text(card)
     about = {"target": target.name, "target_fingerprint": target.fingerprint, "draft": draft.digest}
     logged = client.create_logged_model(
         experiment_id(client, config), name="draft", source_run_id=run_id, tags=about, model_type="speculative-draft"

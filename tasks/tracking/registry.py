@@ -22,6 +22,7 @@ from tasks.tracking.lock import locked
 from tasks.tracking.package import log_draft_model
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+VERDICT = "## Version "  # begins a verdict's text, behind the card in a version's description
 
 
 class DraftVersion(BaseModel):
@@ -46,20 +47,29 @@ def registered_name(config: RunConfig) -> str:
 
 
 def register(
-    config: RunConfig, run_id: str, draft: Artifact, store: Store, target: Target, lineage: Mapping[str, str]
+    config: RunConfig,
+    run_id: str,
+    draft: Artifact,
+    store: Store,
+    target: Target,
+    lineage: Mapping[str, str],
+    card: str = "",
 ) -> DraftVersion:
-    """The draft's version: the one that exists, or a new one with alias champion (the first) or challenger."""
+    """The draft's version: the one that exists, or a new one with alias champion (the first) or challenger.
+
+    `card` (Markdown) becomes the version's description and the folder's README.md.
+    """
     client, name = connect(config), registered_name(config)
     if version_of(client, name, draft) is None:
         with tempfile.TemporaryDirectory(prefix="hass-draft-") as folder:
-            source = log_draft_model(config, run_id, draft, store, target, Path(folder))
+            source = log_draft_model(config, run_id, draft, store, target, Path(folder), card)
         with locked(client, name):
             if version_of(client, name, draft) is None:  # another process may have been faster
                 _create_model(client, name, target)
                 tags = {"hass.draft": draft.digest, "hass.draft.artifact": draft.model_dump_json(), **lineage}
                 with as_default(tracking_uri(config)):  # where `models:/` addresses are looked up
                     new = client.create_model_version(
-                        name, source.model_uri, run_id, tags=tags, model_id=source.model_id
+                        name, source.model_uri, run_id, tags=tags, description=card, model_id=source.model_id
                     )
                 alias = CHALLENGER if champion(client, name) else CHAMPION
                 client.set_registered_model_alias(name, alias, new.version)
@@ -143,7 +153,8 @@ def record_verdict(client: MlflowClient, challenger: DraftVersion, promoted: boo
     """Tags and description of the version, and a file in the run that made it."""
     version = client.get_model_version(challenger.model, challenger.version)
     client.set_model_version_tag(challenger.model, challenger.version, "hass.promoted", str(promoted).lower())
-    client.update_model_version(challenger.model, challenger.version, description=text)
+    card = (version.description or "").partition(VERDICT)[0].rstrip()
+    client.update_model_version(challenger.model, challenger.version, description=f"{card}\n\n{text}".lstrip())
     if version.run_id:
         client.set_tag(version.run_id, "hass.promoted", str(promoted).lower())
         client.log_text(version.run_id, text, "promotion.md")

@@ -6,6 +6,8 @@ import pytest
 
 from hass_core.errors import TrackingError
 from tasks import tracking
+from tasks.gate import Verdict
+from tasks.model_card import model_card
 from tasks.tracking import lock, open_retraining, registered_name
 from tests.tasks.conftest import make_draft
 
@@ -56,6 +58,22 @@ def test_the_registered_folder_is_a_draft_without_checkpoints_or_pickles(registe
     assert {"config.json", "model.safetensors", "served.json", "MLmodel", "served_draft.py"} <= names
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pt", ".bin", "metrics.jsonl"))]
     assert folder
+
+
+def test_the_card_stands_before_the_verdict_and_survives_it(config, store, prompts, tiny_target, client):
+    with open_retraining(config, prompts, {}) as run_id:
+        draft = make_draft(store, tiny_target, 0)
+        stages = {"draft": draft.model_copy(update={"summary": {"tokens_seen": 4321, "best_step": 7}})}
+        card = model_card(config, tiny_target, stages)
+        version = tracking.register(config, run_id, draft, store, tiny_target, {}, card)
+    for promoted in (False, True):
+        verdict = Verdict(promoted=promoted, reasons=("because",), challenger="1", champion=None)
+        tracking.record_verdict(client, version, promoted, verdict.markdown())
+    told = client.get_model_version(version.model, version.version).description
+    assert told.startswith("# Speculative draft for tiny")
+    assert "4,321 tokens seen, best of step 7" in told
+    assert told.count("## Version 1") == 1
+    assert "promoted" in told
 
 
 def test_a_crowned_challenger_replaces_the_champion(register, client):

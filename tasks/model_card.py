@@ -1,0 +1,53 @@
+"""The card of a registered draft: where it comes from, how it was trained, what it gives, for which target."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hass_core.config import RunConfig
+from hass_core.export.card import cell
+from hass_core.provenance import code_commit
+from hass_core.store import Artifact
+from hass_core.target.loader import Target
+
+
+def model_card(config: RunConfig, target: Target, stages: Mapping[str, Artifact]) -> str:
+    """Markdown from the settings and the stages' own numbers; a stage that is missing is left out."""
+    found = {name: stage.summary for name, stage in stages.items()}
+    rows = {
+        "target": f"{target.name}, fingerprint {target.fingerprint}; it serves no other",
+        "data": _data(found.get("prompts", {}), found.get("responses", {})),
+        "recipe": _recipe(config, found.get("draft", {})),
+        "result": _result(found.get("evaluation", {})),
+        "licence": "that of the target applies; the code that made the draft is Apache-2.0",
+        "code": code_commit() or "unknown",
+    }
+    lines = [f"# Speculative draft for {cell(target.name)}", ""]
+    lines += ["A HASS draft (arXiv 2408.15766). The target verifies every guess: its output does not change.", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {cell(value)} |" for name, value in rows.items() if value)]
+    return "\n".join(lines) + "\n"
+
+
+def _data(prompts: Mapping[str, Any], responses: Mapping[str, Any]) -> str:
+    if not responses:
+        return ""
+    return (
+        f"{prompts.get('prompts', '?')} prompts, answered by the target itself: "
+        f"{responses['conversations']} conversations, {responses['response_tokens']:,} tokens"
+    )
+
+
+def _recipe(config: RunConfig, draft: Mapping[str, Any]) -> str:
+    training = config.training
+    told = f"{training.align_steps} alignment steps, Top-K {training.top_k} with weight {training.top_k_weight:g}, "
+    told += f"{training.optimizer} at {training.lr_peak:g}"
+    if "tokens_seen" in draft:
+        told += f", {draft['tokens_seen']:,} tokens seen, best of step {draft['best_step']}"
+    return told
+
+
+def _result(evaluation: Mapping[str, Any]) -> str:
+    if "tau_macro" not in evaluation:
+        return ""
+    low, high = evaluation["speedup_low"], evaluation["speedup_high"]
+    exact = "lossless" if evaluation["lossless"] else "NOT lossless"
+    return f"{evaluation['speedup']:.2f} [{low:.2f}, {high:.2f}] × plain, τ {evaluation['tau_macro']:.2f}, {exact}"
