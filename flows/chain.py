@@ -8,7 +8,7 @@ from flows.parameters import RunParameters
 from hass_core.store import Artifact
 from tasks import draft, evaluation, features, prompts, responses
 from tasks.elsewhere import run_elsewhere
-from tasks.links import prefect_tags
+from tasks.links import link_to_mlflow, prefect_tags
 from tasks.tracking import open_retraining
 
 STEPS = {
@@ -40,6 +40,7 @@ def run_until(last: str, run: RunParameters) -> Iterator[Chain]:
     config = run.config()
     collected = prompts.collect_prompts(config)
     with open_retraining(config, collected, prefect_tags()) as run_id:
+        link_to_mlflow(config, run_id)
         prompts.record_prompts(config, collected, run_id)
         done = [collected]
         for stage, step in STEPS.items():

@@ -9,7 +9,7 @@ import os
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read while mlflow is imported
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-from tasks.tracking.client import as_default, connect, ui_command
+from tasks.tracking.client import as_default, connect, run_url, ui_command
 from tasks.tracking.registry import (
     CHALLENGER,
     CHAMPION,
@@ -44,6 +44,7 @@ __all__ = [
     "registered_name",
     "restore",
     "resume",
+    "run_url",
     "stage_run",
     "ui_command",
 ]

@@ -70,6 +70,17 @@ def ui_command(config: RunConfig) -> str:
     return f"mlflow ui --host 127.0.0.1 --backend-store-uri {shlex.quote(_shown(uri))}"
 
 
+def run_url(config: RunConfig, run_id: str) -> str | None:
+    """The run's page on a tracking server; None where there is no server, so no page either."""
+    uri = tracking_uri(config)
+    if not _is_server(uri):
+        return None
+    experiment = experiment_id(connect(config), config)
+    address = urlsplit(uri)
+    page = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl().rstrip("/")  # without a password
+    return f"{page}/#/experiments/{experiment}/runs/{run_id}"
+
+
 @cache
 def _client(uri: str, folder: Path) -> MlflowClient:
     for name in ("alembic", "mlflow.store", "mlflow.pyfunc", "mlflow.system_metrics"):  # what they do is no news

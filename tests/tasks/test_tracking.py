@@ -6,6 +6,7 @@ import pytest
 
 from hass_core.config import parse_config
 from hass_core.errors import TrackingError
+from tasks.tracking import client as client_module
 from tasks.tracking import connect, open_retraining, stage_run
 from tasks.tracking.client import experiment_id, tracking_uri
 from tasks.tracking.metrics import Follower, read_metrics
@@ -127,6 +128,14 @@ def test_steps_repeated_after_a_crash_stand_once(config, prompts, tmp_path):
 def test_the_default_is_sqlite_beside_the_store(store, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert tracking_uri(parse_config({"store": store.root})) == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_a_run_has_a_page_where_there_is_a_server(config, monkeypatch):
+    assert client_module.run_url(config, "abc") is None
+    server = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "https://me:pw@host/ml"})})
+    monkeypatch.setattr(client_module, "connect", lambda config: None)
+    monkeypatch.setattr(client_module, "experiment_id", lambda client, config: "7")
+    assert client_module.run_url(server, "abc") == "https://host/ml/#/experiments/7/runs/abc"
 
 
 def test_an_unreachable_server_is_named_without_its_password(store, monkeypatch):
