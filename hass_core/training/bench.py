@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from hass_core.config import TrainingConfig
+from hass_core.config import TrainingConfig, TreeConfig
 from hass_core.model.architecture import DraftArchitecture
 from hass_core.model.draft import DraftModel
 from hass_core.model.head import DraftHead
@@ -140,7 +140,7 @@ def _make_run(shape: dict[str, int], config: TrainingConfig, device: torch.devic
     head = DraftHead.from_target(embedding, torch.arange(vocabulary) if vocabulary else None)
     return Run(
         config=config, seed=0, accelerator=accelerator, alignment=alignment, wrapped=accelerator.prepare(alignment),
-        head=head, optimizers=make_optimizers(draft, config), average=None, held=[], dtype=dtype, folder=None,  # pyright: ignore
+        head=head, optimizers=make_optimizers(draft, config), average=None, held=[], answers=[], tree=TreeConfig(), dtype=dtype, folder=None,  # pyright: ignore
         metrics=None, packs_per_step=config.packs_per_batch, packs_per_pass=1,
     )  # fmt: skip
 
