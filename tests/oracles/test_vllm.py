@@ -97,5 +97,5 @@ def test_vllm_drafts_and_accepts_at_every_position_as_often_as_our_own_chain(ser
     decoder = SpeculativeDecoder(make_runner(target), load_draft(draft_folder, target), CHAIN)
     cycles = [cycle for prompt in prompts for cycle in answered(decoder, prompt, NEW_TOKENS).cycles]
     accepted = [sum(cycle.accepted >= depth for cycle in cycles) for depth in range(1, DEPTH + 1)]
-    assert accepted[-1] > 5, f"the draft is too weak to show anything: {accepted}"
+    assert accepted[-1] > 2, f"the draft is too weak to show anything: {accepted}"
     assert (served["drafts"], served["accepted_per_position"]) == (len(cycles), accepted)
