@@ -33,7 +33,7 @@ def export_draft(run: ExportParameters) -> Exported:
     config = run.config()
     version = find_version(config, run.version, CHAMPION)
     out = Path("exports", run.folder or f"{version.model}-{version.version}-{run.engine}").resolve()
-    return export(config, version, run.engine, out, run.served_as or config.target.source)
+    return export(config, version, run.engine, out, run.served_as)
 
 
 def show(console: Console, config: RunConfig, done: Exported) -> None:

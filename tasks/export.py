@@ -29,11 +29,13 @@ class Exported(BaseModel):
 
 
 @task(name="export-draft", **NETWORK_RETRIES)
-def export_draft(config: RunConfig, version: DraftVersion, engine: Engine, out: Path, served_as: str) -> Exported:
+def export_draft(
+    config: RunConfig, version: DraftVersion, engine: Engine, out: Path, served_as: str | None
+) -> Exported:
     """Write the version's draft to `out` for one engine; version, run and Prefect are told.
 
-    `served_as` is the target's name at the engine, for the command on the card. Raises DraftMismatch with the findings
-    when the draft cannot serve there.
+    `served_as` is the target's name at the engine, for the command on the card; None: its folder or id.
+    Raises DraftMismatch with the findings when the draft cannot serve there.
     """
     tree = _tree(config, version)
     _write(config, version, engine, out, tree, served_as)
@@ -50,20 +52,22 @@ def export_objections(config: RunConfig, version: DraftVersion) -> tuple[str, ..
     for engine in config.promotion.engines:
         with tempfile.TemporaryDirectory(prefix="hass-export-") as folder:
             try:
-                _write(config, version, engine, Path(folder) / engine, config.tree, config.target.source)
+                _write(config, version, engine, Path(folder) / engine, config.tree, None)
             except HassError as error:
                 objections.append(f"the export check for {engine} failed: {error}")
     return tuple(objections)
 
 
 def _write(
-    config: RunConfig, version: DraftVersion, engine: Engine, out: Path, tree: TreeConfig, served_as: str
+    config: RunConfig, version: DraftVersion, engine: Engine, out: Path, tree: TreeConfig, served_as: str | None
 ) -> None:
     target = target_of(config)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="hass-draft-") as folder:
         draft = store_of(config).open(version.draft).copied(Path(folder) / "draft", exporter.is_draft_file)
-        exporter.export_draft(draft, target.model.config, target.embedding, engine, out, tree, served_as)
+        exporter.export_draft(
+            draft, target.model.config, target.embedding, engine, out, tree, served_as or target.folder
+        )
 
 
 def _tree(config: RunConfig, version: DraftVersion) -> TreeConfig:

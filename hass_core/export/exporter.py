@@ -106,6 +106,7 @@ def engine_config(
         "torch_dtype": str(dtype).removeprefix("torch."),
         "dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
-        "hass": source.get("hass", {}),
+        # this layout has no place for a trimmed vocabulary: engines draft among all tokens
+        "hass": {key: value for key, value in source.get("hass", {}).items() if key != "draft_vocab_size"},
     }
     return config

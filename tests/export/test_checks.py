@@ -1,6 +1,7 @@
 """One broken checkpoint per fault: the checker names each, and a clean export has none."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from hass_core.config import TreeConfig
 from hass_core.errors import BadInput, DraftMismatch
+from hass_core.export.card import serving_command
 from hass_core.export.checks import check_draft
 from hass_core.export.engines import ENGINES
 from hass_core.export.exporter import export_draft
@@ -158,3 +160,19 @@ def test_an_unreadable_folder_says_what_is_missing(tmp_path, config):
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(BadInput, match="not a readable safetensors"):
         check_draft(tmp_path, config, ENGINES["vllm"])
+
+
+def test_the_command_can_be_pasted_whatever_the_folders_are_called():
+    for engine in ENGINES.values():
+        words = shlex.split(serving_command(engine, CHAIN, "my target", "it's a draft"))
+        assert "my target" in words
+        assert any("it's a draft" in word for word in words)
+
+
+def test_a_draft_of_a_trimmed_vocabulary_is_not_said_to_be_one_at_an_engine(draft, config, embedding, tmp_path):
+    edit_config(hass={"draft_vocab_size": 64, "target": "tiny", "val_tau": 1.23456789})(draft)
+    folder = exported(draft, config, embedding, "vllm", tmp_path)
+    assert json.loads((folder / "config.json").read_text())["hass"] == {"target": "tiny", "val_tau": 1.23456789}
+    card = (folder / "README.md").read_text()
+    assert "# Draft model for tiny\n" in card
+    assert "| val_tau | 1.235 |" in card
