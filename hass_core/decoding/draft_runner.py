@@ -5,15 +5,15 @@ Shapes: B batch, T rows, A heads, KV key-value heads, d head size, H hidden, D d
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hass_core.model.checkpoint import Draft
 from hass_core.target.compiling import compiled
 from hass_core.target.fused import joined
 from hass_core.target.kv_cache import KVCache, LayerShape
 from hass_core.target.linear import Linear
-from hass_core.target.placement import Placement
-from hass_core.target.rope import RopeTable, rotated
+from hass_core.target.placement import place
+from hass_core.target.rope import RopeTable
 
 
 class DraftRunner:
@@ -36,7 +36,8 @@ class DraftRunner:
         self._norm = layer.post_attention_layernorm.weight
         self._head = Linear(draft.head.weight)
         self.rope = RopeTable(model.rotary, self.device, self.dtype)
-        self._compiled_layer = compiled(self._layer) if self.device.type == "cuda" else self._layer
+        self._parts = self._before, self._after
+        self._steady_parts = tuple(map(compiled, self._parts)) if self.device.type == "cuda" else self._parts
 
     def new_cache(self, batch_size: int, slots: int) -> KVCache:
         """An empty cache of one layer."""
@@ -44,34 +45,39 @@ class DraftRunner:
         return KVCache.allocate([self.shape], batch_size, slots, self.device, self.dtype)
 
     def forward(
-        self, token_ids: Tensor, features: Tensor, position_ids: Tensor, cache: KVCache, place: Placement
+        self,
+        token_ids: Tensor,
+        features: Tensor,
+        position_ids: Tensor,
+        cache: KVCache,
+        visible: Tensor | None = None,
+        offset: int = 0,
     ) -> Tensor:
-        """Estimated next features [B, T, H] of rows (feature [B, T, H], next token [B, T]) written at `place`."""
-        keys, values = cache.layers[0]
-        layer = self._layer if cache.width is None else self._compiled_layer
-        return layer(token_ids, features, *self.rope.at(position_ids), keys, values, place)
+        """Estimated next features [B, T, H] of rows (feature [B, T, H], next token [B, T]).
+
+        They are written `offset` slots behind the live lengths, and see what `hass_core.target.placement.place` says.
+        """
+        where = place(token_ids.shape[1], cache, visible, self.group, self.dtype, offset)
+        before, after = self._steady_parts if cache.steady else self._parts
+        u, mixed = before(token_ids, features)
+        return after(u, where.attention(mixed, *self.rope.at(position_ids), *cache.layers[0]))
 
     def logits(self, features: Tensor) -> Tensor:
         """[..., D] from [..., H]."""
         return self._head(features)
 
-    def _layer(
-        self,
-        token_ids: Tensor,
-        features: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        place: Placement,
-    ) -> Tensor:
-        batch, tokens, kv = *token_ids.shape, self.shape.num_key_value_heads
+    def _before(self, token_ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The fused input [B, T, H], and its queries, keys and values [B, T, A + 2·KV, d]."""
         u = self._fc(torch.cat([F.embedding(token_ids, self._embedding), features], -1))
-        mixed = self._qkv(u).view(batch, tokens, self.heads + 2 * kv, self.head_dim)
-        queries, new_keys, new_values = mixed.split([self.heads, kv, kv], dim=2)
-        place.write(keys, rotated(self._k_norm(new_keys), cos, sin))
-        place.write(values, new_values)
-        attended = place.attend(rotated(self._q_norm(queries), cos, sin).transpose(1, 2), keys, values)
-        y = u + self._o(attended.transpose(1, 2).reshape(batch, tokens, -1))
+        kv = self.shape.num_key_value_heads
+        mixed = self._qkv(u).unflatten(-1, (-1, self.head_dim))
+        if isinstance(self._q_norm, nn.Identity):
+            return u, mixed
+        queries, keys, values = mixed.split([self.heads, kv, kv], dim=2)
+        return u, torch.cat([self._q_norm(queries), self._k_norm(keys), values], dim=2)
+
+    def _after(self, u: Tensor, attended: Tensor) -> Tensor:
+        """The estimated features [B, T, H] from the fused input and the attended values [B, T, A·d]."""
+        y = u + self._o(attended)
         gate, up = self._gate_up(F.rms_norm(y, (y.shape[-1],), self._norm, self._eps)).chunk(2, dim=-1)
         return y + self._down(self._act(gate) * up)

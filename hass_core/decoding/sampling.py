@@ -8,7 +8,9 @@ agree under sampling too. Pure functions on [..., V] logits; V vocabulary.
 import torch
 from torch import Tensor
 
+from hass_core import kernels
 from hass_core.config import SamplingConfig
+from hass_core.decoding.top_tokens import top_tokens
 
 NEVER = float("-inf")
 
@@ -19,12 +21,20 @@ def draw(logits: Tensor, sampling: SamplingConfig, coins: Tensor, seen: Tensor |
     `seen` [..., V] marks tokens already in the sequence, for the repetition penalty. Temperature 0 ignores the coins.
     """
     if sampling.temperature == 0:
-        top, token_ids = penalize(logits, seen, sampling.repetition_penalty).max(-1)
-        return token_ids, top.isfinite()
+        return greedy(penalize(logits, seen, sampling.repetition_penalty))
     cumulative = probabilities(logits, sampling, seen).cumsum(-1, dtype=torch.float64)
     total = cumulative[..., -1:]
     token_ids = torch.searchsorted(cumulative, coins[..., None] * total, right=True)[..., 0]
     return token_ids.clamp(max=logits.shape[-1] - 1), total[..., 0].isfinite()
+
+
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens [...] of [..., V], and whether their logits are sound."""
+    if kernels.usable(logits):
+        log_probability, token_ids = top_tokens(logits, 1)
+        return token_ids[..., 0], log_probability[..., 0].isfinite()
+    top, token_ids = logits.max(-1)
+    return token_ids, top.isfinite()
 
 
 def probabilities(logits: Tensor, sampling: SamplingConfig, seen: Tensor | None = None) -> Tensor:

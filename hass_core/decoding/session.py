@@ -15,13 +15,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hass_core import kernels
 from hass_core.config import SamplingConfig
 from hass_core.decoding.batch import Batch
 from hass_core.decoding.draws import Draws
 from hass_core.decoding.prefill import last_of, pieces, prefill
 from hass_core.decoding.report import RowReport, packed, unpacked
-from hass_core.decoding.tree import Tree, TreeShape, attention_mask
-from hass_core.decoding.verify import accept
+from hass_core.decoding.tree import Tree, TreeShape
+from hass_core.decoding.verify import Accepted, accept
+from hass_core.target.compiling import compiled
 from hass_core.target.runner import Runner
 
 WIDTH_STEP = 256  # captured graphs attend to a multiple of this many slots
@@ -77,6 +79,7 @@ class Session:
         self._graphs = Graphs() if device.type == "cuda" and runner.capturable and drafter.capturable else None
         if device.type == "cuda" and self._graphs is None:
             log.info("decoding without CUDA graphs: %s or %s cannot be captured", runner, drafter)
+        self._settle = compiled(settle) if device.type == "cuda" else settle
         self.draft_seconds = 0.0
 
     def holds(self, rows: int, slots: int, sampling: SamplingConfig) -> bool:
@@ -89,7 +92,7 @@ class Session:
         """Read the prompts and draw each row's first token."""
         cache, device = self._cache, self._runner.device
         cache.clear()
-        cache.width = None
+        cache.width, cache.steady = None, False
         self._drafter.clear(self._draft_cache)
         self._open.fill_(1)
         token_ids = batch.token_ids(device)
@@ -113,8 +116,11 @@ class Session:
         cache = self._cache
         if self._graphs is None:
             return unpacked(self._cycle(int(self._counts.max())).tolist())
-        cache.width = self._draft_cache.width = _rounded(cache.longest + self._behind)
-        rows = unpacked(self._graphs.run(cache.width, lambda: self._cycle(self.shape.places)).tolist())
+        # the kernels read live slots only, whatever the width
+        width = cache.slots if kernels.usable(cache.lengths) else _rounded(cache.longest + self._behind)
+        for memory in (cache, self._draft_cache):
+            memory.width, memory.steady = width, True
+        rows = unpacked(self._graphs.run(width, lambda: self._cycle(self.shape.places)).tolist())
         taken = [len(row.token_ids) * is_open for row, is_open in zip(rows, open_rows, strict=True)]
         cache.told(cache.host_lengths + taken)
         return rows
@@ -129,21 +135,27 @@ class Session:
         )
         tree = self._drafter.grow(self._draft_cache, root, estimate)
         self.draft_seconds = time.perf_counter() - started
-        mask = None
-        if self.shape.nodes > 1:
-            mask = attention_mask(tree.visible, cache.lengths, cache.reach(self.shape.nodes))
         positions = cache.lengths[:, None] + tree.depths
-        features = runner.forward(tree.token_ids, positions.clamp(max=runner.context_tokens - 1), cache, mask)
+        visible = tree.visible if self.shape.nodes > 1 else None
+        features = runner.forward(tree.token_ids, positions.clamp(max=runner.context_tokens - 1), cache, visible)
         drawn, sound = self._draws.draw(runner.logits(features), positions + 1, tree)
-        accepted = accept(tree, drawn, self.shape.places)
+        settled = self._settle if self._graphs else settle
+        accepted, kept, report = settled(tree, drawn, sound, features, self.shape.places)
         self._draws.note(accepted.token_ids, accepted.counts)
         if self.shape.nodes > 1:
             cache.move(accepted.path)
         counts.copy_(accepted.counts * self._open)
         cache.lengthen(counts)
-        self._features.copy_(features.gather(1, accepted.path[:, :, None].expand(-1, -1, features.shape[2])))
+        self._features.copy_(kept)
         self._token_ids.copy_(accepted.token_ids)
-        return packed(tree, accepted, sound)
+        return report
+
+
+def settle(tree: Tree, drawn: Tensor, sound: Tensor, features: Tensor, places: int) -> tuple[Accepted, Tensor, Tensor]:
+    """What stands of a tree after the draws [B, N], the features [B, R, H] along it, and the packed report."""
+    accepted = accept(tree, drawn, places)
+    kept = features.gather(1, accepted.path[:, :, None].expand(-1, -1, features.shape[2]))
+    return accepted, kept, packed(tree, accepted, sound)
 
 
 class Graphs:

@@ -11,6 +11,7 @@ Shapes: B batch, P pool, N nodes with the root, K children a node.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,7 @@ from hass_core.config import TreeConfig
 ROOT = -1  # parent of the pool's first level
 
 
-@dataclass(frozen=True)
-class Pool:
+class Pool(NamedTuple):
     """Candidates in the order drafted."""
 
     token_ids: Tensor  # [B, P]
@@ -29,8 +29,7 @@ class Pool:
     parents: Tensor  # [B, P] pool index of the parent, ROOT on the first level
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(NamedTuple):
     """Nodes in breadth-first order, node 0 the root: the token drawn last, not yet seen by the target."""
 
     token_ids: Tensor  # [B, N]
@@ -41,7 +40,7 @@ class Tree:
     order: Tensor  # [B, N - 1] the drafted nodes by falling score
 
     def to(self, device: torch.device) -> "Tree":
-        return Tree(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return Tree(*(part.to(device) for part in self))
 
 
 @dataclass(frozen=True)
@@ -112,11 +111,3 @@ def ancestors(parents: Tensor, depth: int) -> Tensor:
         path.append(parents.gather(1, path[-1]))
     seen = torch.zeros(*parents.shape, parents.shape[1], dtype=torch.bool, device=parents.device)
     return seen.scatter_(2, torch.stack(path, -1), True)
-
-
-def attention_mask(visible: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """[B, 1, T, width]: T rows see all slots below `lengths` [B], and from there on what `visible` [B, T, C] says."""
-    offset = (torch.arange(width, device=lengths.device) - lengths[:, None])[:, None]
-    inside = (offset >= 0) & (offset < visible.shape[2])
-    index = offset.clamp(0, visible.shape[2] - 1).expand(-1, visible.shape[1], -1)
-    return ((offset < 0) | (inside & visible.gather(2, index)))[:, None]

@@ -14,7 +14,7 @@ accepted, residual and bonus tokens all come from the one processed distribution
 Shapes: B batch, N nodes, R places of a path (`TreeShape.places`).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ from torch import Tensor
 from hass_core.decoding.tree import Tree
 
 
-@dataclass(frozen=True)
-class Accepted:
+class Accepted(NamedTuple):
     """The outcome per row. Places of a path past its count are unspecified nodes."""
 
     path: Tensor  # [B, R] node numbers from the root down, increasing

@@ -20,8 +20,8 @@ from hass_core.target.compiling import compiled
 from hass_core.target.kv_cache import KVCache, LayerShape
 from hass_core.target.linear import Linear, packable
 from hass_core.target.loader import Target
-from hass_core.target.placement import Placement
-from hass_core.target.rope import RopeTable, rotated
+from hass_core.target.placement import place
+from hass_core.target.rope import RopeTable
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -58,7 +58,8 @@ class FusedRunner:
         self.final_norm = decoder.norm.weight
         self.rope = RopeTable(decoder.rotary_emb, self.device, self.dtype)
         self.capturable = self.rope.fixed
-        self._compiled_layer = compiled(self._layer) if self.device.type == "cuda" else self._layer
+        self._layer = self._before, self._after
+        self._steady_layer = tuple(map(compiled, self._layer)) if self.device.type == "cuda" else self._layer
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
@@ -79,54 +80,33 @@ class FusedRunner:
         return self._head(features)
 
     @torch.no_grad()
-    def forward(self, token_ids: Tensor, position_ids: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:
-        place = Placement.of(token_ids.shape[1], cache, mask, self.heads // self.shape.num_key_value_heads, self.dtype)
+    def forward(self, token_ids: Tensor, position_ids: Tensor, cache: KVCache, visible: Tensor | None = None) -> Tensor:
+        group = self.heads // self.shape.num_key_value_heads
+        where = place(token_ids.shape[1], cache, visible, group, self.dtype)
         cos, sin = self.rope.at(position_ids)
+        before, after = self._steady_layer if cache.steady else self._layer
         x = F.embedding(token_ids, self.embedding)
-        layer = self._layer if cache.width is None else self._compiled_layer
         for weights, (keys, values) in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, weights, cos, sin, keys, values, place)
+            x = after(x, where.attention(before(x, weights), cos, sin, keys, values), weights)
         return F.rms_norm(x, (self.hidden_size,), self.final_norm, self.eps)
 
-    def _layer(
-        self,
-        x: Tensor,
-        weights: LayerWeights,
-        cos: Tensor,
-        sin: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        place: Placement,
-    ) -> Tensor:
+    def _before(self, x: Tensor, weights: LayerWeights) -> Tensor:
+        """Queries, keys and values [B, T, A + 2·KV, d] of a layer's input [B, T, H]."""
         normed = F.rms_norm(x, (self.hidden_size,), weights.input_norm, self.eps)
-        x = x + self._attend(weights, normed, cos, sin, keys, values, place)
-        normed = F.rms_norm(x, (self.hidden_size,), weights.mlp_norm, self.eps)
-        gate, up = weights.gate_up(normed).chunk(2, dim=-1)
-        return x + weights.down(F.silu(gate) * up)
+        mixed = weights.qkv(normed).unflatten(-1, (-1, self.head_dim))
+        if weights.q_norm is None or weights.k_norm is None:
+            return mixed
+        kv = self.shape.num_key_value_heads
+        queries, keys, values = mixed.split([self.heads, kv, kv], dim=2)
+        queries = F.rms_norm(queries, (self.head_dim,), weights.q_norm, self.eps)
+        keys = F.rms_norm(keys, (self.head_dim,), weights.k_norm, self.eps)
+        return torch.cat([queries, keys, values], dim=2)
 
-    def _attend(
-        self,
-        weights: LayerWeights,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        place: Placement,
-    ) -> Tensor:
-        batch, tokens, kv, dim = x.shape[0], x.shape[1], self.shape.num_key_value_heads, self.head_dim
-        mixed = weights.qkv(x).view(batch, tokens, self.heads + 2 * kv, dim)
-        turning = mixed[:, :, : self.heads + kv]
-        if weights.q_norm is not None and weights.k_norm is not None:
-            normed_queries = F.rms_norm(turning[:, :, : self.heads], (dim,), weights.q_norm, self.eps)
-            normed_keys = F.rms_norm(turning[:, :, self.heads :], (dim,), weights.k_norm, self.eps)
-            turning = torch.cat([normed_queries, normed_keys], dim=2)
-        turned = rotated(turning, cos, sin)
-        place.write(keys, turned[:, :, self.heads :])
-        place.write(values, mixed[:, :, self.heads + kv :])
-        attended = place.attend(turned[:, :, : self.heads].transpose(1, 2), keys, values)
-        merged = attended.transpose(1, 2).reshape(batch, tokens, -1)
-        return weights.o(merged)
+    def _after(self, x: Tensor, attended: Tensor, weights: LayerWeights) -> Tensor:
+        """A layer's output [B, T, H] from its input and the attended values [B, T, A·d]."""
+        x = x + weights.o(attended)
+        gate, up = weights.gate_up(F.rms_norm(x, (self.hidden_size,), weights.mlp_norm, self.eps)).chunk(2, dim=-1)
+        return x + weights.down(F.silu(gate) * up)
 
 
 def _layer_weights(layer: Any) -> LayerWeights:

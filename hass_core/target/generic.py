@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from hass_core.errors import TargetError
 from hass_core.target.kv_cache import KVCache, LayerShape
 from hass_core.target.loader import Target
-from hass_core.target.placement import additive
+from hass_core.target.placement import additive, attention_mask, causal_mask
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -49,11 +49,10 @@ class HFRunner:
         return self._head(features)
 
     @torch.no_grad()
-    def forward(self, token_ids: Tensor, position_ids: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:
+    def forward(self, token_ids: Tensor, position_ids: Tensor, cache: KVCache, visible: Tensor | None = None) -> Tensor:
         slots = cache.lengths[:, None] + torch.arange(token_ids.shape[1], device=self.device)
-        if mask is None:
-            width = cache.longest + token_ids.shape[1]
-            mask = (torch.arange(width, device=self.device) <= slots[:, :, None])[:, None]
+        width = cache.reach(token_ids.shape[1])
+        mask = causal_mask(slots, width) if visible is None else attention_mask(visible, cache.lengths, width)
         out = self._body(
             input_ids=token_ids,
             position_ids=position_ids,

@@ -35,6 +35,7 @@ class KVCache:
         self.lengths = lengths
         self.host_lengths = host_lengths
         self.width: int | None = None  # slots attended to when that must not vary, as in a captured graph
+        self.steady = False  # passes of the same shapes will come again and again: worth compiling for
 
     @classmethod
     def allocate(

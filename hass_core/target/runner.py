@@ -15,7 +15,7 @@ from hass_core.target.loader import Target
 
 
 class Runner(Protocol):
-    """What a decoder needs of a target. B batch, T new tokens, S slots attended to, H hidden, V vocabulary."""
+    """What a decoder needs of a target. B batch, T new tokens, H hidden, V vocabulary."""
 
     hidden_size: int
     vocab_size: int
@@ -28,12 +28,12 @@ class Runner(Protocol):
         """An empty cache for rows of up to `max_tokens` tokens."""
         ...
 
-    def forward(self, token_ids: Tensor, position_ids: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:
+    def forward(self, token_ids: Tensor, position_ids: Tensor, cache: KVCache, visible: Tensor | None = None) -> Tensor:
         """Features after the final norm [B, T, H] of new tokens [B, T] at `position_ids` [B, T].
 
         Their keys and values go into the slots behind each row's live length, which stays as it is: `cache.advance` or
-        `cache.keep` makes them live. Without a mask, each token sees its row's live slots and the new ones up to
-        itself. `mask` [B, 1, T, S], True = visible, replaces that; S may be less than the cache's slots.
+        `cache.keep` makes them live. Each token sees its row's live slots, and of the new tokens those up to itself or
+        those that `visible` [B, T, T] says.
         """
         ...
 

@@ -140,8 +140,9 @@ def _make_run(shape: dict[str, int], config: TrainingConfig, device: torch.devic
     head = DraftHead.from_target(embedding, torch.arange(vocabulary) if vocabulary else None)
     return Run(
         config=config, seed=0, accelerator=accelerator, alignment=alignment, wrapped=accelerator.prepare(alignment),
-        head=head, optimizers=make_optimizers(draft, config), average=None, held=[], answers=[], tree=TreeConfig(), dtype=dtype, folder=None,  # pyright: ignore
-        metrics=None, packs_per_step=config.packs_per_batch, packs_per_pass=1,
+        head=head, optimizers=make_optimizers(draft, config), average=None, held=[], answers=[],
+        tree=TreeConfig(), dtype=dtype, folder=None, metrics=None,  # pyright: ignore
+        packs_per_step=config.packs_per_batch, packs_per_pass=1,
     )  # fmt: skip
 
 

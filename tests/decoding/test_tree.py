@@ -12,11 +12,11 @@ from hass_core.decoding.tree import (
     TreeShape,
     ancestors,
     assemble,
-    attention_mask,
     best,
     pool_size,
     static_scores,
 )
+from hass_core.target.placement import attention_mask
 
 
 @st.composite

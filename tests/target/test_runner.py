@@ -9,7 +9,6 @@ from hass_core.errors import TargetError
 from hass_core.target.fused import FusedRunner, side_by_side
 from hass_core.target.generic import HFRunner
 from hass_core.target.loader import Target
-from hass_core.target.placement import additive, attend_by_products
 from hass_core.target.runner import Runner, make_runner
 from tests.target.conftest import tiny_model
 
@@ -72,13 +71,10 @@ def test_tree_rows_see_their_ancestors_only_and_the_kept_path_lives_on(runner, b
     tree = torch.tensor([random_ids(5, seed=3)] * batch)  # 0 ── 1 ── 3, 0 ── 2 ── 4
     depth = torch.tensor([0, 1, 1, 2, 2])
     parents = [[0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4]]
-    width = cache.longest + 5
-    mask = torch.zeros(batch, 1, 5, width, dtype=torch.bool)
-    for b, prompt in enumerate(prompts):
-        mask[b, :, :, : len(prompt)] = True
-        for node, seen in enumerate(parents):
-            mask[b, 0, node, torch.tensor(seen) + len(prompt)] = True
-    features = run.forward(tree, cache.lengths[:, None] + depth, cache, mask)
+    visible = torch.zeros(batch, 5, 5, dtype=torch.bool)
+    for node, seen in enumerate(parents):
+        visible[:, node, seen] = True
+    features = run.forward(tree, cache.lengths[:, None] + depth, cache, visible)
     for b, prompt in enumerate(prompts):
         for node, path in enumerate(parents):
             expected = truth(target, prompt + tree[b, path].tolist())[-1]
@@ -128,11 +124,10 @@ def test_a_sliding_window_is_kept_by_steps_and_trees(variant):
     cache.advance(20)
     tree, depth = torch.tensor([random_ids(4, seed=3)]), torch.tensor([0, 1, 1, 2])
     paths = [[0], [0, 1], [0, 2], [0, 2, 3]]
-    mask = torch.zeros(1, 1, 4, 24, dtype=torch.bool)
-    mask[..., :20] = True
+    visible = torch.zeros(1, 4, 4, dtype=torch.bool)
     for node, path in enumerate(paths):
-        mask[0, 0, node, torch.tensor(path) + 20] = True
-    features = run.forward(tree, 20 + depth[None], cache, mask)
+        visible[0, node, path] = True
+    features = run.forward(tree, 20 + depth[None], cache, visible)
     for node, path in enumerate(paths):
         torch.testing.assert_close(features[0, node], truth(target, prompt + tree[0, path].tolist())[-1], **CLOSE)
 
@@ -157,11 +152,3 @@ def test_a_cache_cleared_is_a_cache_unused(tiny_target):
     cache.clear()
     again = run.forward(ids[:, :8], torch.arange(8)[None], cache)
     torch.testing.assert_close(again[0], truth(tiny_target, ids[0, :8].tolist()), **CLOSE)
-
-
-def test_attention_by_products_equals_the_fused_kernel():
-    generator = torch.Generator().manual_seed(0)
-    queries, keys, values = (torch.randn(2, 3, n, 8, generator=generator) for n in (5, 20, 20))
-    bias = additive(torch.rand(2, 1, 5, 20, generator=generator) < 0.6, torch.float32)
-    expected = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, bias)
-    torch.testing.assert_close(attend_by_products(queries, keys, values, bias), expected, atol=1e-6, rtol=1e-5)

@@ -54,7 +54,6 @@ class Batch:
         self.top_p = torch.ones(self.rows, device=device)
         self.top_k = torch.zeros(self.rows, dtype=torch.long, device=device)
         self.answers: dict[int, Answer] = {}  # by row
-        self._slot_numbers = torch.arange(slots, device=device)
         self._row_numbers = torch.arange(self.rows, device=device)
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -133,8 +132,8 @@ class Batch:
             graph.replay()
 
     def _step(self, width: int, max_top_k: int, use_top_p: bool) -> None:
-        visible = (self._slot_numbers[:width] <= self.lengths[:, None])[:, None, None]
-        features = self.runner.forward(self.tokens[:, None], self.lengths[:, None], self.cache, visible)
+        self.cache.width = width
+        features = self.runner.forward(self.tokens[:, None], self.lengths[:, None], self.cache)
         drawn = self._draw(features[:, 0], self._row_numbers, self.lengths, max_top_k, use_top_p)
         self.tokens.copy_(drawn)
         # a row that has ended goes on until the host looks; it must not run over the end of its slots

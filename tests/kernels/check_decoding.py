@@ -1,0 +1,56 @@
+"""The decoding kernels beside PyTorch, on a GPU or in Triton's interpreter; run by test_kernels.py as a program."""
+
+import torch
+
+from hass_core.kernels.top_k import row_top_k
+from hass_core.kernels.tree_attention import tree_attention
+from hass_core.target.kv_cache import KVCache, LayerShape
+from hass_core.target.placement import MaskedPlacement
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ATTENTION = {  # batch, new tokens, heads, key-value heads, head size, slots, offset, columns of `visible`
+    "one token": (1, 1, 9, 3, 64, 256, 0, None),
+    "rows of different lengths, odd head size": (2, 1, 4, 2, 24, 300, 0, None),
+    "a tree": (2, 9, 6, 2, 48, 300, 0, 9),
+    "a level of a tree behind two others": (1, 7, 4, 4, 16, 200, 14, 28),
+    "several causal tokens": (3, 5, 8, 2, 32, 200, 0, None),
+    "a tree of several blocks": (1, 60, 9, 3, 64, 400, 0, 60),
+}
+
+
+def check_attention(name: str, batch: int, tokens: int, heads: int, kv: int, dim: int, slots: int, offset, columns):
+    mixed = torch.randn(batch, tokens, heads + 2 * kv, dim, device=DEVICE)
+    cos, sin = torch.randn(2, batch, tokens, 1, dim, device=DEVICE)
+    visible = None
+    if columns is not None:
+        visible = torch.rand(batch, tokens, columns, device=DEVICE) < 0.5
+        visible[:, :, offset + tokens :] = False
+        visible[:, :, offset : offset + tokens] |= torch.eye(tokens, dtype=torch.bool, device=DEVICE)
+    cache = KVCache.allocate([LayerShape(kv, dim)], batch, slots, DEVICE, torch.float32)
+    cache.blocks[0].normal_()
+    cache.advance(torch.randint(0, slots - offset - tokens, (batch,)).tolist())
+    keys, values = (part.clone() for part in cache.layers[0])
+    got = tree_attention(mixed, cos, sin, keys, values, cache.lengths, offset, visible)
+    place = MaskedPlacement.of(tokens, cache, visible, heads // kv, torch.float32, offset)
+    expected = place.attention(mixed, cos, sin, *cache.layers[0])
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}")
+    torch.testing.assert_close(keys, cache.layers[0][0], msg=lambda text: f"{name}, keys: {text}")
+    torch.testing.assert_close(values, cache.layers[0][1], msg=lambda text: f"{name}, values: {text}")
+
+
+def check_top_k(rows: int, size: int, k: int) -> None:
+    logits = torch.randn(rows, size, device=DEVICE).bfloat16()  # 16 bits: many ties
+    top, index, lse = row_top_k(logits, k)
+    ordered, order = torch.sort(logits.float(), dim=-1, descending=True, stable=True)
+    assert torch.equal(top, ordered[:, :k]), "values"
+    assert torch.equal(index, order[:, :k]), "ties go to the lower index"
+    torch.testing.assert_close(lse, logits.float().logsumexp(-1))
+    logits[0, size // 2] = torch.nan
+    assert row_top_k(logits, k)[2][0].isnan(), "a logit that is no number shows in the log-sum-exp"
+
+
+torch.manual_seed(0)
+for case, sizes in ATTENTION.items():
+    check_attention(case, *sizes)
+for sizes in ((3, 5000, 10), (2, 49152, 10), (1, 1024, 1), (4, 100, 7)):
+    check_top_k(*sizes)
