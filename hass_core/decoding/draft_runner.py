@@ -37,7 +37,8 @@ class DraftRunner:
         self._head = Linear(draft.head.weight)
         self.rope = RopeTable(model.rotary, self.device, self.dtype)
         self._parts = self._before, self._after
-        self._steady_parts = tuple(map(compiled, self._parts)) if self.device.type == "cuda" else self._parts
+        on_gpu = self.device.type == "cuda"
+        self._steady_parts = (compiled(self._before), compiled(self._after)) if on_gpu else self._parts
 
     def new_cache(self, batch_size: int, slots: int) -> KVCache:
         """An empty cache of one layer."""

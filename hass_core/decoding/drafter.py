@@ -63,7 +63,8 @@ class Drafter:
         self.capturable = self._runner.rope.fixed
         self.scratch_slots = (shape.depth - 1) * shape.top_k
         self._steps = first_frontier, next_frontier, tree_of
-        self._steady_steps = tuple(map(compiled, self._steps)) if draft.head.weight.is_cuda else self._steps
+        steady = compiled(first_frontier), compiled(next_frontier), compiled(tree_of)
+        self._steady_steps = steady if draft.head.weight.is_cuda else self._steps
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         return self._runner.new_cache(batch_size, max_tokens)

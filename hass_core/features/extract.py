@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -29,7 +30,7 @@ from hass_core.features.schema import SKIPPED, FeatureInfo
 from hass_core.features.writer import FeatureWriter
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, FileRecord, StageFolder, Store
-from hass_core.target.capture import batches_by_tokens, capture_features
+from hass_core.target.capture import Capture, batches_by_tokens
 from hass_core.target.loader import Target
 
 STEP_VERSION = 2
@@ -61,7 +62,7 @@ class Part:
         return sum(len(c.token_ids) for c in self.conversations)
 
 
-Batch = tuple[list[Encoded], list[Tensor]]
+Batch = tuple[list[Encoded], Callable[[], list[Tensor]]]  # conversations, and what waits for their features
 Spread = Callable[[list[str]], Iterable[str]]
 """Has `extract_part` run for each of these parts, anywhere, and gives each name once its part is in the store."""
 
@@ -198,7 +199,8 @@ class _Extraction:
                 while (item := batches.get()) is not None:
                     if isinstance(item, BaseException):
                         raise item
-                    for c, features in zip(*item, strict=True):
+                    conversations, features_of = item
+                    for c, features in zip(conversations, features_of(), strict=True):
                         writer.add(c.id, c.split, c.token_ids, c.loss_mask, features)
             file.rows = writer.num_rows
 
@@ -259,9 +261,13 @@ def _captured(encoded: list[Encoded], target: Target, settings: FeaturesConfig) 
     for indices in batches_by_tokens([len(c.token_ids) for c in encoded], settings.max_tokens_per_batch):
         batch = [encoded[i] for i in indices]
         if settings.encoding == "none":
-            yield batch, [nothing.expand(len(c.token_ids), -1) for c in batch]
+            yield batch, partial(_nothing, nothing, batch)
         else:
-            yield batch, capture_features(target, [c.token_ids for c in batch], [c.id for c in batch])
+            yield batch, Capture(target, [c.token_ids for c in batch], [c.id for c in batch]).rows
+
+
+def _nothing(row: Tensor, batch: list[Encoded]) -> list[Tensor]:
+    return [row.expand(len(c.token_ids), -1) for c in batch]
 
 
 def split_of(name: str, validation_fraction: float) -> str:

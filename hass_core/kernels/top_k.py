@@ -6,6 +6,7 @@ by radix in ten launches, and a log-sum-exp takes six more.
 Shapes: R rows, D logits a row, P pieces of a row.
 """
 
+# pyright: reportIndexIssue=false
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]

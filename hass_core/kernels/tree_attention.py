@@ -8,6 +8,7 @@ every length.
 Shapes: B rows, T new tokens, A heads, KV key-value heads, G = A / KV, d head size, S slots, C columns of `visible`.
 """
 
+# pyright: reportIndexIssue=false
 import math
 
 import torch

@@ -62,6 +62,11 @@ class DraftModel(nn.Module):
         queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
         return queries, keys, values
 
+    def enter(self, token_ids: Tensor, features: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        """u [B, L, H], and its rotated queries [B, A, L, d], keys and values [B, KV, L, d]."""
+        u = self.fuse(token_ids, features)
+        return u, *self.qkv(u, position_ids)
+
     def output(self, u: Tensor, attended: Tensor) -> Tensor:
         """The new features [B, L, H] from u and the attended values [B, A, L, d]."""
         layer = self.layer
@@ -81,8 +86,7 @@ class DraftModel(nn.Module):
         Without a mask each row sees the cache and the rows up to itself; `mask` [B, 1, L, S] (True = visible) replaces
         that, for a draft tree. The new rows' keys and values are appended to `cache`.
         """
-        u = self.fuse(token_ids, features)
-        queries, keys, values = self.qkv(u, position_ids)
+        u, queries, keys, values = self.enter(token_ids, features, position_ids)
         if cache is not None:
             keys, values = cache.update(keys, values)
         if mask is None and queries.shape[2] > 1:

@@ -24,7 +24,6 @@ def batches_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[list[
         yield batch
 
 
-@torch.no_grad()
 def capture_features(
     target: Target, token_ids: Sequence[Sequence[int]], names: Sequence[str] | None = None
 ) -> list[Tensor]:
@@ -33,18 +32,38 @@ def capture_features(
     Rows are padded on the right. Attention is causal, so padding reaches no real token and needs no mask.
     Raises NonFinite with the row's name, else its index.
     """
-    longest = max(map(len, token_ids))
-    padded = torch.zeros(len(token_ids), longest, dtype=torch.long)
-    for row, ids in zip(padded, token_ids, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
-    decoder = cast(Any, target.model).base_model
-    hidden = decoder(input_ids=padded.to(target.device), use_cache=False).last_hidden_state
-    finite = hidden.isfinite().all(-1).cpu()
-    features = hidden.to(torch.bfloat16).cpu()
-    rows = []
-    for i, ids in enumerate(token_ids):
-        if not bool(finite[i, : len(ids)].all()):
-            row = f"conversation {names[i]}" if names else f"row {i}"
-            raise NonFinite(f"{row}: the target's hidden states are NaN or infinite; load the target in float32")
-        rows.append(features[i, : len(ids)])
-    return rows
+    return Capture(target, token_ids, names).rows()
+
+
+class Capture:
+    """`capture_features` under way: on a GPU, work for the next rows can be started before these are fetched."""
+
+    @torch.no_grad()
+    def __init__(self, target: Target, token_ids: Sequence[Sequence[int]], names: Sequence[str] | None = None):
+        self._lengths, self._names = [len(ids) for ids in token_ids], names
+        padded = torch.zeros(len(token_ids), max(self._lengths), dtype=torch.long)
+        for row, ids in zip(padded, token_ids, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        decoder = cast(Any, target.model).base_model
+        hidden = decoder(input_ids=padded.to(target.device), use_cache=False).last_hidden_state
+        self._finite, self._features = _fetched(hidden.isfinite().all(-1)), _fetched(hidden.to(torch.bfloat16))
+        self._copied = torch.cuda.Event() if hidden.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def rows(self) -> list[Tensor]:
+        """The rows, once they are here; see `capture_features`."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        for i, length in enumerate(self._lengths):
+            if not bool(self._finite[i, :length].all()):
+                row = f"conversation {self._names[i]}" if self._names else f"row {i}"
+                raise NonFinite(f"{row}: the target's hidden states are NaN or infinite; load the target in float32")
+        return [features[:length] for features, length in zip(self._features, self._lengths, strict=True)]
+
+
+def _fetched(tensor: Tensor) -> Tensor:
+    """On the CPU; from a GPU into page-locked memory, in the background."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -59,7 +59,8 @@ class FusedRunner:
         self.rope = RopeTable(decoder.rotary_emb, self.device, self.dtype)
         self.capturable = self.rope.fixed
         self._layer = self._before, self._after
-        self._steady_layer = tuple(map(compiled, self._layer)) if self.device.type == "cuda" else self._layer
+        on_gpu = self.device.type == "cuda"
+        self._steady_layer = (compiled(self._before), compiled(self._after)) if on_gpu else self._layer
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:

@@ -33,13 +33,12 @@ class Alignment(nn.Module):
 
         `features` [N, H] are the input features of all rows: the batch's, perhaps with noise.
         """
-        draft, last = self.draft, len(batch.token_ids) - 1
+        last = len(batch.token_ids) - 1
         next_tokens = batch.token_ids[(torch.arange(len(features), device=features.device) + 1).clamp(max=last)]
-        u = draft.fuse(next_tokens[None], features[None])
-        queries, keys, values = (x[0] for x in draft.qkv(u, batch.position_ids[None]))
-        u, queries = u[:, batch.anchors], queries[:, batch.anchors]
+        u, queries, keys, values = self._enter(next_tokens, features, batch.position_ids)
+        u, queries = u[batch.anchors], queries[:, batch.anchors]
         attended = attend(queries, keys, values, [], [], batch.documents)
-        outputs = [draft.output(u, attended[None])[0]]
+        outputs = [self._output(u, attended)]
 
         own_keys: list[Tensor] = []
         own_values: list[Tensor] = []
@@ -47,10 +46,22 @@ class Alignment(nn.Module):
         for step in range(2, self.align_steps + 1):
             previous = outputs[-1].detach() if self.detach_features else outputs[-1]
             tokens = batch.token_ids[(batch.anchors + step).clamp(max=last)]
-            u = draft.fuse(tokens[None], previous[None])
-            queries, key, value = (x[0] for x in draft.qkv(u, positions[None] + step - 1))
+            u, queries, key, value = self._enter(tokens, previous, positions + step - 1)
             own_keys.append(key)
             own_values.append(value)
             attended = attend(queries, keys, values, own_keys, own_values, batch.documents)
-            outputs.append(draft.output(u, attended[None])[0])
+            outputs.append(self._output(u, attended))
         return outputs
+
+    def compile_parts(self) -> None:
+        """Compile what lies between the attentions, whose kernels are compiled already."""
+        self._enter = torch.compile(self._enter, dynamic=True)
+        self._output = torch.compile(self._output, dynamic=True)
+
+    def _enter(self, token_ids: Tensor, features: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        """u [R, H], queries [A, R, d], keys and values [KV, R, d] of R rows."""
+        return tuple(x[0] for x in self.draft.enter(token_ids[None], features[None], position_ids[None]))
+
+    def _output(self, u: Tensor, attended: Tensor) -> Tensor:
+        """The features [R, H] that R rows estimate."""
+        return self.draft.output(u[None], attended[None])[0]

@@ -135,7 +135,7 @@ def _make_run(shape: dict[str, int], config: TrainingConfig, device: torch.devic
     draft = DraftModel(architecture, embedding)
     alignment = Alignment(draft, config.align_steps)
     if config.compile:
-        alignment.compile(dynamic=True)
+        alignment.compile_parts()
     accelerator = Accelerator(cpu=device.type == "cpu")
     head = DraftHead.from_target(embedding, torch.arange(vocabulary) if vocabulary else None)
     return Run(

@@ -152,7 +152,7 @@ def make_run(
     training = config.training
     alignment = Alignment(draft, training.align_steps, training.detach_features)
     if training.compile:
-        alignment.compile(dynamic=True)
+        alignment.compile_parts()
     optimizers = make_optimizers(draft, training)
     stream = PackStream(dataset.lengths, training.tokens_per_pack, config.seed)
     return Run(

@@ -43,13 +43,13 @@ def answers(count: int):
 
 def extract_slowly(root, cache, responses: Artifact, seconds_a_batch: float) -> None:
     """In a process of its own: extract, waiting before each batch."""
-    original = extract.capture_features
+    original = extract.Capture
 
     def slow(*arguments):
         time.sleep(seconds_a_batch)
         return original(*arguments)
 
-    extract.capture_features = slow
+    extract.Capture = slow
     target = freeze(tiny_llama(), byte_tokenizer(), name="tiny")
     extract_features(RunConfig(), responses, Store(root, cache=cache), target)
 

@@ -4,7 +4,7 @@ A step reads nothing back and changes no shape, so on a GPU it is captured once 
 Shapes: B rows, S slots, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hass_core.data.engines.base import Request
 from hass_core.data.engines.sampling import sample, uniform_at
+from hass_core.target.compiling import compiled
 from hass_core.target.kv_cache import KVCache
 from hass_core.target.runner import Runner
 
@@ -41,13 +42,15 @@ class Answer:
 class Batch:
     """Key-value cache, last tokens and sampling settings of B rows. A row without an answer computes scrap."""
 
-    def __init__(self, runner: Runner, rows: int, slots: int):
+    def __init__(self, runner: Runner, rows: int, slots: int, steady: bool = False):
         self.runner, self.rows, self.slots = runner, max(rows, MIN_ROWS), slots
         device = runner.device
         cache = runner.new_cache(self.rows, slots)
         self.lengths = torch.zeros(self.rows, dtype=torch.long, device=device)
         # rows differ in length as far as the host knows: the runner then places each row by its own length
         self.cache = KVCache(cache.blocks, self.lengths, np.arange(self.rows))
+        self.cache.steady = steady
+        self._sample = compiled(sample) if steady and device.type == "cuda" else sample
         self.tokens = torch.zeros(self.rows, dtype=torch.long, device=device)
         self.seeds = torch.zeros(self.rows, dtype=torch.long, device=device)
         self.temperature = torch.zeros(self.rows, device=device)
@@ -63,10 +66,10 @@ class Batch:
         """Numbers of the rows without an answer."""
         return [row for row in range(self.rows) if row not in self.answers]
 
-    def resized(self, rows: int, slots: int) -> "Batch":
-        """The running answers, in order, in a batch of another size."""
+    def resized(self, rows: int, slots: int, steady: bool = False) -> "Batch":
+        """The running answers, in order, in a batch of another size; `steady` when that size will last."""
         kept = sorted(self.answers)
-        other = Batch(self.runner, rows, slots)
+        other = Batch(self.runner, rows, slots, steady)
         source = torch.tensor(kept, dtype=torch.long, device=self.lengths.device)
         width = min(slots, self.slots)
         for old, new in zip(self.cache.blocks, other.cache.blocks, strict=True):
@@ -134,16 +137,24 @@ class Batch:
     def _step(self, width: int, max_top_k: int, use_top_p: bool) -> None:
         self.cache.width = width
         features = self.runner.forward(self.tokens[:, None], self.lengths[:, None], self.cache)
-        drawn = self._draw(features[:, 0], self._row_numbers, self.lengths, max_top_k, use_top_p)
+        drawn = self._draw(features[:, 0], self._row_numbers, self.lengths, max_top_k, use_top_p, self._sample)
         self.tokens.copy_(drawn)
         # a row that has ended goes on until the host looks; it must not run over the end of its slots
         self.lengths.add_(1).clamp_(max=width - 1)
 
-    def _draw(self, features: Tensor, index: Tensor, positions: Tensor, max_top_k: int, use_top_p: bool) -> Tensor:
+    def _draw(
+        self,
+        features: Tensor,
+        index: Tensor,
+        positions: Tensor,
+        max_top_k: int,
+        use_top_p: bool,
+        draw: Callable[..., Tensor] = sample,
+    ) -> Tensor:
         logits = self.runner.logits(features)
         uniform = uniform_at(self.seeds[index], positions)
         settings = (self.temperature[index], self.top_p[index], self.top_k[index])
-        return sample(logits, *settings, uniform, max_top_k, use_top_p)
+        return draw(logits, *settings, uniform, max_top_k, use_top_p)
 
 
 def _settings(requests: Sequence[Request]) -> dict[str, Tensor]:

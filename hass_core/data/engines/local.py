@@ -9,6 +9,7 @@ can differ in the last digit with the number of rows computed together, so exact
 
 from collections.abc import Iterator
 
+from hass_core import kernels
 from hass_core.data.engines.base import Completion, Request, RequestQueue
 from hass_core.data.engines.batch import MIN_ROWS, Answer, Batch
 from hass_core.data.templates import special_token_ids
@@ -58,7 +59,7 @@ class LocalEngine:
             slots = max(batch.slots, rounded_up(longest + self._look, SLOT_STEP))
             rows = max(batch.rows, running + len(new))
             if (rows, slots) != (batch.rows, batch.slots):
-                batch = batch.resized(rows, slots)
+                batch = batch.resized(rows, slots, steady=rows == self._max_rows)
             for part in self._parts(new):
                 batch.start(part)
         elif running <= batch.rows // 2 and batch.rows > MIN_ROWS:
@@ -80,8 +81,11 @@ class LocalEngine:
         """Some more tokens for every row, up to the end of its answer."""
         if not batch.answers:
             return
-        width = rounded_up(max(a.length for a in batch.answers.values()) + self._look, self._width_step)
-        drawn = batch.steps(self._look, min(width, batch.slots)).tolist()
+        width = batch.slots  # the kernels read live slots only, whatever the width
+        if not kernels.usable(batch.lengths):
+            longest = max(answer.length for answer in batch.answers.values())
+            width = min(width, rounded_up(longest + self._look, self._width_step))
+        drawn = batch.steps(self._look, width).tolist()
         for row, answer in batch.answers.items():
             for token in drawn[row][: answer.request.max_new_tokens - len(answer.token_ids)]:
                 answer.token_ids.append(token)
