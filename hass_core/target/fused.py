@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hass_core.target.compiling import compiled
 from hass_core.target.kv_cache import KVCache, LayerShape
-from hass_core.target.linear import Linear, packable
+from hass_core.target.linear import FEW_ROWS, Linear, packable
 from hass_core.target.loader import Target
 from hass_core.target.placement import place
 from hass_core.target.rope import RopeTable
@@ -85,7 +85,8 @@ class FusedRunner:
         group = self.heads // self.shape.num_key_value_heads
         where = place(token_ids.shape[1], cache, visible, group, self.dtype)
         cos, sin = self.rope.at(position_ids)
-        before, after = self._steady_layer if cache.steady else self._layer
+        many = token_ids.numel() > FEW_ROWS  # a few go through kernels
+        before, after = self._steady_layer if cache.steady and many else self._layer
         x = F.embedding(token_ids, self.embedding)
         for weights, (keys, values) in zip(self.layers, cache.layers, strict=True):
             x = after(x, where.attention(before(x, weights), cos, sin, keys, values), weights)
@@ -93,8 +94,7 @@ class FusedRunner:
 
     def _before(self, x: Tensor, weights: LayerWeights) -> Tensor:
         """Queries, keys and values [B, T, A + 2·KV, d] of a layer's input [B, T, H]."""
-        normed = F.rms_norm(x, (self.hidden_size,), weights.input_norm, self.eps)
-        mixed = weights.qkv(normed).unflatten(-1, (-1, self.head_dim))
+        mixed = weights.qkv.of_normed(x, weights.input_norm, self.eps).unflatten(-1, (-1, self.head_dim))
         if weights.q_norm is None or weights.k_norm is None:
             return mixed
         kv = self.shape.num_key_value_heads
@@ -105,9 +105,8 @@ class FusedRunner:
 
     def _after(self, x: Tensor, attended: Tensor, weights: LayerWeights) -> Tensor:
         """A layer's output [B, T, H] from its input and the attended values [B, T, A·d]."""
-        x = x + weights.o(attended)
-        gate, up = weights.gate_up(F.rms_norm(x, (self.hidden_size,), weights.mlp_norm, self.eps)).chunk(2, dim=-1)
-        return x + weights.down(F.silu(gate) * up)
+        x = weights.o.plus(attended, x)
+        return weights.down.plus(weights.gate_up.gated(x, weights.mlp_norm, self.eps), x)
 
 
 def _layer_weights(layer: Any) -> LayerWeights:

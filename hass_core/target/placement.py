@@ -107,7 +107,7 @@ class MaskedPlacement:
         grouped = queries.reshape(batch, keys.shape[1], -1, dim)
         keys, values = keys[:, :, : self.width], values[:, :, : self.width]
         attended = F.scaled_dot_product_attention(grouped, keys, values, self.bias)
-        return attended.view(queries.shape).transpose(1, 2).reshape(batch, tokens, -1)
+        return attended.reshape(queries.shape).transpose(1, 2).reshape(batch, tokens, -1)
 
 
 def causal_mask(slots: Tensor, width: int) -> Tensor:
