@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hass_core.model.checkpoint import Draft
-from hass_core.target.compiling import compiled
+from hass_core.target.compiling import Compiled
 from hass_core.target.fused import joined
 from hass_core.target.kv_cache import KVCache, LayerShape
-from hass_core.target.linear import FEW_ROWS, Linear
+from hass_core.target.linear import Linear
 from hass_core.target.placement import place
 from hass_core.target.rope import RopeTable
 
@@ -33,12 +33,10 @@ class DraftRunner:
         self._q_norm, self._k_norm = attention.q_norm, attention.k_norm
         self._o, self._down = Linear(attention.o_proj.weight), Linear(mlp.down_proj.weight)
         self._gate_up = joined([mlp.gate_proj, mlp.up_proj])
-        self._norm, self._by_silu = layer.post_attention_layernorm.weight, architecture.hidden_act == "silu"
+        self._norm = layer.post_attention_layernorm.weight
         self._head = Linear(draft.head.weight)
         self.rope = RopeTable(model.rotary, self.device, self.dtype)
-        self._parts = self._before, self._after
-        on_gpu = self.device.type == "cuda"
-        self._steady_parts = (compiled(self._before), compiled(self._after)) if on_gpu else self._parts
+        self._compiled = (Compiled(self._before), Compiled(self._after)) if self.device.type == "cuda" else None
 
     def new_cache(self, batch_size: int, slots: int) -> KVCache:
         """An empty cache of one layer."""
@@ -59,8 +57,10 @@ class DraftRunner:
         They are written `offset` slots behind the live lengths, and see what `hass_core.target.placement.place` says.
         """
         where = place(token_ids.shape[1], cache, visible, self.group, self.dtype, offset)
-        many = token_ids.numel() > FEW_ROWS  # a few go through kernels
-        before, after = self._steady_parts if cache.steady and many else self._parts
+        before, after = self._before, self._after
+        if self._compiled and cache.steady:
+            before = self._compiled[0].for_tokens(token_ids.numel())
+            after = self._compiled[1].for_tokens(token_ids.numel())
         u, mixed = before(token_ids, features)
         return after(u, where.attention(mixed, *self.rope.at(position_ids), *cache.layers[0]))
 
@@ -80,8 +80,6 @@ class DraftRunner:
 
     def _after(self, u: Tensor, attended: Tensor) -> Tensor:
         """The estimated features [B, T, H] from the fused input and the attended values [B, T, A·d]."""
-        y = self._o.plus(attended, u)
-        if self._by_silu:
-            return self._down.plus(self._gate_up.gated(y, self._norm, self._eps), y)
-        gate, up = self._gate_up.of_normed(y, self._norm, self._eps).chunk(2, dim=-1)
-        return self._down.plus(self._act(gate) * up, y)
+        y = u + self._o(attended)
+        gate, up = self._gate_up(F.rms_norm(y, (y.shape[-1],), self._norm, self._eps)).chunk(2, dim=-1)
+        return y + self._down(self._act(gate) * up)

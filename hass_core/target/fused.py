@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hass_core.target.compiling import compiled
+from hass_core.target.compiling import Compiled
 from hass_core.target.kv_cache import KVCache, LayerShape
-from hass_core.target.linear import FEW_ROWS, Linear, packable
+from hass_core.target.linear import Linear, packable
 from hass_core.target.loader import Target
 from hass_core.target.placement import place
 from hass_core.target.rope import RopeTable
@@ -58,9 +58,7 @@ class FusedRunner:
         self.final_norm = decoder.norm.weight
         self.rope = RopeTable(decoder.rotary_emb, self.device, self.dtype)
         self.capturable = self.rope.fixed
-        self._layer = self._before, self._after
-        on_gpu = self.device.type == "cuda"
-        self._steady_layer = (compiled(self._before), compiled(self._after)) if on_gpu else self._layer
+        self._compiled = (Compiled(self._before), Compiled(self._after)) if self.device.type == "cuda" else None
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
@@ -85,8 +83,10 @@ class FusedRunner:
         group = self.heads // self.shape.num_key_value_heads
         where = place(token_ids.shape[1], cache, visible, group, self.dtype)
         cos, sin = self.rope.at(position_ids)
-        many = token_ids.numel() > FEW_ROWS  # a few go through kernels
-        before, after = self._steady_layer if cache.steady and many else self._layer
+        before, after = self._before, self._after
+        if self._compiled and cache.steady:
+            before = self._compiled[0].for_tokens(token_ids.numel())
+            after = self._compiled[1].for_tokens(token_ids.numel())
         x = F.embedding(token_ids, self.embedding)
         for weights, (keys, values) in zip(self.layers, cache.layers, strict=True):
             x = after(x, where.attention(before(x, weights), cos, sin, keys, values), weights)
@@ -94,7 +94,8 @@ class FusedRunner:
 
     def _before(self, x: Tensor, weights: LayerWeights) -> Tensor:
         """Queries, keys and values [B, T, A + 2·KV, d] of a layer's input [B, T, H]."""
-        mixed = weights.qkv.of_normed(x, weights.input_norm, self.eps).unflatten(-1, (-1, self.head_dim))
+        normed = F.rms_norm(x, (self.hidden_size,), weights.input_norm, self.eps)
+        mixed = weights.qkv(normed).unflatten(-1, (-1, self.head_dim))
         if weights.q_norm is None or weights.k_norm is None:
             return mixed
         kv = self.shape.num_key_value_heads
@@ -105,8 +106,9 @@ class FusedRunner:
 
     def _after(self, x: Tensor, attended: Tensor, weights: LayerWeights) -> Tensor:
         """A layer's output [B, T, H] from its input and the attended values [B, T, A·d]."""
-        x = weights.o.plus(attended, x)
-        return weights.down.plus(weights.gate_up.gated(x, weights.mlp_norm, self.eps), x)
+        x = x + weights.o(attended)
+        gate, up = weights.gate_up(F.rms_norm(x, (self.hidden_size,), weights.mlp_norm, self.eps)).chunk(2, dim=-1)
+        return x + weights.down(F.silu(gate) * up)
 
 
 def _layer_weights(layer: Any) -> LayerWeights:

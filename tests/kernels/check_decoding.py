@@ -1,9 +1,7 @@
 """The decoding kernels beside PyTorch, on a GPU or in Triton's interpreter; run by test_kernels.py as a program."""
 
 import torch
-import torch.nn.functional as F
 
-from hass_core.kernels.linear import linear
 from hass_core.kernels.top_k import row_top_k
 from hass_core.kernels.tree_attention import tree_attention
 from hass_core.target.kv_cache import KVCache, LayerShape
@@ -51,34 +49,8 @@ def check_top_k(rows: int, size: int, k: int) -> None:
     assert row_top_k(logits, k)[2][0].isnan(), "a logit that is no number shows in the log-sum-exp"
 
 
-def check_linear(rows: int, inputs: int, outputs: int, normed: bool, gated: bool, added: bool, scaled: bool) -> None:
-    x, residual = torch.randn(1, rows, inputs, device=DEVICE), torch.randn(1, rows, outputs, device=DEVICE)
-    weight = torch.randn(2 * outputs if gated else outputs, inputs, device=DEVICE) / inputs**0.5
-    norm, bias, scale = torch.rand(inputs, device=DEVICE) + 0.5, torch.randn(outputs, device=DEVICE), None
-    if scaled:
-        scale = torch.rand(len(weight), device=DEVICE) + 0.5
-    got = linear(
-        x, weight, norm if normed else None, 1e-5, gated, residual if added else None, bias if added else None, scale
-    )
-    expected = F.linear(F.rms_norm(x, (inputs,), norm, 1e-5) if normed else x, weight)
-    expected = expected if scale is None else expected * scale
-    if gated:
-        gate, up = expected.chunk(2, -1)
-        expected = F.silu(gate) * up
-    expected = expected + bias + residual if added else expected
-    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
-
-
 torch.manual_seed(0)
 for case, sizes in ATTENTION.items():
     check_attention(case, *sizes)
 for sizes in ((3, 5000, 10), (2, 49152, 10), (1, 1024, 1), (4, 100, 7)):
     check_top_k(*sizes)
-for sizes in (
-    (1, 576, 960, True, False, False, False),
-    (5, 100, 48, True, True, False, False),
-    (60, 192, 64, False, False, True, False),
-    (70, 130, 33, True, False, True, True),
-    (3, 64, 40, True, True, False, True),
-):
-    check_linear(*sizes)
