@@ -150,7 +150,7 @@ def _retraining(config: RunConfig, client: MlflowClient, number: int) -> None:
     if number == 0:
         client.create_registered_model("load")
     draft = _artifact("draft", f"{number}")
-    tags = {"hass.draft": draft.digest, "hass.draft.artifact": draft.model_dump_json()}
+    tags = {"hass.digest.draft": draft.digest, "hass.draft.artifact": draft.model_dump_json()}
     version = client.create_model_version("load", f"file://{config.store}", run_id, tags=tags)
     client.set_registered_model_alias("load", "champion" if number == 0 else "challenger", version.version)
 

@@ -18,7 +18,7 @@ from mlflow.utils.time import get_current_time_millis
 
 POLL_SECONDS = 2.0
 METRICS_PER_CALL = 1000  # MLflow's limit
-NOT_METRICS = {"step", "time"}
+NOT_METRICS = {"step", "time", "tokens_seen"}
 
 logger = logging.getLogger(__name__)
 

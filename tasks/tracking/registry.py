@@ -22,6 +22,7 @@ from tasks.tracking.lock import locked
 from tasks.tracking.package import log_draft_model
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+NOTE = "mlflow.note.content"  # the description on a run's page
 VERDICT = "## Version "  # begins a verdict's text, behind the card in a version's description
 
 
@@ -66,11 +67,12 @@ def register(
         with locked(client, name):
             if version_of(client, name, draft) is None:  # another process may have been faster
                 _create_model(client, name, target)
-                tags = {"hass.draft": draft.digest, "hass.draft.artifact": draft.model_dump_json(), **lineage}
+                tags = {"hass.digest.draft": draft.digest, "hass.draft.artifact": draft.model_dump_json(), **lineage}
                 with as_default(tracking_uri(config)):  # where `models:/` addresses are looked up
                     new = client.create_model_version(
                         name, source.model_uri, run_id, tags=tags, description=card, model_id=source.model_id
                     )
+                client.set_tag(run_id, NOTE, card)
                 alias = CHALLENGER if champion(client, name) else CHAMPION
                 client.set_registered_model_alias(name, alias, new.version)
     version = version_of(client, name, draft)
@@ -80,7 +82,7 @@ def register(
 
 def version_of(client: MlflowClient, name: str, draft: Artifact) -> ModelVersion | None:
     """The version that holds this draft."""
-    found = client.search_model_versions(f"name = '{name}' and tags.`hass.draft` = '{draft.digest}'")
+    found = client.search_model_versions(f"name = '{name}' and tags.`hass.digest.draft` = '{draft.digest}'")
     return min(found, key=lambda version: int(version.version)) if found else None
 
 
@@ -154,8 +156,10 @@ def record_verdict(client: MlflowClient, challenger: DraftVersion, promoted: boo
     version = client.get_model_version(challenger.model, challenger.version)
     client.set_model_version_tag(challenger.model, challenger.version, "hass.promoted", str(promoted).lower())
     card = (version.description or "").partition(VERDICT)[0].rstrip()
-    client.update_model_version(challenger.model, challenger.version, description=f"{card}\n\n{text}".lstrip())
+    description = f"{card}\n\n{text}".lstrip()
+    client.update_model_version(challenger.model, challenger.version, description=description)
     if version.run_id:
+        client.set_tag(version.run_id, NOTE, description)
         client.set_tag(version.run_id, "hass.promoted", str(promoted).lower())
         client.log_text(version.run_id, text, "promotion.md")
 

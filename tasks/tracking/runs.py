@@ -17,6 +17,7 @@ from hass_core.store import Artifact, Store, digest_of
 from tasks.tracking.client import connect, experiment_id, tracking_uri
 from tasks.tracking.lock import locked
 from tasks.tracking.metrics import Follower, read_metrics
+from tasks.tracking.names import stage_metrics
 
 UNTRACKED = {"name", "store", "tracking", "promotion", "execution"}  # settings that change no result
 FILES_SHOWN = (".json", ".md", ".png", ".jsonl")
@@ -65,18 +66,16 @@ class StageRun:
 
     def record(self, store: Store, artifact: Artifact, inputs: Mapping[str, Artifact]) -> None:
         """Write down a finished stage once: numbers, files people look at, digests, inputs."""
-        if self.run.data.tags.get("hass.artifact") == artifact.digest:
-            return
         stage = artifact.stage
-        numbers = {f"{stage}/{name}": value for name, value in artifact.summary.items() if _is_number(value)}
-        for run_id in (self.id, self.parent):
-            _log_numbers(self.client, run_id, numbers)
-            self.client.set_tag(run_id, f"hass.digest.{stage}", artifact.digest)
+        if self.run.data.tags.get(f"hass.digest.{stage}") == artifact.digest:
+            return
         self._record_files(store, artifact)
-        self.client.log_inputs(self.id, [_dataset(name, value) for name, value in inputs.items()])
-        self.client.log_inputs(self.parent, [_dataset(name, value) for name, value in inputs.items()])
-        self.client.set_tag(self.id, "hass.url", artifact.url)
-        self.client.set_tag(self.id, "hass.artifact", artifact.digest)  # last: its presence ends the record
+        self.client.update_run(self.id, name=f"{stage}-{artifact.digest[:6]}")
+        for run_id in (self.parent, self.id):
+            _log_numbers(self.client, run_id, stage_metrics(artifact))
+            self.client.log_inputs(run_id, [_dataset(name, value) for name, value in inputs.items()])
+            self.client.set_tag(run_id, f"hass.url.{stage}", artifact.url)
+            self.client.set_tag(run_id, f"hass.digest.{stage}", artifact.digest)  # last: its presence ends the record
 
     def _record_files(self, store: Store, artifact: Artifact) -> None:
         folder = store.open(artifact)
@@ -179,7 +178,3 @@ def _log_numbers(client: MlflowClient, run_id: str, numbers: Mapping[str, float]
 def _dataset(context: str, artifact: Artifact) -> DatasetInput:
     dataset = Dataset(name=artifact.stage, digest=artifact.digest, source_type="hass", source=artifact.url)
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float))

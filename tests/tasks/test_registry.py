@@ -45,7 +45,7 @@ def test_a_version_leads_back_to_the_draft_and_the_code(register, client, config
     assert store.open(version.draft).manifest() is not None
     tags = client.get_model_version(version.model, version.version).tags
     assert tags["hass.commit"] == "abc"
-    assert tags["hass.draft"] == version.draft.digest
+    assert tags["hass.digest.draft"] == version.draft.digest
 
 
 def test_the_registered_folder_is_a_draft_without_checkpoints_or_pickles(register, client, config, tmp_path):

@@ -6,10 +6,12 @@ import pytest
 
 from hass_core.config import parse_config
 from hass_core.errors import TrackingError
+from hass_core.store import Artifact
 from tasks.tracking import client as client_module
 from tasks.tracking import connect, open_retraining, stage_run
 from tasks.tracking.client import experiment_id, tracking_uri
 from tasks.tracking.metrics import Follower, read_metrics
+from tasks.tracking.names import stage_metrics
 from tests.tasks.conftest import metrics_text
 
 
@@ -51,6 +53,22 @@ def test_the_record_holds_settings_numbers_digests_inputs_and_code(config, store
         "draft/config.json",
         "draft/metrics.jsonl",
     }
+
+
+def test_a_stage_is_named_by_what_it_made_and_says_so(config, store, prompts, draft):
+    run_id = record_once(config, store, prompts, draft)
+    child = next(run for run in all_runs(config) if run.data.tags.get("hass.stage") == "draft")
+    assert child.info.run_name == f"draft-{draft.digest[:6]}"
+    for run in (child, connect(config).get_run(run_id)):
+        assert run.data.tags["hass.url.draft"] == draft.url
+        assert run.data.metrics["draft/best_tau"] == 1.5
+        assert "draft/val/tau" not in run.data.metrics
+
+
+def test_counts_with_open_names_and_doubles_are_no_metrics():
+    summary = {"prompts": 3, "from_a file": 2, "skipped/too long": 1, "note": "text", "loss": 2.0, "val/loss": 3.0}
+    artifact = Artifact(stage="prompts", digest="1", root="/nowhere", summary=summary)
+    assert stage_metrics(artifact) == {"prompts/prompts": 3.0}
 
 
 def test_the_same_retraining_again_adds_no_run_and_no_value(config, store, prompts, draft):
