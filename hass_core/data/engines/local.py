@@ -9,6 +9,8 @@ can differ in the last digit with the number of rows computed together, so exact
 
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from hass_core import kernels
 from hass_core.data.engines.base import Completion, Request, RequestQueue
 from hass_core.data.engines.batch import MIN_ROWS, Answer, Batch
@@ -38,14 +40,14 @@ class LocalEngine:
 
     def complete(self, queue: RequestQueue) -> Iterator[Completion]:
         """See `Engine`."""
-        batch = Batch(self._runner, 0, 0)
+        batch, ended = Batch(self._runner, 0, 0), []
         while True:
             batch = self._refilled(batch, queue)
-            if not batch.answers:
+            drawn = self._started(batch) if batch.answers else None
+            yield from ended  # what is done with these is done while the device draws
+            if drawn is None and not ended:
                 return
-            yield from self._ended(batch)
-            self._advance(batch)
-            yield from self._ended(batch)
+            ended = [] if drawn is None else self._ended(batch, drawn.tolist())
 
     def _refilled(self, batch: Batch, queue: RequestQueue) -> Batch:
         """Give free rows the next prompts; let the batch grow to what they need, and shrink when none are left."""
@@ -77,28 +79,27 @@ class LocalEngine:
         if part:
             yield part
 
-    def _advance(self, batch: Batch) -> None:
-        """Some more tokens for every row, up to the end of its answer."""
-        if not batch.answers:
-            return
+    def _started(self, batch: Batch) -> Tensor:
+        """Some more tokens of every row [B, n], being drawn."""
         width = batch.slots  # the kernels read live slots only, whatever the width
         if not kernels.usable(batch.lengths):
             longest = max(answer.length for answer in batch.answers.values())
             width = min(width, rounded_up(longest + self._look, self._width_step))
-        drawn = batch.steps(self._look, width).tolist()
-        for row, answer in batch.answers.items():
-            for token in drawn[row][: answer.request.max_new_tokens - len(answer.token_ids)]:
-                answer.token_ids.append(token)
-                if token in self._ends:
-                    break
+        return batch.steps(self._look, width)
 
-    def _ended(self, batch: Batch) -> Iterator[Completion]:
-        """Take the answers that are complete out of the batch."""
+    def _ended(self, batch: Batch, drawn: list[list[int]]) -> list[Completion]:
+        """Give the answers the tokens drawn for them, up to their ends; take those that have ended out of the batch."""
+        ended = []
         for row, answer in list(batch.answers.items()):
+            for token in drawn[row][: answer.request.max_new_tokens - len(answer.token_ids)]:
+                if answer.token_ids[-1] in self._ends:
+                    break
+                answer.token_ids.append(token)
             last = answer.token_ids[-1]
             if last in self._ends or len(answer.token_ids) == answer.request.max_new_tokens:
                 del batch.answers[row]
-                yield Completion(answer.request.key, answer.token_ids, finished=last in self._eos)
+                ended.append(Completion(answer.request.key, answer.token_ids, finished=last in self._eos))
+        return ended
 
 
 def rounded_up(value: int, step: int) -> int:
