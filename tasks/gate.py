@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict
 
 from hass_core.config import PromotionConfig
 from hass_core.evaluation.metrics import Measurement, speedup
+from hass_core.evaluation.render import md
+from hass_core.evaluation.report import ALL, PLAIN
 from hass_core.evaluation.statistics import Estimate, bootstrap
 
-DRAFTED, PLAIN = "hass", "plain"
+DRAFTED = "hass"
 
 
 class Verdict(BaseModel):
@@ -23,7 +25,7 @@ class Verdict(BaseModel):
     promoted: bool
     reasons: tuple[str, ...]
     gain: Estimate | None = None
-    gain_by_benchmark: dict[str, float] = {}
+    gain_by_benchmark: dict[str, Estimate] = {}
     champion: str | None = None
     challenger: str | None = None
 
@@ -40,8 +42,13 @@ class Verdict(BaseModel):
         lines += [f"- {reason}" for reason in self.reasons]
         if self.gain_by_benchmark:
             lines += ["", "| benchmark | speed-up over the champion's |", "|---|---|"]
-            lines += [f"| {name} | {gain:+.1%} |" for name, gain in sorted(self.gain_by_benchmark.items())]
+            lines += [f"| {md(name)} | {_shown(gain)} |" for name, gain in self.gains().items()]
         return "\n".join(lines) + "\n"
+
+    def gains(self) -> dict[str, Estimate]:
+        """The gain of each benchmark by name, then over all where there are several."""
+        each = dict(sorted(self.gain_by_benchmark.items()))
+        return {**each, ALL: self.gain} if self.gain and len(each) > 1 else each
 
 
 Pair = tuple[Measurement, Measurement]  # one question: with the draft, without
@@ -60,7 +67,7 @@ def judge(
     if not matches:
         return Verdict(promoted=False, reasons=("the two drafts were measured on no common question",))
     gain = _gain(matches, seed)
-    by_benchmark = {name: _gain(group, seed).value for name, group in _by_benchmark(matches).items()}
+    by_benchmark = {name: _gain(group, seed) for name, group in _by_benchmark(matches).items()}
     against = _objections(gain, by_benchmark, lossless, rules)
     return Verdict(
         promoted=not against,
@@ -70,7 +77,7 @@ def judge(
     )
 
 
-def _objections(gain: Estimate, by_benchmark: dict[str, float], lossless: bool, rules: PromotionConfig) -> list[str]:
+def _objections(gain: Estimate, by_benchmark: dict[str, Estimate], lossless: bool, rules: PromotionConfig) -> list[str]:
     against = [] if lossless else ["the challenger changes the target's output: it is not lossless"]
     if gain.low <= rules.margin:
         against.append(
@@ -78,9 +85,9 @@ def _objections(gain: Estimate, by_benchmark: dict[str, float], lossless: bool, 
             f"its lower end is not above the margin of {rules.margin:+.1%}"
         )
     against += [
-        f"{name} is {-value:.1%} slower than with the champion; {rules.tolerance:.1%} are allowed"
-        for name, value in sorted(by_benchmark.items())
-        if value < -rules.tolerance
+        f"{name} is {-own.value:.1%} slower than with the champion; {rules.tolerance:.1%} are allowed"
+        for name, own in sorted(by_benchmark.items())
+        if own.value < -rules.tolerance
     ]
     return against
 

@@ -1,11 +1,15 @@
 """Promotion: measure champion and challenger on the same questions here, judge, move the alias, say why."""
 
+import tempfile
+from pathlib import Path
+
 import pyarrow.parquet as pq
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
 from hass_core.config import RunConfig
 from hass_core.evaluation import evaluate as core
+from hass_core.evaluation.figures import draw_gains
 from hass_core.evaluation.metrics import Measurement
 from hass_core.progress import Progress
 from hass_core.store import Artifact
@@ -31,7 +35,7 @@ def decide(config: RunConfig, challenger: DraftVersion, again: bool = False) -> 
         taken = verdict.promoted and champion != challenger
         if not taken or tracking.crown(client, challenger, champion):
             break  # else another promotion came first: compare with the new champion
-    tracking.record_verdict(client, challenger, verdict.promoted, verdict.markdown())
+    _record(config, challenger, verdict)
     create_markdown_artifact(verdict.markdown(), key="promotion", description="Verdict of the promotion gate")
     return verdict
 
@@ -69,6 +73,16 @@ def _verdict(config: RunConfig, challenger: DraftVersion, champion: DraftVersion
     lossless = bool(ours.summary["lossless"])
     verdict = judge(_measurements(config, ours), _measurements(config, theirs), lossless, config.promotion)
     return verdict.model_copy(update=names)
+
+
+def _record(config: RunConfig, challenger: DraftVersion, verdict: Verdict) -> None:
+    with tempfile.TemporaryDirectory(prefix="hass-promotion-") as folder:
+        figures = []
+        if gains := verdict.gains():
+            title = f"Version {verdict.challenger} against champion {verdict.champion}: {verdict.outcome}"
+            figures.append(draw_gains(gains, Path(folder) / "gain.png", title))
+        client = tracking.connect(config)
+        tracking.record_verdict(client, challenger, verdict.promoted, verdict.markdown(), figures)
 
 
 def _measured(config: RunConfig, version: DraftVersion, progress: Progress) -> Artifact:

@@ -31,7 +31,7 @@ from hass_core.provenance import provenance
 from hass_core.store import Artifact, StageFolder, Store, digest_of
 from hass_core.target.loader import Target, load_target
 
-STEP_VERSION = 1
+STEP_VERSION = 2
 REPORT = "report.json"
 
 

@@ -1,10 +1,11 @@
-"""Figures of a report: speed bars, acceptance by depth, τ per benchmark, and the training's curves.
+"""Figures: speed bars, τ per benchmark, acceptance by depth, use of the tree, the training's curves, one draft's gain.
 
 Drawn without a display; matplotlib is imported only when a figure is made.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIZE_INCHES = (7, 4.2)
+PANEL_INCHES = 4.6  # width of one of several
 DOTS_PER_INCH = 130
 STYLE: dict[Any, Any] = {
     "font.size": 10.5,
@@ -42,7 +44,7 @@ COLORS = {
 }
 STEP_COLORS = ("#d1495b", "#4e79a7", "#59a14f", "#c9a227", "#b07aa1", "#76b7b2", "#9aa3ad", "#24292f")
 
-SPLITS = {"train": "training", "val": "validation"}
+CHOICE_COLORS = ("#8f2a3b", "#d1495b", "#e58a97", "#f2c1c8")  # the draft's first choice is the darkest
 
 Draw = Callable[["Axes"], None]
 
@@ -53,24 +55,32 @@ def draw_report(report: Report, folder: Path) -> list[Path]:
     drawn.append(draw(folder / "tau.png", lambda axes: _tau(axes, report)))
     if report.score(report.main_method).acceptance_by_depth:
         drawn.append(draw(folder / "acceptance.png", lambda axes: _acceptance(axes, report)))
+    if report.tree_use:
+        drawn.append(draw(folder / "tree.png", lambda axes: _tree_use(axes, report)))
     return drawn
 
 
 def draw_training(metrics: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Loss and step accuracy over the optimizer steps, from the lines of metrics.jsonl; what is absent is not drawn."""
-    names = sorted({name for row in metrics for name in row})
-    losses = {name: SPLITS[name.partition("/")[0]] for name in names if name in ("train/loss", "val/loss")}
-    steps = [name for name in names if "/accuracy_step_" in name]
-    kept = [name for name in steps if name.startswith("val/")] or steps
-    accuracies = {name: f"step {name.rpartition('_')[2]}" for name in kept}
-    drawn = []
-    if losses:
-        drawn.append(draw(folder / "loss.png", lambda axes: _curves(axes, metrics, losses, "Loss", "loss")))
-    if accuracies:
-        title = f"Accuracy of each alignment step, {SPLITS[kept[0].partition('/')[0]]} data"
-        accuracy = folder / "accuracy.png"
-        drawn.append(draw(accuracy, lambda axes: _curves(axes, metrics, accuracies, title, "share right")))
-    return drawn
+    """Loss, step accuracy and τ over the optimizer steps, side by side; what metrics.jsonl lacks is not drawn."""
+    names = {name for row in metrics for name in row}
+    steps = sorted(name for name in names if name.startswith("val/accuracy_step_"))
+    panels = [
+        ("Loss", "loss", 0, {"train/loss": "training", "val/loss": "held-out"}),
+        ("Step accuracy, held-out", "share right", 0, {name: f"step {name.rpartition('_')[2]}" for name in steps}),
+        ("τ, held-out", "tokens per cycle", 1, {"val/tau": "chain of 5", "val/tree_tau": "tree"}),
+    ]
+    present = [
+        (title, unit, start, curves)
+        for title, unit, start, given in panels
+        if (curves := {name: shown for name, shown in given.items() if name in names})
+    ]
+    fills = [partial(_curves, metrics=metrics, curves=c, title=t, unit=u, start=s) for t, u, s, c in present]
+    return [draw(folder / "training.png", *fills)] if fills else []
+
+
+def draw_gains(gains: Mapping[str, Estimate], path: Path, title: str) -> Path:
+    """A draft's speed-up over another's less 1, per benchmark: a point and its interval."""
+    return draw(path, lambda axes: _gains(axes, gains, title))
 
 
 def read_metrics(text: str) -> list[dict[str, Any]]:
@@ -78,16 +88,19 @@ def read_metrics(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
 
 
-def draw(path: Path, fill: Draw) -> Path:
-    """One figure with one pair of axes, filled by `fill`, as a PNG."""
+def draw(path: Path, *fills: Draw) -> Path:
+    """One figure as a PNG; each of `fills` draws its own pair of axes, side by side."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+        width, height = SIZE_INCHES
+        figure = Figure(figsize=(width if len(fills) == 1 else PANEL_INCHES * len(fills), height))
+        figure.set_layout_engine("constrained", wspace=0.06)
         FigureCanvasAgg(figure)
-        fill(figure.add_subplot())
+        for axes, fill in zip(figure.subplots(1, len(fills), squeeze=False)[0], fills, strict=True):
+            fill(axes)
         figure.savefig(path, dpi=DOTS_PER_INCH)
     return path
 
@@ -144,7 +157,8 @@ def _acceptance(axes: "Axes", report: Report) -> None:
         rates = [100 * rate.value for rate in report.n_alpha]
         name = f"{label(report.main_method)} chain: n-α, % of tries"
         axes.plot(range(1, len(rates) + 1), rates, marker="s", color="#24292f", linestyle=":", label=name)
-    axes.set_xticks(range(1, 1 + max(len(report.score(method).acceptance_by_depth) for method in report.methods)))
+    deepest = max(len(report.score(method).acceptance_by_depth) for method in report.methods)
+    axes.set_xticks(range(1, 1 + max(deepest, len(report.n_alpha))))
     axes.set_ylim(0, None)
     axes.set_xlabel("depth")
     axes.set_ylabel("% of cycles that reach the depth")
@@ -152,12 +166,54 @@ def _acceptance(axes: "Axes", report: Report) -> None:
     axes.legend()
 
 
-def _curves(axes: "Axes", metrics: list[dict[str, Any]], names: dict[str, str], title: str, unit: str) -> None:
-    for (name, shown), color in zip(sorted(names.items()), STEP_COLORS * 4, strict=False):
+def _tree_use(axes: "Axes", report: Report) -> None:
+    """A bar per depth, stacked by the draft's choices; what comes after the last colour is one part."""
+    depths = range(1, len(report.tree_use) + 1)
+    bottoms = [0.0] * len(depths)
+    last = len(CHOICE_COLORS) - 1
+    for choice, color in enumerate(CHOICE_COLORS):
+        heights = [
+            100 * (sum(row[last:]) if choice == last else sum(row[choice : choice + 1])) for row in report.tree_use
+        ]
+        if any(heights):
+            name = f"choice {choice + 1}" + (" and later" if choice == last else "")
+            bars = axes.bar(depths, heights, 0.62, bottoms, color=color, label=name)
+            shown = [f"{height:.0f}" if height >= 3 else "" for height in heights]
+            axes.bar_label(bars, shown, label_type="center", color="white" if choice < 2 else "#24292f")
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    tree = report.tree
+    axes.set_xticks(depths)
+    axes.grid(axis="x", visible=False)
+    axes.set_xlabel("depth in the tree")
+    axes.set_ylabel("% of cycles that accept a token there")
+    axes.set_title(f"Use of the tree: {tree.nodes} nodes, {tree.kind}")
+    axes.legend()
+
+
+def _gains(axes: "Axes", gains: Mapping[str, Estimate], title: str) -> None:
+    percents = [Estimate(value=100 * e.value, low=100 * e.low, high=100 * e.high) for e in gains.values()]
+    rows = range(len(percents))
+    values, distances = _bars(percents)
+    axes.axvline(0, color="#8a919a", linewidth=1, linestyle="--")
+    axes.errorbar(values, rows, xerr=distances, fmt="o", color=COLORS["hass"], markersize=8, capsize=5, linewidth=1.6)
+    for row, value in zip(rows, values, strict=True):
+        axes.annotate(f"{value:+.1f} %", (value, row), (0, 9), textcoords="offset points", ha="center")
+    axes.set_yticks(rows, [name[:24] for name in gains], parse_math=False)
+    axes.set_ylim(len(percents) - 0.4, -0.6)
+    axes.margins(x=0.12)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("speed-up over the champion's, %, with 95 % intervals over the same questions")
+    axes.set_title(title)
+
+
+def _curves(
+    axes: "Axes", metrics: list[dict[str, Any]], curves: Mapping[str, str], title: str, unit: str, start: float
+) -> None:
+    for (name, shown), color in zip(curves.items(), STEP_COLORS * 4, strict=False):
         points = [(row["step"], row[name]) for row in metrics if name in row]
         marker = "o" if len(points) <= 40 else None
         axes.plot(*zip(*points, strict=True), color=color, linewidth=1.8, marker=marker, markersize=4, label=shown)
-    axes.set_ylim(0, None)
+    axes.set_ylim(start, None)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(unit)
     axes.set_title(title)

@@ -6,6 +6,7 @@ it accepts a ≥ 0 draft tokens and adds one token of the target's own. Plain de
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -123,6 +124,16 @@ def acceptance_at_rank(measured: Sequence[Measurement], rank: int) -> Sample:
     """Share of the places offering a `rank`-th choice (1 = the draft's first) at which it was accepted."""
     accepted = _sums(measured, lambda m: m.ranks.count(rank - 1))
     return Sample(ratio_of_sums, (accepted, _sums(measured, lambda m: sum(n >= rank for n in m.offered))))
+
+
+def tree_use(measured: Sequence[Measurement]) -> list[list[float]]:
+    """[depth - 1][choice - 1]: share of cycles that accept, at this depth, the draft's first, second, … choice."""
+    accepted = np.zeros((deepest(measured), widest(measured)))
+    for m in measured:
+        ranks = iter(m.ranks)
+        for depth, rank in ((d, r) for length in m.accepted for d, r in enumerate(islice(ranks, length))):
+            accepted[depth, rank] += 1
+    return (accepted / _cycles(measured).sum()).tolist()
 
 
 def deepest(measured: Sequence[Measurement]) -> int:

@@ -66,6 +66,7 @@ class Report(Part):
     scores: list[Score]
     comparisons: list[Comparison]
     n_alpha: list[Estimate]  # chain drafting; entry n: n of the inputs were drafted
+    tree_use: list[list[float]] = []  # `metrics.tree_use` of the main method; first temperature, all benchmarks
     lossless: Certificate | None  # None when only plain decoding was measured
     same_precision: Certificate | None  # the same comparison in the precision measured; None when that is float32
     generate_tokens_per_second: float  # transformers' own generate on one question, for reference
@@ -142,6 +143,10 @@ class Estimator:
             for other in self.methods
             if other not in (method, PLAIN)
         ]
+
+    def tree_use(self, method: str) -> list[list[float]]:
+        """Where in the tree the method's tokens are accepted, at the first temperature."""
+        return metrics.tree_use(self._of(method, ALL, self.temperatures[0]))
 
     def n_alpha(self, chain: Sequence[Measurement]) -> list[Estimate]:
         """n-α for n = 0, 1, … from chain decoding."""

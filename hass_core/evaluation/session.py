@@ -66,6 +66,7 @@ class Session:
             "scores": estimator.scores(),
             "comparisons": estimator.comparisons(self._main) if self._main else [],
             "n_alpha": estimator.n_alpha(self._chain(progress)) if self._main else [],
+            "tree_use": estimator.tree_use(self._main) if self._main else [],
             "lossless": exact,
             "same_precision": same,
             "generate_tokens_per_second": self._step("generate", self._generate),

@@ -5,7 +5,7 @@ A version's tags lead back to everything it came from: digests and addresses of 
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -151,8 +151,10 @@ def crown(client: MlflowClient, challenger: DraftVersion, expected: DraftVersion
     return True
 
 
-def record_verdict(client: MlflowClient, challenger: DraftVersion, promoted: bool, text: str) -> None:
-    """Tags and description of the version, and a file in the run that made it."""
+def record_verdict(
+    client: MlflowClient, challenger: DraftVersion, promoted: bool, text: str, figures: Iterable[Path] = ()
+) -> None:
+    """Tags and description of the version, and files in the run that made it."""
     version = client.get_model_version(challenger.model, challenger.version)
     client.set_model_version_tag(challenger.model, challenger.version, "hass.promoted", str(promoted).lower())
     card = (version.description or "").partition(VERDICT)[0].rstrip()
@@ -161,7 +163,9 @@ def record_verdict(client: MlflowClient, challenger: DraftVersion, promoted: boo
     if version.run_id:
         client.set_tag(version.run_id, NOTE, description)
         client.set_tag(version.run_id, "hass.promoted", str(promoted).lower())
-        client.log_text(version.run_id, text, "promotion.md")
+        client.log_text(version.run_id, text, "promotion/verdict.md")
+        for figure in figures:
+            client.log_artifact(version.run_id, str(figure), "promotion")
 
 
 def record_export(client: MlflowClient, version: DraftVersion, engine: str, folder: Path) -> None:

@@ -65,7 +65,7 @@ def test_an_evaluation_writes_report_table_rows_and_figures(config, draft, store
     names = set(folder.finished())
     assert names == {
         "report.json", "report.md", "per_question.parquet",
-        "speed.png", "tau.png", "acceptance.png", "loss.png", "accuracy.png",
+        "speed.png", "tau.png", "acceptance.png", "tree.png", "training.png",
     }  # fmt: skip
     rows = pq.read_table(folder.local_path("per_question.parquet")).to_pylist()
     assert [(row["question"], row["method"]) for row in rows] == [

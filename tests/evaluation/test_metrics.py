@@ -72,6 +72,13 @@ def test_acceptance_by_rank_is_a_share_of_the_places_that_offered_it():
     assert metrics.widest([m]) == 3
 
 
+def test_the_use_of_a_tree_tells_depth_and_choice_of_each_accepted_token():
+    # four cycles in two answers: depth 1 accepts the first choice twice and the third once, depth 2 the second once
+    first = measurement([2, 0], "a", drafted_depth=[2, 2], ranks=[0, 1], offered=[3, 2, 0, 3])
+    second = measurement([1, 1], "b", drafted_depth=[2, 2], ranks=[2, 0], offered=[3, 2, 3, 2])
+    assert metrics.tree_use([first, second]) == [[0.5, 0, 0.25], [0, 0.25, 0]]
+
+
 def test_speed_up_is_the_ratio_of_total_rates():
     ours = [measurement([1], "a", new_tokens=10, seconds=1), measurement([1], "b", new_tokens=90, seconds=4)]
     plain = [

@@ -91,6 +91,10 @@ def test_a_retraining_ends_with_report_and_version_and_the_next_reuses_what_it_c
     assert {"evaluation/speed.png", "evaluation/report.md"} <= {
         file.path for file in client.list_artifacts(parents[0].info.run_id, "evaluation")
     }
+    second_run = client.get_model_version("hass-draft-tiny", "2").run_id or ""
+    told = {file.path for file in client.list_artifacts(second_run, "promotion")}
+    assert told == {"promotion/verdict.md", "promotion/gain.png"}
+    assert "## Version 2: " in client.get_run(second_run).data.tags["mlflow.note.content"]
     for secret in SECRETS.values():
         assert secret not in first.stdout + first.stderr
         assert files_with(secret, tiny_preset.parent) == []

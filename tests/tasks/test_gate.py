@@ -79,8 +79,20 @@ def test_equal_drafts_keep_the_champion():
     assert not judge(same, same, True, RULES).promoted
 
 
-def test_the_verdict_reads_as_a_table():
-    verdict = judge(measured({"a": around(1.6)}), measured({"a": around(1.5)}), True, RULES)
+def test_the_verdict_reads_as_a_table_with_intervals():
+    challenger = measured({"chat": around(1.6), "my_code": around(1.5)})
+    verdict = judge(challenger, measured({"chat": around(1.5), "my_code": around(1.5)}), True, RULES)
     text = verdict.model_copy(update={"challenger": "4", "champion": "3"}).markdown()
     assert "## Version 4: promoted (champion before: 3)" in text
-    assert "| a | +6.7% |" in text
+    assert "| chat | +6.7%, 95 % interval +6.7% to +6.7% |" in text
+    assert "| my\\_code | +0.0%, " in text
+    assert "| all | +3.2%, " in text
+
+
+def test_a_benchmark_has_the_interval_of_its_own_questions():
+    noisy, calm = [1.4, 1.6, 1.5, 1.9, 1.3, 1.7], around(1.6, 6)
+    verdict = judge(measured({"a": noisy, "b": calm}), measured({"a": calm, "b": calm}), True, RULES)
+    gains = verdict.gains()
+    assert list(gains) == ["a", "b", "all"]
+    assert gains["a"].low < gains["a"].value < gains["a"].high
+    assert gains["b"].low == gains["b"].value == gains["b"].high == 0
