@@ -20,20 +20,19 @@ With a trimmed draft vocabulary q is the target's distribution restricted to it 
 next token is outside, that restriction says little, and no draft can be right: such rows keep the regression only.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hass_core import kernels
 from hass_core.config import TrainingConfig
 from hass_core.model.head import DraftHead
 from hass_core.training.batch import Batch
 
 PARTS = ("regression", "soft_ce", "top_k", "accuracy")
-LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 28}
+LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -64,17 +63,6 @@ class Objective:
         return (parts @ weights) @ parts.new_tensor(self.step_weights)
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """What one chunk's targets say: R rows, D draft vocabulary, w the weights of soft CE and Top-K."""
-
-    weights: Tensor  # W [R, D] = w_ce · q + w_topk · q·1_K: the loss is Σ_v W(v) (-log p(v))
-    mass: Tensor  # [R] Σ_v W(v)
-    top_indices: Tensor  # [R, K]
-    top_probabilities: Tensor  # [R, K]
-    informative: Tensor  # [R] float, 0 where the next token is outside the draft vocabulary
-
-
 def distill(
     outputs: list[Tensor], batch: Batch, head: DraftHead, objective: Objective, counts: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
@@ -93,76 +81,72 @@ def distill(
     rows_per_chunk = max(16, LOGITS_PER_CHUNK[device.type] // (head.size * (steps + 1)))
     for rows in torch.arange(len(batch.targets), device=device).split(rows_per_chunk):
         features, anchors = batch.features[batch.targets[rows]], batch.target_anchors[:, rows]
-        teacher = teach(features, head, objective, informative[rows])
         estimates = torch.stack([output.detach()[own] for output, own in zip(outputs, anchors, strict=True)])
-        chunk_parts, chunk_gradients = _chunk(estimates, features, teacher, head, objective)
+        chunk_parts, chunk_gradients = _chunk(estimates, features, informative[rows], head, objective)
         parts += (chunk_parts * share[:, rows, None]).sum(1)
         for gradient, own, values in zip(gradients, anchors, chunk_gradients * weights[:, rows, None], strict=True):
             gradient.index_add_(0, own, values.to(gradient.dtype))
     return parts, gradients
 
 
-def teach(features: Tensor, head: DraftHead, objective: Objective, informative: Tensor) -> Teacher:
-    """The target's distribution of the tokens after `features` [R, H], over the draft vocabulary."""
-    logits = head.logits(features)
-    top_logits, indices = logits.topk(min(objective.k, head.size))
-    scaled = _compiled(scaled_softmax) if logits.is_cuda else scaled_softmax
-    weights, lse = scaled(logits, objective.soft_ce)
-    in_full = (top_logits.to(lse.dtype) - lse).exp()
-    top = in_full / in_full.sum(-1, keepdim=True) if objective.renormalize else in_full
-    weights.scatter_(1, indices, (objective.soft_ce * in_full + objective.top_k * top).to(weights.dtype))
-    mass = objective.soft_ce + objective.top_k * top.sum(-1)
-    return Teacher(weights, mass, indices, top, informative.to(lse.dtype))
-
-
-def scaled_softmax(logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """scale · softmax(logits) [R, D] in the logits' dtype, and their log-sum-exp [R, 1]."""
-    precise = logits.to(_precise(logits))
-    lse = precise.logsumexp(-1, keepdim=True)
-    return ((precise - lse).exp_() * scale).to(logits.dtype), lse
-
-
 def _chunk(
-    estimates: Tensor, features: Tensor, teacher: Teacher, head: DraftHead, objective: Objective
+    estimates: Tensor, features: Tensor, informative: Tensor, head: DraftHead, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """Parts [n, R, 4] and gradients [n, R, H] of one chunk of estimates [n, R, H]."""
-    terms = _compiled(distribution_terms) if estimates.is_cuda else distribution_terms
-    total, top, right, by_logit = terms(
-        head.logits(estimates), teacher.weights, teacher.mass, teacher.top_indices, teacher.top_probabilities
-    )
+    """Parts [n, R, 4] and gradients [n, R, H] of one chunk of estimates [n, R, H]; rows whose next token is not in the
+    draft vocabulary are not `informative` [R]."""
+    total, top, right, by_logit = _terms(head.logits(features), head.logits(estimates), objective)
     soft = (total - objective.top_k * top) / objective.soft_ce if objective.soft_ce else torch.zeros_like(total)
-    known = teacher.informative
-    error = estimates.to(_precise(estimates)) - features.to(_precise(estimates))
+    known = informative.to(total.dtype)
+    error = estimates.to(total.dtype) - features.to(total.dtype)
     regression = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none").mean(-1)
     by_feature = (by_logit @ head.weight).to(error.dtype) * known[:, None]
     gradient = by_feature + error.clamp(-1, 1) * (objective.regression / error.shape[-1])
     return torch.stack([regression, soft * known, top * known, right * known], dim=-1), gradient
 
 
+def _terms(teacher: Tensor, logits: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`distribution_terms` by the fastest means there is; `logits` may be overwritten."""
+    settings = min(objective.k, logits.shape[-1]), objective.soft_ce, objective.top_k, objective.renormalize
+    if kernels.usable(logits) and logits.dtype != torch.float64:
+        from hass_core.kernels import distill as fused  # Triton is there on a GPU only
+
+        return fused.distribution_terms(teacher, logits, *settings)
+    return distribution_terms(teacher, logits, *settings)
+
+
 def distribution_terms(
-    logits: Tensor, weights: Tensor, mass: Tensor, top_indices: Tensor, top_probabilities: Tensor
+    teacher: Tensor, logits: Tensor, k: int, soft_ce: float, top_k: float, renormalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For the draft's logits [n, R, D]: the weighted sum of soft CE and Top-K [n, R], Top-K alone [n, R], whether both
-    models favour the same token [n, R], and the gradient of the weighted sum [n, R, D] in the logits' dtype."""
+    """For the target's logits [R, D] and the draft's [n, R, D]: the weighted sum of soft CE and Top-K [n, R], Top-K
+    alone [n, R], whether both models favour the same token [n, R], and the gradient of the weighted sum by the draft's
+    logits [n, R, D], in their dtype. The other parameters are `Objective`'s."""
+    weights, mass, indices, top = _wanted(teacher, k, soft_ce, top_k, renormalize)
     precise = logits.to(_precise(logits))
-    weights = weights.to(precise.dtype)
     largest = precise.amax(-1, keepdim=True)
     total = -(weights * precise).sum(-1)
-    top_logits = precise.gather(-1, top_indices.expand(len(logits), -1, -1))
+    top_logits = precise.gather(-1, indices.expand(len(logits), -1, -1))
     exponentials = (precise - largest).exp_()
     normalizer = exponentials.sum(-1, keepdim=True)
     lse = (largest + normalizer.log())[..., 0]
     total += mass * lse
-    top = top_probabilities.sum(-1) * lse - (top_probabilities * top_logits).sum(-1)
+    own_top = top.sum(-1) * lse - (top * top_logits).sum(-1)
     right = (top_logits[..., :1] == largest)[..., 0].to(total.dtype)
     gradient = exponentials.mul_(mass[:, None] / normalizer).sub_(weights)
-    return total, top, right, gradient.to(logits.dtype)
+    return total, own_top, right, gradient.to(logits.dtype)
 
 
-@cache
-def _compiled(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """The same function, fused: it passes over the logits two or three times instead of nine."""
-    return torch.compile(function, dynamic=True)
+def _wanted(
+    teacher: Tensor, k: int, soft_ce: float, top_k: float, renormalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W [R, D] = w_ce · q + w_topk · q·1_K, so that the terms are Σ_v W(v) (-log p(v)); its mass [R] = Σ_v W(v); the
+    top-K tokens [R, K] and their share of q [R, K]."""
+    top_logits, indices = teacher.topk(k)
+    precise = teacher.to(_precise(teacher))
+    lse = precise.logsumexp(-1, keepdim=True)
+    in_full = (top_logits.to(lse.dtype) - lse).exp()
+    top = in_full / in_full.sum(-1, keepdim=True) if renormalize else in_full
+    weights = (precise - lse).exp_().mul_(soft_ce).scatter_(1, indices, soft_ce * in_full + top_k * top)
+    return weights, soft_ce + top_k * top.sum(-1), indices, top
 
 
 def _precise(x: Tensor) -> torch.dtype:
