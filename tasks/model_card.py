@@ -17,11 +17,12 @@ def model_card(config: RunConfig, target: Target, stages: Mapping[str, Artifact]
         "target": f"{target.name}, fingerprint {target.fingerprint}; it serves no other",
         "data": _data(found.get("prompts", {}), found.get("responses", {})),
         "recipe": _recipe(config, found.get("draft", {})),
-        "result": _result(found.get("evaluation", {})),
         "licence": "that of the target applies; the code that made the draft is Apache-2.0",
         "code": code_commit() or "unknown",
     }
     lines = [f"# Speculative draft for {cell(target.name)}", ""]
+    if result := _result(found.get("evaluation", {})):
+        lines += [f"**{result}**", ""]
     lines += ["A HASS draft (arXiv 2408.15766). The target verifies every guess: its output does not change.", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {cell(value)} |" for name, value in rows.items() if value)]
     return "\n".join(lines) + "\n"

@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from hass_core.config import RunConfig
 from hass_core.errors import TrackingError
+from tasks.tracking.view import MODEL_TRAINING, VIEW, add_view, experiment_tags
 
 
 def tracking_uri(config: RunConfig) -> str:
@@ -52,22 +53,25 @@ def experiment_id(client: MlflowClient, config: RunConfig) -> str:
         artifacts = local_folder(config) / "mlartifacts"
         location = None if _is_server(tracking_uri(config)) else artifacts.as_uri()
         try:
-            return client.create_experiment(name, artifact_location=location)
+            return client.create_experiment(name, artifact_location=location, tags=experiment_tags())
         except MlflowException:  # another process was first
             experiment = client.get_experiment_by_name(name)
             if experiment is None:
                 raise
+    add_view(client, experiment)
     return experiment.experiment_id
 
 
 def ui_command(config: RunConfig) -> str:
-    """The one command, or the address, that shows the runs."""
+    """The one command, where there is no server, and the address that show the runs."""
     uri = tracking_uri(config)
+    page = f"#/experiments/{experiment_id(connect(config), config)}/runs?{VIEW}"
     if _is_server(uri):
-        return _shown(uri)
+        return f"{_base(uri)}/{page}"
+    command = f"mlflow ui --host 127.0.0.1 --backend-store-uri {shlex.quote(_shown(uri))}"
     if local_folder(config) == Path(".hass").resolve():
-        return "make ui"
-    return f"mlflow ui --host 127.0.0.1 --backend-store-uri {shlex.quote(_shown(uri))}"
+        command = "make ui"
+    return f"{command}, then http://127.0.0.1:5000/{page}"
 
 
 def run_url(config: RunConfig, run_id: str) -> str | None:
@@ -75,10 +79,7 @@ def run_url(config: RunConfig, run_id: str) -> str | None:
     uri = tracking_uri(config)
     if not _is_server(uri):
         return None
-    experiment = experiment_id(connect(config), config)
-    address = urlsplit(uri)
-    page = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl().rstrip("/")  # without a password
-    return f"{page}/#/experiments/{experiment}/runs/{run_id}"
+    return f"{_base(uri)}/#/experiments/{experiment_id(connect(config), config)}/runs/{run_id}?{MODEL_TRAINING}"
 
 
 @cache
@@ -103,6 +104,12 @@ def as_default(uri: str) -> Iterator[None]:
 
 def _is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
+
+
+def _base(uri: str) -> str:
+    """A server's address without user and password."""
+    address = urlsplit(uri)
+    return address._replace(netloc=address.netloc.rpartition("@")[2]).geturl().rstrip("/")
 
 
 def _shown(uri: str) -> str:

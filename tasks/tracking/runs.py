@@ -71,10 +71,10 @@ class StageRun:
             return
         self._record_files(store, artifact)
         self.client.update_run(self.id, name=f"{stage}-{artifact.digest[:6]}")
+        self.client.set_tag(self.id, f"hass.url.{stage}", artifact.url)
         for run_id in (self.parent, self.id):
             _log_numbers(self.client, run_id, stage_metrics(artifact))
             self.client.log_inputs(run_id, [_dataset(name, value) for name, value in inputs.items()])
-            self.client.set_tag(run_id, f"hass.url.{stage}", artifact.url)
             self.client.set_tag(run_id, f"hass.digest.{stage}", artifact.digest)  # last: its presence ends the record
 
     def _record_files(self, store: Store, artifact: Artifact) -> None:

@@ -1,5 +1,6 @@
 """The MLflow record: one parent and one child per stage, whatever happens in between."""
 
+import json
 import threading
 
 import pytest
@@ -59,8 +60,8 @@ def test_a_stage_is_named_by_what_it_made_and_says_so(config, store, prompts, dr
     run_id = record_once(config, store, prompts, draft)
     child = next(run for run in all_runs(config) if run.data.tags.get("hass.stage") == "draft")
     assert child.info.run_name == f"draft-{draft.digest[:6]}"
+    assert child.data.tags["hass.url.draft"] == draft.url
     for run in (child, connect(config).get_run(run_id)):
-        assert run.data.tags["hass.url.draft"] == draft.url
         assert run.data.metrics["draft/best_tau"] == 1.5
         assert "draft/val/tau" not in run.data.metrics
 
@@ -153,7 +154,22 @@ def test_a_run_has_a_page_where_there_is_a_server(config, monkeypatch):
     server = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "https://me:pw@host/ml"})})
     monkeypatch.setattr(client_module, "connect", lambda config: None)
     monkeypatch.setattr(client_module, "experiment_id", lambda client, config: "7")
-    assert client_module.run_url(server, "abc") == "https://host/ml/#/experiments/7/runs/abc"
+    assert (
+        client_module.run_url(server, "abc") == "https://host/ml/#/experiments/7/runs/abc?workflowType=machine_learning"
+    )
+    page = "#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=retrainings"
+    assert client_module.ui_command(server) == f"https://host/ml/{page}"
+    assert client_module.ui_command(config).endswith(f"/mlflow.db, then http://127.0.0.1:5000/{page}")
+
+
+def test_the_experiment_has_a_saved_view_also_one_that_was_there_before(config):
+    there_before = f"{config.tracking.experiment}-before"
+    client = connect(config)
+    client.create_experiment(there_before)
+    connect(config.model_copy(update={"tracking": config.tracking.model_copy(update={"experiment": there_before})}))
+    for name in (config.tracking.experiment, there_before):
+        view = json.loads(client.get_experiment_by_name(name).tags["mlflow.sharedViewState.retrainings"])
+        assert "metrics.`evaluation/tau_macro`" in json.loads(view["state"])["selectedColumns"]
 
 
 def test_an_unreachable_server_is_named_without_its_password(store, monkeypatch):
