@@ -30,7 +30,8 @@ def seaweedfs(folder: Path) -> Iterator[int]:
     (folder / "s3.json").write_text(json.dumps({"identities": [IDENTITY]}))
     master, volume, filer, s3 = (free_port() for _ in range(4))
     arguments = f"-ip=127.0.0.1 -ip.bind=127.0.0.1 -dir={folder} -master.port={master} -volume.port={volume}"
-    arguments += f" -filer -filer.port={filer} -s3 -s3.port={s3} -s3.port.iceberg=0 -s3.config={folder}/s3.json"
+    arguments += f" -filer -filer.port={filer} -s3 -s3.port={s3} -s3.config={folder}/s3.json"
+    arguments += " -s3.port.iceberg=0 -s3.port.lance=0"  # their fixed ports are not free beside another server
     arguments += " -volume.max=200 -master.volumeSizeLimitMB=1024"
     with (folder / "weed.log").open("wb") as log:
         process = subprocess.Popen([weed, "server", *arguments.split()], stdout=log, stderr=log, cwd=folder)
