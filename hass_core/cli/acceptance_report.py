@@ -10,7 +10,8 @@ from hass_core.diagnosis.chain import DEPTH
 
 def show_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
     """Causes that cost something in full; the others in one line each."""
-    console.print(f"τ {diagnosis.tau:.2f} of at most {DEPTH + 1} (a chain of {DEPTH}), {diagnosis.cycles} cycles")
+    asked = f"{diagnosis.questions} questions, {diagnosis.cycles} cycles"
+    console.print(f"τ {diagnosis.tau:.2f} of at most {DEPTH + 1} (a chain of {DEPTH}), {asked}", highlight=False)
     for cause in diagnosis.causes:
         style = "bold red" if cause.matters else "green"
         console.print(f"[{style}]{escape(cause.name)}[/]  {_cost(cause)}  {escape(cause.what)}.", highlight=False)

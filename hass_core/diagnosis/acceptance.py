@@ -23,6 +23,7 @@ class Diagnosis:
     """τ as served, of a chain, and its causes, the dearest first; what cannot be measured stands before them."""
 
     tau: float
+    questions: int
     cycles: int
     causes: list[Cause]
 
@@ -51,16 +52,21 @@ def diagnose(
     """
     if not questions:
         raise BadInput("no question to ask; give a file with at least one")
-    case = Case(folder, target, load_draft(folder, target, check=False), questions, settings, [])
-    progress(0, len(VARIANTS) + 1, "as served")
+
+    def part(number: int, name: str) -> Callable[[int], None]:
+        total = (len(VARIANTS) + 1) * len(questions)
+        return lambda done: progress(number * len(questions) + done, total, f"{name}, {done} of {len(questions)}")
+
+    draft = load_draft(folder, target, check=False)
+    case = Case(folder, target, draft, questions, settings, base=[], done=part(0, "as served"))
+    case.done(0)
     case = replace(case, base=case.measure())
     if not case.base:
         raise BadInput("the target ended every answer at once, nothing was drafted; ask other questions")
     found = [causes.depth_cause(case.base), causes.first_place_cause(case.base)]
     trained_tokens = settings.trained_tokens or case.draft.info.get("trained_tokens")
     found += [causes.category_cause(case.base), causes.context_cause(case.base, trained_tokens)]
-    for done, variant in enumerate(VARIANTS, start=1):
-        progress(done, len(VARIANTS) + 1, variant.__name__.removesuffix("_cause"))
-        found.append(variant(case))
+    for number, variant in enumerate(VARIANTS, start=1):
+        found.append(variant(replace(case, done=part(number, variant.__name__.removesuffix("_cause")))))
     dearest = sorted((c for c in found if c), key=lambda c: (c.loss is not None, -(c.loss or 0.0)))
-    return Diagnosis(tau(case.base), len(case.base), dearest)
+    return Diagnosis(tau(case.base), len(questions), len(case.base), dearest)

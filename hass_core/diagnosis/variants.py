@@ -5,7 +5,7 @@ Each function returns None where its cause is not there.
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Case:
-    """A draft as it is served, and the cycles measured so."""
+    """A draft as it is served, and the cycles measured so. `done` hears of each measurement's answered questions."""
 
     folder: Path
     target: Target
@@ -45,6 +45,7 @@ class Case:
     questions: Sequence[Question]
     settings: Settings
     base: list[Cycle]
+    done: Callable[[int], None]
 
     def measure(
         self,
@@ -60,6 +61,7 @@ class Case:
             asked or as_asked(self.target.tokenizer, self.questions),
             self.settings.temperature if temperature is None else temperature,
             self.settings.max_new_tokens,
+            self.done,
         )
 
 

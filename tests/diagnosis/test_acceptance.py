@@ -13,13 +13,14 @@ from hass_core.config import SamplingConfig
 from hass_core.data.templates import encode_prompt
 from hass_core.decoding.plain import PlainDecoder
 from hass_core.decoding.stop import StopRule
+from hass_core.diagnosis import chain
 from hass_core.diagnosis.acceptance import diagnose
 from hass_core.diagnosis.causes import Cause, category_cause, context_cause, depth_cause
-from hass_core.diagnosis.chain import Cycle
-from hass_core.diagnosis.variants import Settings
+from hass_core.diagnosis.chain import Cycle, chain_cycles
+from hass_core.diagnosis.variants import Settings, as_asked
 from hass_core.errors import BadInput
 from hass_core.evaluation.benchmarks import Question
-from hass_core.model.checkpoint import draft_info, save_draft
+from hass_core.model.checkpoint import draft_info, load_draft, save_draft
 from hass_core.model.head import DraftHead
 from hass_core.target.runner import make_runner
 from tests.conftest import CHAT_TEMPLATE
@@ -117,6 +118,29 @@ def test_a_draft_of_another_target_is_named(planted, tiny_target, questions):
     assert first.what.startswith("the draft was trained for elsewhere (0123), not tiny")
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_how_many_questions_are_answered_at_once_changes_no_greedy_cycle(
+    sound, tiny_target, questions, temperature, monkeypatch
+):
+    draft, asked = load_draft(sound, tiny_target), as_asked(tiny_target.tokenizer, questions)
+    heard: list[int] = []
+    whole = chain_cycles(tiny_target, draft, asked, temperature, 32, heard.append)
+    assert whole == chain_cycles(tiny_target, draft, asked, temperature, 32, heard.append), "the coins stay"
+    assert {cycle.question for cycle in whole} == set(range(len(questions)))
+    monkeypatch.setattr(chain, "ROWS", 4)
+    parts = chain_cycles(tiny_target, draft, asked, temperature, 32, heard.append)
+    assert heard == [6, 6, 4, 6]
+    assert temperature or parts == whole
+
+
+def test_progress_counts_questions_and_names_what_is_measured(sound, tiny_target, questions):
+    heard: list[tuple[int, int, str]] = []
+    diagnose(sound, tiny_target, questions, SETTINGS, lambda *told: heard.append(told))
+    assert heard[0] == (0, 42, "as served, 0 of 6")
+    assert heard[1] == (6, 42, "as served, 6 of 6")
+    assert heard[-1] == (42, 42, "sampling, 6 of 6")
+
+
 def test_no_question_is_an_error(sound, tiny_target):
     with pytest.raises(BadInput, match="no question to ask"):
         diagnose(sound, tiny_target, [], SETTINGS)
@@ -157,7 +181,7 @@ def test_the_terminal_shows_cost_and_remedy_of_what_matters(healthy):
     out = io.StringIO()
     show_diagnosis(Console(file=out, width=200), healthy)
     text = out.getvalue()
-    assert f"τ {healthy.tau:.2f} of at most 5" in text
+    assert f"τ {healthy.tau:.2f} of at most 5 (a chain of 4), 6 questions, {healthy.cycles} cycles" in text
     assert "first place  costs" in text
     assert "To mend: the rest is the draft's own quality" in text
 
