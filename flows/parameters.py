@@ -3,7 +3,8 @@
 Every setting of `RunConfig` appears with its type, bounds and description; left empty, the preset's value counts.
 """
 
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, create_model
 
@@ -15,20 +16,28 @@ def optional(model: type[BaseModel], base: type[BaseModel] = Settings) -> Any:
     fields: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         kind: Any = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            section = optional(kind)
-            fields[name] = (section, Field(default=section(), title=name, description=kind.__doc__))
+        if settings := _settings(kind):
+            section = optional(settings)
+            empty = None if field.default is None else section()
+            about = field.description or settings.__doc__
+            fields[name] = (section | None, Field(default=empty, title=name, description=about))
         else:
             bounded: Any = Annotated[kind, *field.metadata] if field.metadata else kind
             fields[name] = (bounded | None, Field(default=None, title=name, description=field.description))
     return create_model(model.__name__.replace("Config", "Changes"), __base__=base, __doc__=model.__doc__, **fields)
 
 
+def _settings(kind: Any) -> type[BaseModel] | None:
+    """The section's class where the annotation is one, or one that may be left out."""
+    members = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return next((m for m in members if isinstance(m, type) and issubclass(m, BaseModel)), None)
+
+
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`values` with the leaves of `changes` put in."""
     result = dict(values)
     for name, change in changes.items():
-        result[name] = merged(values[name], change) if isinstance(change, dict) else change
+        result[name] = merged(values[name] or {}, change) if isinstance(change, dict) else change
     return result
 
 

@@ -287,6 +287,10 @@ class RunConfig(Settings):
     features: FeaturesConfig = FeaturesConfig()
     draft: DraftConfig = DraftConfig()
     training: TrainingConfig = TrainingConfig()
+    pretraining: TrainingConfig | None = Field(
+        default=None,
+        description="A training before `training`, which then starts from its best draft: the paper's first stage",
+    )
     tree: TreeConfig = TreeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     promotion: PromotionConfig = PromotionConfig()

@@ -41,6 +41,8 @@ def _recipe(config: RunConfig, draft: Mapping[str, Any]) -> str:
     training = config.training
     told = f"{training.align_steps} alignment steps, Top-K {training.top_k} with weight {training.top_k_weight:g}, "
     told += f"{training.optimizer} at {training.lr_peak:g}"
+    if config.pretraining:
+        told += f", after {config.pretraining.passes:g} passes with Top-K weight {config.pretraining.top_k_weight:g}"
     if "tokens_seen" in draft:
         told += f", {draft['tokens_seen']:,} tokens seen, best of step {draft['best_step']}"
     return told

@@ -5,6 +5,9 @@
     checkpoint-*.safetensors                             training states to resume from
 
 While it runs, metrics.jsonl grows at `metrics_path`. Running it again continues from the last checkpoint.
+
+With `config.pretraining` a whole draft is trained by those settings first, an artifact of its own, and this one starts
+from it: the two stages of the paper's recipe.
 """
 
 import math
@@ -54,6 +57,8 @@ def train_draft(
     folder = draft_folder(config, features, store, target)
     if done := folder.artifact():
         return done
+    if config.pretraining:
+        config = pretrained(config, features, store, target, progress)
     stored = FeatureDataset(store, features, "train", target.fingerprint)
     dataset = with_features(stored, target, config.features.max_tokens_per_batch)
     if len(dataset) == 0:
@@ -86,6 +91,19 @@ def train_draft(
     return _finish(run, at, target, rate, longest=int(dataset.lengths.max()))
 
 
+def pretrained(
+    config: RunConfig, features: Artifact, store: Store, target: Target, progress: Progress = no_progress
+) -> RunConfig:
+    """Train by `config.pretraining`, and the settings of the second stage: `config` with that draft as its start."""
+    first = config.model_copy(update={"training": config.pretraining, "pretraining": None})
+    artifact = train_draft(
+        first, features, store, target, lambda done, total, note: progress(done, total, f"1 of 2, {note}")
+    )
+    folder = Path(store.open(artifact).local_path(WEIGHTS)).parent
+    draft = config.draft.model_copy(update={"warm_start": str(folder)})
+    return config.model_copy(update={"draft": draft, "pretraining": None})
+
+
 def metrics_path(config: RunConfig, features: Artifact, store: Store, target: Target) -> Path:
     """Where metrics.jsonl grows during training."""
     return draft_folder(config, features, store, target).scratch() / METRICS
@@ -102,6 +120,8 @@ def draft_folder(config: RunConfig, features: Artifact, store: Store, target: Ta
         "seed": config.seed,
         "version": STEP_VERSION,
     }
+    if config.pretraining:  # no part of the key without it: drafts of one stage keep their names
+        key["pretraining"] = config.pretraining.model_dump(mode="json", exclude=not_in_result)
     return store.stage("draft", key)
 
 

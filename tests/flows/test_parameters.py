@@ -22,6 +22,18 @@ def test_changes_replace_the_presets_values_and_leave_the_rest():
     assert config.tree == load_config("smollm2-cpu").tree
 
 
+def test_a_first_stage_can_be_changed_or_added():
+    preset = load_config("paper-two-stage").pretraining
+    assert preset is not None
+    changed = parameters(preset="paper-two-stage", pretraining={"passes": 2}).config()
+    assert changed.pretraining == preset.model_copy(update={"passes": 2})
+    assert changed.training == load_config("paper-two-stage").training
+    assert parameters().config().pretraining is None
+    added = parameters(pretraining={"passes": 2}).config().pretraining
+    assert added is not None
+    assert added.passes == 2
+
+
 def test_an_override_can_clear_a_setting():
     assert parameters(overrides=["draft.vocab_size=none"]).config().draft.vocab_size is None
 

@@ -198,3 +198,45 @@ def test_a_warm_start_continues_from_the_given_weights(store, tiny_target, featu
     second = train_draft(config, features, store, tiny_target)
     for name, value in weights(store, second).items():
         torch.testing.assert_close(value, weights(store, first)[name], rtol=0, atol=1e-9)
+
+
+TWO_STAGES = {**SETTINGS, "pretraining": SETTINGS["training"] | {"top_k_weight": 0.0, "passes": 2}}
+
+
+def test_a_second_stage_starts_from_the_firsts_draft(store, tiny_target, features):
+    told: list[str] = []
+    config = parse_config({**TWO_STAGES, "training": SETTINGS["training"] | {"max_steps": 1, "lr_peak": 1e-12}})
+    second = train_draft(config, features, store, tiny_target, lambda done, total, note: told.append(note))
+    first = train_draft(parse_config({"training": TWO_STAGES["pretraining"]}), features, store, tiny_target)
+    assert first.digest != second.digest
+    assert first.summary["steps"] > second.summary["steps"] == 1
+    assert [note[:6] for note in told] == ["1 of 2"] * first.summary["steps"] + [told[-1][:6]]
+    assert not told[-1].startswith("1 of 2")
+    for name, value in weights(store, second).items():
+        torch.testing.assert_close(value, weights(store, first)[name], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dies_in", [1, 2])
+def test_two_stages_interrupted_in_either_continue_bit_for_bit(
+    store, tiny_target, features, tmp_path, dies_in, monkeypatch
+):
+    config = parse_config(TWO_STAGES)
+    whole = weights(store, train_draft(config, features, store, tiny_target))
+    other = Store(tmp_path / "other")
+    again = store_features(other, tiny_target)
+    take_step, top_k_weight = loop.train_step, (0.0, 1.0)[dies_in - 1]
+
+    def fail(run, batches, step):
+        if step == 5 and run.config.top_k_weight == top_k_weight:
+            raise KeyboardInterrupt
+        return take_step(run, batches, step)
+
+    monkeypatch.setattr(loop, "train_step", fail)
+    with pytest.raises(KeyboardInterrupt):
+        train_draft(config, again, other, tiny_target)
+    steps = []
+    monkeypatch.setattr(loop, "train_step", lambda *given: steps.append(given[2]) or take_step(*given))
+    resumed = weights(other, train_draft(config, again, other, tiny_target))
+    assert steps[0] >= 4, "a checkpoint was there"
+    assert steps.count(0) == 2 - dies_in, "the finished stage is not done again"
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
