@@ -44,6 +44,7 @@ class TargetConfig(Settings):
     )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1 …")
     trust_remote_code: bool = Field(default=False, description="Run Python code that ships with the model")
+    license: str | None = Field(default=None, description="Its licence, for model cards; None = what its own card says")
 
 
 class PromptsConfig(Settings):

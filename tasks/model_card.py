@@ -7,6 +7,7 @@ from hass_core.config import RunConfig
 from hass_core.export.card import cell
 from hass_core.provenance import code_commit
 from hass_core.store import Artifact
+from hass_core.target.licence import target_licence
 from hass_core.target.loader import Target
 
 
@@ -17,8 +18,8 @@ def model_card(config: RunConfig, target: Target, stages: Mapping[str, Artifact]
         "target": f"{target.name}, fingerprint {target.fingerprint}; it serves no other",
         "data": _data(found.get("prompts", {}), found.get("responses", {})),
         "recipe": _recipe(config, found.get("draft", {})),
-        "licence": "that of the target applies; the code that made the draft is Apache-2.0",
-        "code": code_commit() or "unknown",
+        "licence of the target": f"{target_licence(config.target)}; it applies to the draft",
+        "code": f"{code_commit() or 'unknown'}, Apache-2.0",
     }
     lines = [f"# Speculative draft for {cell(target.name)}", ""]
     if result := _result(found.get("evaluation", {})):

@@ -36,6 +36,7 @@ def export(
     from hass_core.export.card import serving_command
     from hass_core.export.engines import ENGINES
     from hass_core.export.exporter import export_draft
+    from hass_core.target.licence import target_licence
     from hass_core.target.loader import load_target
 
     if to not in ENGINES:
@@ -43,7 +44,8 @@ def export(
     loaded = load_target(TargetConfig(source=target, device="cpu"))
     tree = TreeConfig(kind="dynamic" if top_k > 1 else "chain", depth=steps, top_k=top_k, nodes=nodes or steps + 1)
     served_as = served_as or loaded.folder
-    export_draft(draft, loaded.model.config, loaded.embedding, to, out, tree, served_as)
+    licence = target_licence(TargetConfig(source=target))
+    export_draft(draft, loaded.model.config, loaded.embedding, to, out, tree, served_as, licence)
     show(f"wrote {out}; it passed every check. To serve it:")
     show(serving_command(ENGINES[to], tree, served_as, str(out.resolve())))
 

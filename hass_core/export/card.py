@@ -31,7 +31,7 @@ def serving_command(engine: Engine, tree: TreeConfig, target_name: str, draft: s
     )
 
 
-def model_card(config: dict[str, Any], engine: Engine, tree: TreeConfig, target_name: str) -> str:
+def model_card(config: dict[str, Any], engine: Engine, tree: TreeConfig, target_name: str, licence: str) -> str:
     """Markdown: what the draft is, which target it serves, how to serve it."""
     made = config.get("hass", {})
     facts = "\n".join(f"| {key} | {cell(value)} |" for key, value in sorted(made.items()))
@@ -48,8 +48,8 @@ and token embeddings and guesses the next tokens. The target verifies every gues
 |---|---|
 {facts}
 
-It serves only the target with this fingerprint, chat template and vocabulary, and drafts among all of its tokens. The
-licence of the target applies to it.
+It serves only the target with this fingerprint, chat template and vocabulary, and drafts among all of its tokens.
+Licence of the target, which applies to the draft too: {cell(licence)}.
 """
 
 

@@ -6,6 +6,8 @@ vLLM has none and ignores it. EAGLE's own code loads strictly, so it gets the em
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from hass_core.export.card import model_card
 from hass_core.export.checks import check_draft, rope_of
 from hass_core.export.engines import ENGINES, Engine
 from hass_core.export.layout import CONFIG, WEIGHTS, Layout, read_config, read_tensors
+from hass_core.target.licence import NOT_STATED
 
 
 def is_draft_file(name: str) -> bool:
@@ -35,11 +38,12 @@ def export_draft(
     out: Path,
     tree: TreeConfig,
     target_name: str,
+    licence: str = NOT_STATED,
 ) -> Path:
-    """Write `out` for one engine and check it with the strict checker; returns `out`.
+    """Write `out` for one engine and check it with the strict checker; returns `out`. A failure leaves nothing there.
 
-    `embedding` is the target's token embedding [V, H]. Raises DraftMismatch with the findings when the draft does not
-    belong to the target, BadInput when the draft folder is broken.
+    `embedding` is the target's token embedding [V, H], `licence` the target's, for the card. Raises DraftMismatch with
+    the findings when the draft does not belong to the target, BadInput when the draft folder is broken.
     """
     engine = ENGINES[engine_name]
     if out.exists() and not (out / WEIGHTS).is_file() and any(out.iterdir()):
@@ -57,22 +61,29 @@ def export_draft(
     elif source.get("hass", {}).get("folded_bias"):
         weights["embed_tokens.weight"] = tensors["embed_tokens.weight"].to(dtype).contiguous()
 
+    config = engine_config(source, target.get_text_config(), engine, dtype, has_bias="fc.bias" in tensors)
+    with _replacing(out) as partial:
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(weights, str(partial / WEIGHTS), metadata={"format": "pt"})
+        (partial / "README.md").write_text(model_card(config, engine, tree, target_name, licence))
+        if findings := check_draft(partial, target, engine, embedding):
+            listed = "\n".join(f"- {finding}" for finding in findings)
+            raise DraftMismatch(f"the draft {draft} cannot serve under {engine.title}:\n{listed}")
+    return out
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes its place when the block ends well, and is gone otherwise."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    config = engine_config(source, target.get_text_config(), engine, dtype, has_bias="fc.bias" in tensors)
-    (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    save_file(weights, str(partial / WEIGHTS), metadata={"format": "pt"})
-    (partial / "README.md").write_text(model_card(config, engine, tree, target_name))
-    findings = check_draft(partial, target, engine, embedding)
-    if findings:
-        shutil.rmtree(partial)
-        raise DraftMismatch(
-            f"the draft {draft} cannot serve under {engine.title}:\n" + "\n".join(f"- {f}" for f in findings)
-        )
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
-    return out
+    try:
+        yield partial
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def engine_config(

@@ -150,14 +150,20 @@ def target_name(source: str) -> str:
 
 def resolve_source(source: str) -> str:
     """The folder or id that `from_pretrained` takes; converts a GGUF on first use."""
+    gguf = gguf_of(source)
+    return str(_converted(gguf)) if gguf else source
+
+
+def gguf_of(source: str) -> Path | None:
+    """The GGUF that a source names; None for a Hugging Face folder or id. Raises TargetError when it is missing."""
     if source.startswith("package:"):
-        return str(_converted(_packaged_gguf(source.removeprefix("package:"))))
-    if source.endswith(".gguf"):
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise TargetError(f"GGUF file {path} does not exist")
-        return str(_converted(path))
-    return source
+        return _packaged_gguf(source.removeprefix("package:"))
+    if not source.endswith(".gguf"):
+        return None
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise TargetError(f"GGUF file {path} does not exist")
+    return path
 
 
 def _packaged_gguf(package: str) -> Path:

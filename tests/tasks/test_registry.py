@@ -72,6 +72,7 @@ def test_the_card_stands_before_the_verdict_and_survives_it(config, store, promp
     told = client.get_model_version(version.model, version.version).description
     assert told.startswith("# Speculative draft for tiny")
     assert "4,321 tokens seen, best of step 7" in told
+    assert "| licence of the target | apache-2.0; it applies to the draft |" in told
     assert told.count("## Version 1") == 1
     assert "promoted" in told
 
