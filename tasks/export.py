@@ -1,6 +1,9 @@
-"""Export: a registered draft in the layout of a serving engine, checked as that engine would load it."""
+"""Export: a draft in the layout of a serving engine, checked as that engine would load it."""
 
+import html
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from prefect import task
@@ -11,39 +14,69 @@ from hass_core.config import Engine, RunConfig, TreeConfig
 from hass_core.errors import HassError
 from hass_core.evaluation.evaluate import read_report
 from hass_core.export import exporter
-from hass_core.store import Artifact
+from hass_core.store import MANIFEST, Artifact, store_at
+from hass_core.target.licence import target_licence
 from tasks import tracking
 from tasks.resources import store_of, target_of
 from tasks.retries import NETWORK_RETRIES
 from tasks.tracking import DraftVersion
 
 
+class DraftSource(BaseModel):
+    """Where a draft is: a registered version, or else a folder (of the store, or any local one)."""
+
+    model_config = ConfigDict(frozen=True)
+    version: DraftVersion | None = None
+    folder: str = ""
+
+    def __str__(self) -> str:
+        return f"version {self.version.version} of {self.version.model}" if self.version else self.folder
+
+    @property
+    def short_name(self) -> str:
+        """For the name of a folder."""
+        return f"{self.version.model}-{self.version.version}" if self.version else Path(self.folder).name
+
+
 class Exported(BaseModel):
     """A folder that an engine loads, and what is in it."""
 
     model_config = ConfigDict(frozen=True)
-    version: DraftVersion
+    source: DraftSource
     engine: Engine
     folder: str
     card: str
 
 
+@task(name="find-draft")
+def find_draft(config: RunConfig, named: str | None) -> DraftSource:
+    """`models:/NAME@ALIAS`, `models:/NAME/VERSION`, a version's number or a folder; None = the champion.
+
+    Raises TrackingError when the registry has no such version.
+    """
+    client, name = tracking.connect(config), tracking.registered_name(config)
+    if named is None or named.isdigit():
+        number = int(named) if named else None
+        return DraftSource(version=tracking.find_version(client, name, number, tracking.CHAMPION))
+    if named.startswith("models:/"):
+        return DraftSource(version=tracking.find_address(client, named))
+    return DraftSource(folder=named.rstrip("/"))
+
+
 @task(name="export-draft", **NETWORK_RETRIES)
-def export_draft(
-    config: RunConfig, version: DraftVersion, engine: Engine, out: Path, served_as: str | None
-) -> Exported:
-    """Write the version's draft to `out` for one engine; version, run and Prefect are told.
+def export_draft(config: RunConfig, source: DraftSource, engine: Engine, out: Path, served_as: str | None) -> Exported:
+    """Write the draft to `out` for one engine; its version, its run and Prefect are told, of a failure too.
 
     `served_as` is the target's name at the engine, for the command on the card; None: its folder or id.
     Raises DraftMismatch with the findings when the draft cannot serve there.
     """
-    tree = _tree(config, version)
-    _write(config, version, engine, out, tree, served_as)
+    with _failure_told(config, source, engine):
+        _write(config, source, engine, out, _tree(config, source.version), served_as)
     card = (out / "README.md").read_text()
-    tracking.record_export(tracking.connect(config), version, engine, out)
-    text = f"Version {version.version} of `{version.model}` for {engine}, every check passed: `{out}`\n\n{card}"
-    create_markdown_artifact(text, key=f"export-{engine}", description=f"The draft for {engine}")
-    return Exported(version=version, engine=engine, folder=str(out), card=card)
+    if source.version:
+        tracking.record_export(tracking.connect(config), source.version, engine, out)
+    _publish(engine, f"{source} for {engine}, every check passed: `{out}`\n\n{card}")
+    return Exported(source=source, engine=engine, folder=str(out), card=card)
 
 
 def export_objections(config: RunConfig, version: DraftVersion) -> tuple[str, ...]:
@@ -52,26 +85,57 @@ def export_objections(config: RunConfig, version: DraftVersion) -> tuple[str, ..
     for engine in config.promotion.engines:
         with tempfile.TemporaryDirectory(prefix="hass-export-") as folder:
             try:
-                _write(config, version, engine, Path(folder) / engine, config.tree, None)
+                _write(config, DraftSource(version=version), engine, Path(folder) / engine, config.tree, None)
             except HassError as error:
                 objections.append(f"the export check for {engine} failed: {error}")
     return tuple(objections)
 
 
+@contextmanager
+def _failure_told(config: RunConfig, source: DraftSource, engine: Engine) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if source.version:
+            tracking.record_failed_export(tracking.connect(config), source.version, engine, str(error))
+        _publish(engine, f"{source} could not be exported for {engine}: {html.escape(str(error))}")
+        raise
+
+
+def _publish(engine: Engine, text: str) -> None:
+    create_markdown_artifact(text, key=f"export-{engine}", description=f"The draft for {engine}")
+
+
 def _write(
-    config: RunConfig, version: DraftVersion, engine: Engine, out: Path, tree: TreeConfig, served_as: str | None
+    config: RunConfig, source: DraftSource, engine: Engine, out: Path, tree: TreeConfig, served_as: str | None
 ) -> None:
-    target = target_of(config)
+    target, licence = target_of(config), target_licence(config.target)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="hass-draft-") as folder:
-        draft = store_of(config).open(version.draft).copied(Path(folder) / "draft", exporter.is_draft_file)
+    with _local(config, source) as draft:
         exporter.export_draft(
-            draft, target.model.config, target.embedding, engine, out, tree, served_as or target.folder
+            draft, target.model.config, target.embedding, engine, out, tree, served_as or target.folder, licence
         )
 
 
-def _tree(config: RunConfig, version: DraftVersion) -> TreeConfig:
+@contextmanager
+def _local(config: RunConfig, source: DraftSource) -> Iterator[Path]:
+    """The draft's files in a local folder; those of a store are checked against its manifest."""
+    if source.version:
+        stored = store_of(config).open(source.version.draft)
+    elif "://" in source.folder or Path(source.folder, MANIFEST).is_file():
+        store, artifact = store_at(source.folder, "draft")
+        stored = store.open(artifact)
+    else:
+        yield Path(source.folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="hass-draft-") as folder:
+        yield stored.copied(Path(folder) / "draft", exporter.is_draft_file)
+
+
+def _tree(config: RunConfig, version: DraftVersion | None) -> TreeConfig:
     """The tree that the version's evaluation decoded with, chosen by measuring where it was; else the settings'."""
+    if version is None:
+        return config.tree
     store = store_of(config)
     digest = tracking.lineage(tracking.connect(config), version).get("hass.digest.evaluation")
     evaluation: Artifact | None = store.artifact("evaluation", digest) if digest else None

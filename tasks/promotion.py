@@ -50,9 +50,9 @@ def roll_back(config: RunConfig) -> DraftVersion:
 
 
 @task(name="find-version")
-def find_version(config: RunConfig, number: int | None, alias: str = tracking.CHALLENGER) -> DraftVersion:
-    """A registered version; None = the one with the alias. Raises TrackingError when there is none."""
-    return tracking.find_version(tracking.connect(config), tracking.registered_name(config), number, alias)
+def find_version(config: RunConfig, number: int | None) -> DraftVersion:
+    """A registered version; None = the challenger. Raises TrackingError when there is none."""
+    return tracking.find_version(tracking.connect(config), tracking.registered_name(config), number)
 
 
 def _verdict(config: RunConfig, challenger: DraftVersion, champion: DraftVersion | None, again: bool) -> Verdict:

@@ -3,6 +3,7 @@
 A version's tags lead back to everything it came from: digests and addresses of its stages, the parent run, the commit.
 """
 
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -114,6 +115,15 @@ def find_version(client: MlflowClient, name: str, number: int | None, alias: str
         raise TrackingError(f"{name} has no version {number}; `make ui` lists them under Models") from error
 
 
+def find_address(client: MlflowClient, address: str) -> DraftVersion:
+    """A version by models:/NAME@ALIAS or models:/NAME/VERSION. Raises TrackingError when that leads nowhere."""
+    named = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", address)
+    if named is None:
+        raise TrackingError(f"{address} has another form than models:/NAME@ALIAS and models:/NAME/VERSION")
+    name, alias, number = named.groups()
+    return find_version(client, name, int(number) if number else None, alias or CHAMPION)
+
+
 def describe(client: MlflowClient, name: str, version: str) -> DraftVersion:
     """A version with its draft. Raises TrackingError for a version that this pipeline did not register."""
     return described(client.get_model_version(name, version))
@@ -174,6 +184,11 @@ def record_export(client: MlflowClient, version: DraftVersion, engine: str, fold
     if run_id := client.get_model_version(version.model, version.version).run_id:
         for name in ("README.md", "config.json"):
             client.log_artifact(run_id, str(folder / name), f"export/{engine}")
+
+
+def record_failed_export(client: MlflowClient, version: DraftVersion, engine: str, reason: str) -> None:
+    """Note why an export failed, as a tag of the version."""
+    client.set_model_version_tag(version.model, version.version, f"hass.export.{engine}", f"failed: {reason}"[:500])
 
 
 def lineage(client: MlflowClient, version: DraftVersion) -> dict[str, str]:

@@ -5,8 +5,10 @@ import json
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hass_core.errors import BadInput, DraftMismatch
+from hass_core.errors import BadInput, DraftMismatch, TrackingError
+from hass_core.export import exporter
 from tasks import export, promotion, tracking
+from tasks.export import DraftSource
 from tasks.tracking import open_retraining
 from tests.tasks.conftest import make_draft
 
@@ -36,7 +38,7 @@ def without_prefect(monkeypatch):
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "eagle"])
 def test_a_version_is_written_for_an_engine_and_the_registry_knows(served, register, tmp_path, engine):
     version = register(0)
-    done = export.export_draft.fn(served, version, engine, tmp_path / "out", "org/tiny")
+    done = export.export_draft.fn(served, DraftSource(version=version), engine, tmp_path / "out", "org/tiny")
     assert "org/tiny" in done.card
     assert json.loads((tmp_path / "out" / "config.json").read_text())["hidden_size"] == 48
     client = tracking.connect(served)
@@ -79,16 +81,73 @@ def test_promotion_can_ask_for_fewer_engines(served, register, store):
     assert export.export_objections(served, register(0)) == ()
 
 
-def test_an_export_that_fails_its_check_leaves_nothing(served, register, store, tmp_path):
-    version = spoil(store, register(0)).model_copy(update={"version": "1"})
+def test_an_export_that_fails_leaves_no_folder_and_the_version_says_why(served, register, store, tmp_path):
+    source = DraftSource(version=spoil(store, register(0)).model_copy(update={"version": "1"}))
     with pytest.raises(DraftMismatch, match=r"cannot serve under vLLM"):
-        export.export_draft.fn(served, version, "vllm", tmp_path / "out", "org/tiny")
-    assert not (tmp_path / "out").exists()
+        export.export_draft.fn(served, source, "vllm", tmp_path / "exports" / "out", "org/tiny")
+    assert list((tmp_path / "exports").iterdir()) == []
+    tags = tracking.lineage(tracking.connect(served), source.version)
+    assert tags["hass.export.vllm"].startswith("failed: the draft ")
+    assert "fc.weight" in tags["hass.export.vllm"]
+
+
+def test_a_failure_that_nobody_foresaw_leaves_no_folder_either(served, register, tmp_path, monkeypatch):
+    def full(*given, **named):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(exporter, "save_file", full)
+    source = DraftSource(version=register(0))
+    with pytest.raises(OSError, match="no space left"):
+        export.export_draft.fn(served, source, "vllm", tmp_path / "exports" / "out", None)
+    assert list((tmp_path / "exports").iterdir()) == []
+    tags = tracking.lineage(tracking.connect(served), source.version)
+    assert tags["hass.export.vllm"] == "failed: no space left on device"
+
+
+def test_a_draft_is_found_by_address_number_folder_or_not_named_at_all(served, register, store):
+    first, second = register(0), register(1)
+    name = first.model
+    found = [
+        export.find_draft.fn(served, named) for named in (None, f"models:/{name}@champion", f"models:/{name}/1", "1")
+    ]
+    assert found == [DraftSource(version=first)] * 4
+    assert export.find_draft.fn(served, f"models:/{name}@challenger").version == second
+    assert export.find_draft.fn(served, "some/folder/").folder == "some/folder"
+
+
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ("models:/nobody@champion", "nobody has no champion"),
+        ("models:/nobody/3", "nobody has no version 3"),
+        ("models:/nobody", "has another form than models:/NAME@ALIAS and models:/NAME/VERSION"),
+    ],
+)
+def test_an_address_that_leads_nowhere_is_told(served, named, told):
+    with pytest.raises(TrackingError, match=told):
+        export.find_draft.fn(served, named)
+
+
+@pytest.mark.parametrize("in_store", [True, False])
+def test_a_folder_is_exported_too(served, store, draft, tmp_path, in_store):
+    folder = draft.url
+    if not in_store:
+        folder = str(store.open(draft).copied(tmp_path / "copy", exporter.is_draft_file))
+    done = export.export_draft.fn(served, DraftSource(folder=folder), "vllm", tmp_path / "out", None)
+    assert done.source.short_name == folder.rpartition("/")[2]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert "Licence of the target, which applies to the draft too: not stated." in done.card
+
+
+def test_a_folder_that_is_none_is_told(served, tmp_path):
+    with pytest.raises(BadInput, match=r"nowhere/config.json does not exist; a draft is a folder with config.json"):
+        export.export_draft.fn(served, DraftSource(folder=f"{tmp_path}/nowhere"), "vllm", tmp_path / "out", None)
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(served, register, tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "to mother.txt").write_text("dear")
+    source = DraftSource(version=register(0))
     with pytest.raises(BadInput, match=r"holds something other than a draft; name another folder"):
-        export.export_draft.fn(served, register(0), "vllm", tmp_path / "letters", "org/tiny")
+        export.export_draft.fn(served, source, "vllm", tmp_path / "letters", "org/tiny")
     assert (tmp_path / "letters" / "to mother.txt").read_text() == "dear"
