@@ -1,7 +1,7 @@
-"""Compile what a captured graph replays: fused kernels instead of one launch per operation."""
+"""torch.compile as this project uses it."""
 
 from collections.abc import Callable
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 import torch._dynamo
@@ -11,21 +11,25 @@ R = TypeVar("R")
 SHAPES = 64  # tree shapes that one process may decode with
 
 
-def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` compiled anew for each set of shapes."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
-    return torch.compile(function, dynamic=False)
+def compiled(function: Callable[P, R], any_shape: bool = False, tune: bool = False) -> Callable[P, R]:
+    """`function` compiled anew for each set of shapes, or once for all.
+
+    With `tune` a product with a single row becomes a sum that joins its neighbours' kernels; that takes longer.
+    """
+    settings = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, SHAPES)
+    # as a symbol a float is a number on the CPU, and to compile for that a GPU's machine runs a C++ compiler
+    settings.specialize_float = True
+    options: dict[str, Any] = {"coordinate_descent_tuning": tune}
+    return torch.compile(function, dynamic=any_shape, options=options)
 
 
 class Compiled(Generic[P, R]):
-    """`function` compiled twice: for a single token, and once for all other numbers of rows and tokens.
-
-    A product with one row is a sum that joins its neighbours' kernels, if Inductor is let to tune; that takes longer.
-    """
+    """`function` compiled twice: for a single token, and once for all other numbers of rows and tokens."""
 
     def __init__(self, function: Callable[P, R]):
-        self._single = torch.compile(function, dynamic=False, options={"coordinate_descent_tuning": True})
-        self._several = torch.compile(function, dynamic=True)
+        self._single = compiled(function, tune=True)
+        self._several = compiled(function, any_shape=True)
 
     def for_tokens(self, count: int) -> Callable[P, R]:
         """What to call with `count` tokens in all."""

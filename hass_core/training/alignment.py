@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hass_core.model.draft import DraftModel
+from hass_core.target.compiling import compiled
 from hass_core.training.attention import attend
 from hass_core.training.batch import Batch
 
@@ -55,8 +56,8 @@ class Alignment(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile what lies between the attentions, whose kernels are compiled already."""
-        self._enter = torch.compile(self._enter, dynamic=True)
-        self._output = torch.compile(self._output, dynamic=True)
+        self._enter = compiled(self._enter, any_shape=True)
+        self._output = compiled(self._output, any_shape=True)
 
     def _enter(self, token_ids: Tensor, features: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         """u [R, H], queries [A, R, d], keys and values [KV, R, d] of R rows."""

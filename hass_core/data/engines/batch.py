@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hass_core.data.engines.base import Request
 from hass_core.data.engines.sampling import sample, uniform_at
+from hass_core.errors import HassError
 from hass_core.target.compiling import compiled
 from hass_core.target.kv_cache import KVCache
 from hass_core.target.runner import Runner
@@ -69,7 +70,13 @@ class Batch:
     def resized(self, rows: int, slots: int, steady: bool = False) -> "Batch":
         """The running answers, in order, in a batch of another size; `steady` when that size will last."""
         kept = sorted(self.answers)
-        other = Batch(self.runner, rows, slots, steady)
+        try:
+            other = Batch(self.runner, rows, slots, steady)
+        except torch.OutOfMemoryError as error:
+            raise HassError(
+                f"the keys and values of {rows} conversations of {slots} tokens do not fit beside those of {self.rows} "
+                f"of {self.slots}; lower responses.max_sequences_per_batch: {error}"
+            ) from error
         source = torch.tensor(kept, dtype=torch.long, device=self.lengths.device)
         width = min(slots, self.slots)
         for old, new in zip(self.cache.blocks, other.cache.blocks, strict=True):
