@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from hass_core.store import StageFolder
 from hass_core.training.optim import MovingAverage
+from hass_core.training.sharding import divided_like, whole
 
 PREFIX = "checkpoint-"
 
@@ -37,17 +38,20 @@ class Position:
         return replace(self, stale=self.stale + 1)
 
 
-def save_checkpoint(
-    folder: StageFolder, model: nn.Module, optimizers: list[Optimizer], average: MovingAverage | None, at: Position
-) -> None:
-    """Write the file of step `at.step`."""
+def training_state(model: nn.Module, optimizers: list[Optimizer], average: MovingAverage | None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, whole; all processes take part."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{index}.{key}": value for key, value in state.items()}
     if average:
         tensors |= {f"average.{name}": value for name, value in average.weights.items()}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    return {name: whole(value.detach()) for name, value in tensors.items()}
+
+
+def save_checkpoint(folder: StageFolder, state: dict[str, Tensor], at: Position) -> None:
+    """Write the file of step `at.step`."""
+    tensors = {name: value.cpu().contiguous() for name, value in state.items()}
     with folder.writing(checkpoint_name(at.step), step=at.step) as file:
         save_file(tensors, file.path, metadata={"position": json.dumps(asdict(at))})
 
@@ -59,16 +63,18 @@ def load_checkpoint(
     with safe_open(folder.local_path(name), framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
         position = Position(**json.loads(file.metadata()["position"]))
-    model.load_state_dict(_below("model.", tensors))
+    weights = model.state_dict()
+    model.load_state_dict({k: divided_like(v, weights[k]) for k, v in _below("model.", tensors).items()})
     for number, optimizer in enumerate(optimizers):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Any]] = {}
         for key, value in _below(f"optimizer.{number}.", tensors).items():
             index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = value
+            state.setdefault(int(index), {})[name] = divided_like(value, parameters[int(index)])
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     if average:
         for key, value in _below("average.", tensors).items():
-            average.weights[key].copy_(value)
+            average.weights[key].copy_(divided_like(value, average.weights[key]))
     return position
 
 

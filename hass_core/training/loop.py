@@ -22,11 +22,12 @@ from hass_core.progress import Progress
 from hass_core.store import StageFolder
 from hass_core.training.alignment import Alignment
 from hass_core.training.batch import Batch
-from hass_core.training.checkpoint import Position, remove_old, save_checkpoint
+from hass_core.training.checkpoint import Position, remove_old, save_checkpoint, training_state
 from hass_core.training.feed import Prefetcher, noisy
 from hass_core.training.losses import PARTS, Objective, distill
 from hass_core.training.metrics import MetricsFile
 from hass_core.training.optim import MovingAverage, global_norm, learning_rate, set_learning_rate
+from hass_core.training.sharding import gathered, unsynced, whole
 from hass_core.training.tree_validation import validate_tree
 from hass_core.training.validation import HeldOut, validate
 
@@ -99,10 +100,10 @@ def train_step(run: Run, batches: list[Batch], step: int) -> tuple[Tensor, float
     for number, batch in enumerate(batches):
         last = number + 1 == len(batches)
         seed = hash((run.seed, step, number, run.accelerator.process_index))
-        with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
+        with nullcontext() if last else unsynced(run.wrapped, run.accelerator):
             parts += _backward(run, batch.to(device), counts, seed)
     parts = torch.as_tensor(run.accelerator.reduce(parts, "mean"))
-    norm = float(global_norm(run.alignment.parameters()))  # the one moment a step waits for the device
+    norm = float(whole(global_norm(run.alignment.parameters())))  # the one moment a step waits for the device
     if not (math.isfinite(norm) and bool(parts.isfinite().all())):
         _refuse(batches, step, norm)
     _clip(run, norm)
@@ -145,9 +146,10 @@ def _validate(run: Run, at: Position) -> Position:
         return at
     if run.average:
         run.average.swap(run.alignment.draft)
-    record = validate(run.alignment, run.head, run.held, run.objective, run.dtype)
-    if run.answers:
-        record |= validate_tree(run.alignment.draft, run.head, run.answers, run.tree)
+    with gathered(run.wrapped):
+        record = validate(run.alignment, run.head, run.held, run.objective, run.dtype)
+        if run.answers:
+            record |= validate_tree(run.alignment.draft, run.head, run.answers, run.tree)
     if run.average:
         run.average.swap(run.alignment.draft)
     _log(run, at, record)
@@ -155,8 +157,9 @@ def _validate(run: Run, at: Position) -> Position:
 
 
 def _save(run: Run, at: Position) -> int:
+    state = training_state(run.alignment.draft, run.optimizers, run.average)
     if run.accelerator.is_main_process:
-        save_checkpoint(run.folder, run.alignment.draft, run.optimizers, run.average, at)
+        save_checkpoint(run.folder, state, at)
         remove_old(run.folder, run.config.keep_checkpoints, at.best_step)
     run.accelerator.wait_for_everyone()
     return at.step

@@ -38,6 +38,7 @@ from hass_core.training.loop import Run, train
 from hass_core.training.metrics import MetricsFile, read_records
 from hass_core.training.optim import MovingAverage, make_optimizers
 from hass_core.training.packing import PackStream
+from hass_core.training.sharding import distribute
 from hass_core.training.start import start_least_squares
 from hass_core.training.tree_validation import recorded_answers
 from hass_core.training.validation import held_out
@@ -173,16 +174,16 @@ def make_run(
     alignment = Alignment(draft, training.align_steps, training.detach_features)
     if training.compile:
         alignment.compile_parts()
-    optimizers = make_optimizers(draft, training)
+    wrapped = distribute(alignment, accelerator)
     stream = PackStream(dataset.lengths, training.tokens_per_pack, config.seed)
     return Run(
         config=training,
         seed=config.seed,
         accelerator=accelerator,
         alignment=alignment,
-        wrapped=accelerator.prepare(alignment),
+        wrapped=wrapped,
         head=head,
-        optimizers=optimizers,
+        optimizers=make_optimizers(draft, training),
         average=MovingAverage(draft, training.ema_decay) if training.ema_decay else None,
         held=[],
         answers=[],
@@ -220,14 +221,15 @@ def _finish(run: Run, at: Position, target: Target, tokens_per_second: float, lo
     """Publish the best draft and the curves; the manifest last. `longest`: tokens of the longest conversation."""
     run.accelerator.wait_for_everyone()
     best = at.best_step or at.step
-    load_weights(run.folder, best, run.alignment.draft)
     summary = summarize(run, at, best, tokens_per_second)
     if not run.accelerator.is_main_process:
         run.accelerator.wait_for_everyone()
         return Artifact(stage=run.folder.stage, digest=run.folder.digest, root=run.folder.store.root, summary=summary)
     scratch = run.folder.scratch() / "draft"
     extra = {"trained_steps": best, "tokens_seen": at.tokens_seen, "val_tau": at.best_tau, "trained_tokens": longest}
-    save_draft(scratch, run.alignment.draft, run.head, draft_info(target, extra))
+    draft = DraftModel(run.alignment.draft.architecture, run.alignment.draft.embedding)
+    load_weights(run.folder, best, draft)
+    save_draft(scratch, draft, run.head, draft_info(target, extra))
     names = [CONFIG, WEIGHTS, *([VOCABULARY] if run.head.token_ids is not None else [])]
     for name, source in [*((name, scratch / name) for name in names), (METRICS, run.folder.scratch() / METRICS)]:
         with run.folder.writing(name) as file:
