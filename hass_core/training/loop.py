@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Run:
 
 def train(run: Run, steps: Prefetcher, at: Position, total_steps: int, progress: Progress) -> Position:
     """Train from `at` to `total_steps`; the last state is saved. Raises NonFinite; SIGTERM saves and exits with 143."""
-    window = Window()
+    window, pace = Window(), Pace(at.step)
     saved = at.step
     with stop_signal() as stopped:
         while at.step < total_steps and not stopped.is_set():
@@ -72,7 +73,7 @@ def train(run: Run, steps: Prefetcher, at: Position, total_steps: int, progress:
             window.add(parts, tokens)
             if at.step % run.config.log_every_steps == 0 or at.step == total_steps:
                 _log(run, at, _training_record(run, at, window, norm, total_steps))
-                progress(at.step, total_steps, f"loss {window.loss(run.objective):.3f}, {window.rate():,.0f} tokens/s")
+                progress(at.step, total_steps, f"{window.note(run)}, {pace.left(at.step, total_steps)} left")
                 window = Window()
             if at.step % run.config.validate_every_steps == 0 or at.step == total_steps:
                 at = _validate(run, at)
@@ -185,6 +186,25 @@ class Window:
 
     def rate(self) -> float:
         return self.tokens / (time.monotonic() - self.start)
+
+    def note(self, run: Run) -> str:
+        """What the progress line tells: loss, speed, and on a GPU the most memory that tensors took on it."""
+        told, device = f"loss {self.loss(run.objective):.3f}, {self.rate():,.0f} tokens/s", run.head.weight.device
+        if device.type == "cuda":
+            told += f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+        return told
+
+
+class Pace:
+    """How long the rest takes, from the mean step since `step`, validations and checkpoints included."""
+
+    def __init__(self, step: int):
+        self.first, self.start = step, time.monotonic()
+
+    def left(self, step: int, total_steps: int) -> str:
+        """Hours, minutes and seconds, as 1:02:03."""
+        seconds = (time.monotonic() - self.start) / (step - self.first) * (total_steps - step)
+        return str(timedelta(seconds=round(seconds)))
 
 
 def _training_record(run: Run, at: Position, window: Window, norm: float, total_steps: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,6 +61,15 @@ def test_training_lowers_the_loss_and_leaves_a_loadable_draft(store, tiny_target
     assert {"val/tau", "val/chain_5", "val/accuracy_step_1"} <= artifact.summary.keys()
     draft = load_draft(Path(folder.local_path("config.json")).parent, tiny_target)
     assert draft.info["target_fingerprint"] == tiny_target.fingerprint
+
+
+def test_the_progress_line_tells_loss_speed_and_the_time_left(store, tiny_target, features):
+    told: list[tuple[int, int, str]] = []
+    train_draft(settings(), features, store, tiny_target, lambda *given: told.append(given))
+    total = told[0][1]
+    assert [done for done, _, _ in told] == list(range(1, total + 1))
+    assert all(re.fullmatch(r"loss \d\.\d{3}, [\d,]+ tokens/s, \d+:\d\d:\d\d left", note) for _, _, note in told)
+    assert told[-1][2].endswith(", 0:00:00 left")
 
 
 def test_trees_over_held_out_answers_are_counted_at_every_validation(store, tiny_target, features):
