@@ -31,6 +31,4 @@ def show(console: Console, config: RunConfig, verdict: Verdict) -> None:
 
 
 if __name__ == "__main__":
-    main(
-        promote_draft, lambda console, config, verdict: console.print(Markdown(verdict.markdown())), PromotionParameters
-    )
+    main(promote_draft, show, PromotionParameters)

@@ -4,16 +4,14 @@ from prefect import flow
 
 from flows.parameters import RunParameters
 from flows.terminal import main
-from tasks.promotion import roll_back
-from tasks.summary import version_lines
-from tasks.tracking import DraftVersion
+from tasks.promotion import RolledBack, roll_back
 
 
 @flow(name="rollback-draft", flow_run_name="rollback-draft {run.preset}")
-def rollback_draft(run: RunParameters) -> DraftVersion:
+def rollback_draft(run: RunParameters) -> RolledBack:
     """Withdraw the champion; the one it replaced is the champion again."""
     return roll_back(run.config())
 
 
 if __name__ == "__main__":
-    main(rollback_draft, lambda console, config, version: console.print(version_lines(version, None)))
+    main(rollback_draft, lambda console, config, done: console.print(str(done), highlight=False))

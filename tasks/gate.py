@@ -36,9 +36,16 @@ class Verdict(BaseModel):
             return "champion"
         return "promoted" if self.promoted else "not promoted"
 
+    @property
+    def title(self) -> str:
+        """The outcome, and what became of the champion before."""
+        if self.champion in (None, self.challenger):
+            return self.outcome
+        return f"{self.outcome}, {'it replaces' if self.promoted else 'the champion stays'} version {self.champion}"
+
     def markdown(self) -> str:
         """The verdict for people."""
-        lines = [f"## Version {self.challenger}: {self.outcome} (champion before: {self.champion or 'none'})", ""]
+        lines = [f"## Version {self.challenger}: {self.title}", ""]
         lines += [f"- {reason}" for reason in self.reasons]
         if self.gain_by_benchmark:
             lines += ["", "| benchmark | speed-up over the champion's |", "|---|---|"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
+from pydantic import BaseModel, ConfigDict
 
 from hass_core.config import RunConfig
 from hass_core.evaluation import evaluate as core
@@ -40,13 +41,25 @@ def decide(config: RunConfig, challenger: DraftVersion, again: bool = False) -> 
     return verdict
 
 
+class RolledBack(BaseModel):
+    """What a rollback did."""
+
+    model_config = ConfigDict(frozen=True)
+    restored: DraftVersion
+    withdrawn: DraftVersion
+
+    def __str__(self) -> str:
+        name, before = self.restored.model, self.restored.version
+        return f"version {before} of {name} is the champion again; version {self.withdrawn.version} is withdrawn"
+
+
 @task(name="roll-back")
-def roll_back(config: RunConfig) -> DraftVersion:
-    """Give the alias back to the champion before."""
+def roll_back(config: RunConfig) -> RolledBack:
+    """Give the alias back to the champion before. Raises TrackingError when there was none."""
     restored, withdrawn = tracking.restore(tracking.connect(config), tracking.registered_name(config))
-    text = f"Version {restored.version} of `{restored.model}` is the champion again; {withdrawn.version} was withdrawn."
-    create_markdown_artifact(text, key="rollback", description="What the rollback did")
-    return restored
+    done = RolledBack(restored=restored, withdrawn=withdrawn)
+    create_markdown_artifact(str(done), key="rollback", description="What the rollback did")
+    return done
 
 
 @task(name="find-version")
@@ -60,7 +73,7 @@ def _verdict(config: RunConfig, challenger: DraftVersion, champion: DraftVersion
     if champion is None:
         return Verdict(promoted=True, reasons=("there is no champion",), **names)
     if champion.version == challenger.version:
-        first = challenger.version == "1"
+        first = challenger.version == "1" and not again
         reason = "it is the first draft, with none to beat" if first else "it is the champion already"
         return Verdict(promoted=True, reasons=(reason,), **names)
     if challenger.withdrawn and not again:
@@ -79,7 +92,7 @@ def _record(config: RunConfig, challenger: DraftVersion, verdict: Verdict) -> No
     with tempfile.TemporaryDirectory(prefix="hass-promotion-") as folder:
         figures = []
         if gains := verdict.gains():
-            title = f"Version {verdict.challenger} against champion {verdict.champion}: {verdict.outcome}"
+            title = f"Version {verdict.challenger} against version {verdict.champion}, the champion: {verdict.outcome}"
             figures.append(draw_gains(gains, Path(folder) / "gain.png", title))
         client = tracking.connect(config)
         tracking.record_verdict(client, challenger, verdict.promoted, verdict.markdown(), figures)

@@ -28,7 +28,8 @@ def report_tables(config: RunConfig, evaluation: Artifact) -> RenderableType:
 
 def version_lines(version: DraftVersion, verdict: Verdict | None) -> str:
     """The registered version, its alias, and what the gate said."""
-    lines = [f"registered  {version.model} version {version.version}, alias {version.alias or 'none'}"]
+    alias = f"alias {version.alias}" if version.alias else "no alias"
+    lines = [f"registered  {version.model} version {version.version}, {alias}"]
     if verdict:
         lines += [f"{verdict.outcome}: {reason}" for reason in verdict.reasons]
     return "\n".join(lines)

@@ -107,7 +107,7 @@ def find_version(client: MlflowClient, name: str, number: int | None, alias: str
     if number is None:
         found = by_alias(client, name, alias)
         if found is None:
-            raise TrackingError(f"{name} has no {alias}; run a retraining first, or give a version number")
+            raise TrackingError(f"{name} has no {alias}; `make retrain` makes one, or name a version")
         return found
     try:
         return describe(client, name, str(number))
@@ -201,12 +201,15 @@ def restore(client: MlflowClient, name: str) -> tuple[DraftVersion, DraftVersion
     with locked(client, name):
         present = champion(client, name)
         if present is None:
-            raise TrackingError(f"{name} has no champion; run `make retrain` first")
-        before = client.get_model_version(name, present.version).tags.get("hass.replaced")
+            raise TrackingError(f"{name} has no champion; `make retrain` makes one")
+        withdrawn = client.get_model_version(name, present.version)
+        before = withdrawn.tags.get("hass.replaced")
         if before is None:
             raise TrackingError(f"version {present.version} of {name} replaced no other: nothing to go back to")
         client.set_registered_model_alias(name, CHAMPION, before)
         client.set_model_version_tag(name, present.version, "hass.withdrawn", str(int(time.time())))
+        if withdrawn.run_id:
+            client.set_tag(withdrawn.run_id, "hass.promoted", "withdrawn")
     return describe(client, name, before), describe(client, name, present.version)
 
 

@@ -83,7 +83,7 @@ def test_the_verdict_reads_as_a_table_with_intervals():
     challenger = measured({"chat": around(1.6), "my_code": around(1.5)})
     verdict = judge(challenger, measured({"chat": around(1.5), "my_code": around(1.5)}), True, RULES)
     text = verdict.model_copy(update={"challenger": "4", "champion": "3"}).markdown()
-    assert "## Version 4: promoted (champion before: 3)" in text
+    assert "## Version 4: promoted, it replaces version 3" in text
     assert "| chat | +6.7%, 95 % interval +6.7% to +6.7% |" in text
     assert "| my\\_code | +0.0%, " in text
     assert "| all | +3.2%, " in text

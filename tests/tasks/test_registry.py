@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from hass_core.errors import TrackingError
-from tasks import tracking
+from tasks import promotion, tracking
 from tasks.gate import Verdict
 from tasks.model_card import model_card
 from tasks.tracking import lock, open_retraining, registered_name
@@ -81,7 +81,7 @@ def test_a_crowned_challenger_replaces_the_champion(register, client):
     first, second = register(0), register(1)
     assert tracking.crown(client, second, first)
     assert tracking.champion(client, first.model).version == second.version
-    with pytest.raises(TrackingError, match="has no challenger; run a retraining first"):
+    with pytest.raises(TrackingError, match="has no challenger; `make retrain` makes one"):
         tracking.find_version(client, first.model, None)
 
 
@@ -118,6 +118,18 @@ def test_a_rollback_restores_the_champion_before(register, client):
     assert (restored.version, restored.alias) == (first.version, "champion")
     assert withdrawn.version == second.version
     assert withdrawn.withdrawn
+    run = client.get_model_version(second.model, second.version).run_id
+    assert client.get_run(run).data.tags["hass.promoted"] == "withdrawn"
+
+
+def test_a_rollback_is_told(register, client, config, monkeypatch):
+    told = []
+    monkeypatch.setattr(promotion, "create_markdown_artifact", lambda text, **named: told.append(text))
+    first, second = register(0), register(1)
+    tracking.crown(client, second, first)
+    text = f"version 1 of {first.model} is the champion again; version 2 is withdrawn"
+    assert str(promotion.roll_back.fn(config)) == text
+    assert told == [text]
 
 
 def test_a_rollback_with_nothing_before_says_so(register, client):
@@ -127,7 +139,7 @@ def test_a_rollback_with_nothing_before_says_so(register, client):
 
 
 def test_a_rollback_without_a_champion_says_what_to_run(client):
-    with pytest.raises(TrackingError, match="nobody has no champion; run `make retrain` first"):
+    with pytest.raises(TrackingError, match="nobody has no champion; `make retrain` makes one"):
         tracking.restore(client, "nobody")
 
 
