@@ -41,7 +41,8 @@ class Verdict(BaseModel):
         """The outcome, and what became of the champion before."""
         if self.champion in (None, self.challenger):
             return self.outcome
-        return f"{self.outcome}, {'it replaces' if self.promoted else 'the champion stays'} version {self.champion}"
+        before = f"version {self.champion}"
+        return f"{self.outcome}, it replaces {before}" if self.promoted else f"{self.outcome}, {before} stays champion"
 
     def markdown(self) -> str:
         """The verdict for people."""

@@ -98,7 +98,7 @@ def stage_run(config: RunConfig, parent: str, stage: str) -> Iterator[StageRun]:
     client = connect(config)
     identity = {"mlflow.parentRunId": parent, "hass.stage": stage}
     run = _find_or_create(client, config, identity, stage, {})
-    section = {"evaluation": ("evaluation", "tree"), "draft": ("draft", "training")}.get(stage, (stage,))
+    section = {"evaluation": ("evaluation", "tree"), "draft": ("draft", "pretraining", "training")}.get(stage, (stage,))
     settings = {name: value for name, value in config.model_dump(mode="json").items() if name in section}
     _add_parameters(client, run, flatten(settings))
     monitor = SystemMetricsMonitor(run.info.run_id, resume_logging=True, tracking_uri=tracking_uri(config))
