@@ -23,12 +23,13 @@ def draft(
     """Check a draft's tensors and config.json for one engine, against its target."""
     from hass_core.export.checks import check_draft
     from hass_core.export.engines import ENGINES
+    from hass_core.model.checkpoint import draft_info
     from hass_core.target.loader import load_target
 
     if engine not in ENGINES:
         raise BadInput(f"no engine {engine!r}; engines are {', '.join(ENGINES)}")
     loaded = load_target(TargetConfig(source=target, device="cpu"))
-    findings = check_draft(folder, loaded.model.config, ENGINES[engine], loaded.embedding)
+    findings = check_draft(folder, loaded.model.config, ENGINES[engine], loaded.embedding, draft_info(loaded))
     for finding in findings:
         console.print(f"[bold red]{escape(finding.check)}[/]  {escape(finding.what)}.")
         console.print(f"    {escape(finding.consequence)}.\n    To mend: {escape(finding.mend)}.", highlight=False)
@@ -46,7 +47,9 @@ def acceptance(
     max_new_tokens: Annotated[int, typer.Option(min=8, help="Tokens an answer may have")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature as served")] = 0.0,
     trained_tokens: Annotated[int | None, typer.Option(help="Longest conversation of training")] = None,
-    trained_template: Annotated[Path | None, typer.Option(help="File with the chat template of training")] = None,
+    trained_template: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="File with the chat template of training")
+    ] = None,
 ) -> None:
     """Explain a low τ: what each cause costs, the dearest first, and how to mend it."""
     from hass_core.cli.acceptance_report import show_diagnosis

@@ -35,17 +35,23 @@ EXPORT_AGAIN = "export the draft again with `hass export`"
 
 
 def check_draft(
-    folder: Path, target: PretrainedConfig, engine: Engine, embedding: Tensor | None = None
+    folder: Path,
+    target: PretrainedConfig,
+    engine: Engine,
+    embedding: Tensor | None = None,
+    origin: dict[str, Any] | None = None,
 ) -> list[Finding]:
     """All faults of a draft folder; empty when it will serve.
 
-    `target` is the target's Hugging Face configuration; its token `embedding` [V, H], when given, is compared too.
+    `target` is the target's Hugging Face configuration; its token `embedding` [V, H], when given, is compared too,
+    and with `origin` (see `draft_info`) the record of the target that the draft was trained for.
     Raises BadInput when the folder cannot be read at all.
     """
     config, tensors = read_config(folder), read_tensors(folder)
     layout = Layout.from_config(config)
     text = target.get_text_config()
     return [
+        *_origin(config.get("hass", {}), origin or {}),
         *_names(tensors, layout, engine),
         *_shapes(tensors, layout),
         *_values(tensors),
@@ -55,6 +61,19 @@ def check_draft(
         *_sizes(config, layout, text),
         *_positions(config, text),
     ]
+
+
+def _origin(trained: dict[str, Any], given: dict[str, Any]) -> Iterator[Finding]:
+    for field in ("target_fingerprint", "template_hash"):
+        ours, theirs = trained.get(field), given.get(field)
+        if ours and theirs and ours != theirs:  # imported EAGLE drafts do not tell
+            yield Finding(
+                field,
+                f"the draft was trained for {trained.get('target', 'another target')} with {field} {ours}, "
+                f"{given.get('target', 'the target')} has {theirs}",
+                "it loads, and few of its guesses are accepted",
+                "serve it with the target it was trained for (--target), or train a draft for this one",
+            )
 
 
 def _names(tensors: dict[str, Tensor], layout: Layout, engine: Engine) -> Iterator[Finding]:

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from hass_core.config import TreeConfig
-from hass_core.errors import BadInput, DraftMismatch
+from hass_core.errors import DraftMismatch
 from hass_core.export.card import model_card
 from hass_core.export.checks import check_draft, rope_of
 from hass_core.export.engines import ENGINES, Engine
-from hass_core.export.layout import CONFIG, WEIGHTS, Layout, read_config, read_tensors
+from hass_core.export.layout import CONFIG, WEIGHTS, Layout, check_out, read_config, read_tensors
 from hass_core.target.licence import NOT_STATED
 
 
@@ -46,8 +46,7 @@ def export_draft(
     the findings when the draft does not belong to the target, BadInput when the draft folder is broken.
     """
     engine = ENGINES[engine_name]
-    if out.exists() and not (out / WEIGHTS).is_file() and any(out.iterdir()):
-        raise BadInput(f"{out} exists and holds something other than a draft; name another folder")
+    check_out(out, draft)
     source, tensors = read_config(draft), read_tensors(draft)
     layout = Layout.from_config(source)
     dtype = embedding.dtype

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from hass_core.errors import BadInput, DraftMismatch
-from hass_core.export.layout import CONFIG, WEIGHTS, Layout, read_config, read_tensors
+from hass_core.export.layout import CONFIG, WEIGHTS, Layout, check_out, read_config, read_tensors
 
 MAX_CONDITION = 1e6  # beyond this, fp32 loses more than half its digits in the solve
 MAX_RELATIVE_ERROR = 1e-4
@@ -32,8 +32,10 @@ class Folding:
 def import_draft(source: Path, target: PretrainedConfig, out: Path) -> Path:
     """Convert a checkpoint folder (model.safetensors or pytorch_model.bin) to this project's layout; returns `out`.
 
-    Raises BadInput when tensors are missing, DraftMismatch when the sizes are not the target's.
+    Raises BadInput when tensors are missing or `out` holds something else, DraftMismatch when the sizes are not the
+    target's.
     """
+    check_out(out, source)
     config, tensors = read_config(source), _read_any(source)
     layout = Layout.from_config(config)
     _match(layout, target.get_text_config(), source)

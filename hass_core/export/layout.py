@@ -70,7 +70,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"{path} does not exist; a draft is a folder with {CONFIG} and {WEIGHTS}") from None
     except json.JSONDecodeError as error:
         raise BadInput(f"{path} is not valid JSON: {error}") from None
@@ -86,3 +86,13 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise BadInput(f"{path} does not exist; `hass import` converts a pytorch_model.bin") from None
     except Exception as error:  # safetensors raises its own class, which it does not export as a type
         raise BadInput(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def check_out(out: Path, source: Path) -> None:
+    """Raise BadInput where writing a draft to `out` would overwrite something else, or its own `source`."""
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out} is a file; name a folder to write the draft to")
+    if out.resolve() == source.resolve():
+        raise BadInput(f"{out} is the draft to read; name another folder to write to")
+    if out.exists() and not (out / WEIGHTS).is_file() and any(out.iterdir()):
+        raise BadInput(f"{out} exists and holds something other than a draft; name another folder")

@@ -150,6 +150,31 @@ def test_a_draft_of_another_target_is_not_exported(draft, config, embedding, tmp
     assert not (tmp_path / "vllm").exists()
 
 
+def test_a_draft_of_another_target_of_the_same_size_is_named(draft, config, embedding, tmp_path):
+    edit_config(hass={"target": "elder", "target_fingerprint": "0123", "template_hash": "abcd"})(draft)
+    folder = exported(draft, config, embedding, "vllm", tmp_path)
+    same = {"target": "elder", "target_fingerprint": "0123", "template_hash": "abcd"}
+    assert check_draft(folder, config, ENGINES["vllm"], embedding, same) == []
+    (finding,) = check_draft(folder, config, ENGINES["vllm"], embedding, same | {"target_fingerprint": "4567"})
+    assert "trained for elder with target_fingerprint 0123, elder has 4567" in str(finding)
+    assert "few of its guesses are accepted" in str(finding)
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_a_file_and_the_draft_itself_are_not_written_over(draft, config, embedding, engine, tmp_path):
+    (tmp_path / engine).write_text("mine")
+    with pytest.raises(BadInput, match="is a file; name a folder"):
+        exported(draft, config, embedding, engine, tmp_path)
+    with pytest.raises(BadInput, match="is the draft to read; name another folder"):
+        export_draft(draft, config, embedding, engine, draft, CHAIN, "org/target")
+
+
+def test_a_file_given_as_a_draft_says_what_a_draft_is(tmp_path, config):
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match=r"file/config\.json does not exist; a draft is a folder with"):
+        check_draft(tmp_path / "file", config, ENGINES["vllm"])
+
+
 def test_an_unreadable_folder_says_what_is_missing(tmp_path, config):
     with pytest.raises(BadInput, match=r"config\.json does not exist"):
         check_draft(tmp_path, config, ENGINES["vllm"])

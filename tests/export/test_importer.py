@@ -98,3 +98,12 @@ def test_folding_without_a_bias_says_so(official, tiny_target, tmp_path):
     imported = import_draft(official, tiny_target.model.config, tmp_path / "imported")
     with pytest.raises(BadInput, match="nothing to fold"):
         fold_bias(imported, tiny_target.embedding, tmp_path / "folded")
+
+
+def test_an_import_does_not_write_over_its_source_or_anything_else(official, tiny_target, tmp_path):
+    with pytest.raises(BadInput, match="is the draft to read; name another folder"):
+        import_draft(official, tiny_target.model.config, official)
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "to mother.txt").write_text("dear")
+    with pytest.raises(BadInput, match="holds something other than a draft"):
+        import_draft(official, tiny_target.model.config, tmp_path / "letters")
