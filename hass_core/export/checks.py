@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from hass_core.errors import BadInput
 from hass_core.export.engines import Engine
 from hass_core.export.layout import Layout, read_config, read_tensors
 
@@ -45,9 +46,11 @@ def check_draft(
 
     `target` is the target's Hugging Face configuration; its token `embedding` [V, H], when given, is compared too,
     and with `origin` (see `draft_info`) the record of the target that the draft was trained for.
-    Raises BadInput when the folder cannot be read at all.
+    Raises BadInput when the folder cannot be read at all or holds another kind of model.
     """
     config, tensors = read_config(folder), read_tensors(folder)
+    if not {"fc.weight", "model.fc.weight"} & tensors.keys():
+        raise BadInput(f"{folder} holds no draft: it has no fc.weight. Name a draft's folder; the target is --target")
     layout = Layout.from_config(config)
     text = target.get_text_config()
     return [

@@ -20,6 +20,7 @@ from hass_core.model.head import DraftHead
 from hass_core.target.loader import Target
 
 CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "draft_vocab.json"
+FUSION = "fc.weight"  # every draft has it, no other model
 Q_NORM, FC_BIAS, EMBEDDING = "layers.0.self_attn.q_norm.weight", "fc.bias", "embed_tokens.weight"
 
 
@@ -62,6 +63,8 @@ def load_draft(folder: Path, target: Target, check: bool = True) -> Draft:
     sides, CorruptFile when a file is missing or broken.
     """
     config, tensors = _read(folder)
+    if FUSION not in tensors:
+        raise DraftMismatch(f"{folder} holds no draft: it has no {FUSION}. Name a draft's folder, not the target's")
     info = config.get("hass", {})
     _compare_sizes(folder, config, target)
     if check:

@@ -15,6 +15,7 @@ from hass_core.export.checks import check_draft
 from hass_core.export.engines import ENGINES
 from hass_core.export.exporter import export_draft
 from hass_core.export.layout import Layout
+from hass_core.model.checkpoint import load_draft
 
 CHAIN = TreeConfig(kind="chain", depth=3, nodes=4)
 
@@ -167,6 +168,14 @@ def test_a_file_and_the_draft_itself_are_not_written_over(draft, config, embeddi
         exported(draft, config, embedding, engine, tmp_path)
     with pytest.raises(BadInput, match="is the draft to read; name another folder"):
         export_draft(draft, config, embedding, engine, draft, CHAIN, "org/target")
+
+
+def test_a_whole_model_given_as_a_draft_is_named(tiny_target, tmp_path, config, embedding):
+    tiny_target.model.save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match=r"holds no draft: it has no fc\.weight\. Name a draft's folder"):
+        check_draft(tmp_path, config, ENGINES["vllm"], embedding)
+    with pytest.raises(DraftMismatch, match=r"holds no draft: it has no fc\.weight"):
+        load_draft(tmp_path, tiny_target)
 
 
 def test_a_file_given_as_a_draft_says_what_a_draft_is(tmp_path, config):
