@@ -62,6 +62,7 @@ def _whole(
     left = tl.load(found + row * pieces * K + own, mask=own < pieces * K, other=-float("inf"))
     for rank in tl.static_range(K):
         value, place = tl.max(left, 0, return_indices=True)  # candidates stand in the order of their indices
+        place = tl.minimum(place, pieces * K - 1)  # where a logit is no number, tl.max may name the padding
         tl.store(values + row * K + rank, value)
         tl.store(indices + row * K + rank, tl.load(where + row * pieces * K + place).to(tl.int64))
         left = tl.where(own == place, -float("inf"), left)

@@ -79,8 +79,9 @@ class Batch:
             ) from error
         source = torch.tensor(kept, dtype=torch.long, device=self.lengths.device)
         width = min(slots, self.slots)
-        for old, new in zip(self.cache.blocks, other.cache.blocks, strict=True):
-            new[:, :, : len(kept), :, :width] = old[:, :, source, :, :width]
+        for old, new in zip(self.cache.layers, other.cache.layers, strict=True):  # layer by layer: the copy is large
+            for i in range(2):
+                new[i][: len(kept), :, :width] = old[i][source, :, :width]
         for name in ("lengths", "tokens", "seeds", "temperature", "top_p", "top_k"):
             getattr(other, name)[: len(kept)] = getattr(self, name)[source]
         other.answers = {row: self.answers[old] for row, old in enumerate(kept)}
