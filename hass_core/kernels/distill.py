@@ -104,6 +104,7 @@ def _merge(
     for number in tl.static_range(K):
         value, at = tl.max(left, 0, return_indices=True)  # candidates stand in the order of their indices
         values = tl.where(rank == number, value, values)
+        at = tl.minimum(at, pieces * K - 1)  # where a logit is no number, tl.max may name the padding
         tokens = tl.where(rank == number, tl.load(where + row * pieces * K + at), tokens)
         left = tl.where(own == at, -float("inf"), left)
     chosen = rank < K

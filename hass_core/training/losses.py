@@ -77,16 +77,19 @@ def distill(
     weights = share * share.new_tensor(objective.step_weights)[:, None]
     informative = head.contains(batch.token_ids[batch.targets + 1])
     parts = torch.zeros(steps, len(PARTS), device=device)
-    gradients = [torch.zeros_like(output) for output in outputs]
+    together = torch.stack([output.detach() for output in outputs])  # [n, Q, H]
+    gradients = torch.zeros_like(together)
+    places = batch.target_anchors + together.shape[1] * torch.arange(steps, device=device)[:, None]  # rows of n · Q
     rows_per_chunk = max(16, LOGITS_PER_CHUNK[device.type] // (head.size * (steps + 1)))
-    for rows in torch.arange(len(batch.targets), device=device).split(rows_per_chunk):
-        features, anchors = batch.features[batch.targets[rows]], batch.target_anchors[:, rows]
-        estimates = torch.stack([output.detach()[own] for output, own in zip(outputs, anchors, strict=True)])
+    for first in range(0, len(batch.targets), rows_per_chunk):
+        rows = slice(first, first + rows_per_chunk)
+        features, own = batch.features[batch.targets[rows]], places[:, rows]
+        estimates = together.flatten(0, 1)[own]
         chunk_parts, chunk_gradients = _chunk(estimates, features, informative[rows], head, objective)
         parts += (chunk_parts * share[:, rows, None]).sum(1)
-        for gradient, own, values in zip(gradients, anchors, chunk_gradients * weights[:, rows, None], strict=True):
-            gradient.index_add_(0, own, values.to(gradient.dtype))
-    return parts, gradients
+        weighted = (chunk_gradients * weights[:, rows, None]).to(gradients.dtype)
+        gradients.flatten(0, 1).index_add_(0, own.flatten(), weighted.flatten(0, 1))
+    return parts, list(gradients)
 
 
 def _chunk(

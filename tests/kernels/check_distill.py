@@ -29,6 +29,16 @@ def check(name: str, steps: int, rows: int, size: int, *settings) -> None:
         )
 
 
+def check_no_number(spoiled: str) -> None:
+    """A logit that is no number shows in its row's loss, and in no other row's."""
+    tensors = {"teacher": torch.randn(2, 5000, device=DEVICE), "logits": torch.randn(1, 2, 5000, device=DEVICE)}
+    tensors[spoiled][..., 1, 2500] = torch.nan
+    total, *_ = distill.distribution_terms(**tensors, k=10, soft_ce=0.1, top_k=1.0, renormalize=False)
+    assert total.isnan().tolist() == [[False, True]], spoiled
+
+
 torch.manual_seed(0)
 for case, (steps, rows, size, k, *weights) in CASES.items():
     check(case, steps, rows, size, k, *weights)
+for name in ("teacher", "logits"):
+    check_no_number(name)
