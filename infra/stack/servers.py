@@ -1,0 +1,53 @@
+"""MLflow, the Prefect server with pools and deployments, and the workers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from infra.stack.machine import StackError, answers, has_gpu
+from infra.stack.postgres import Postgres
+from infra.stack.processes import Processes, without_other_servers
+
+PREFECT = [sys.executable, "-m", "prefect"]
+
+
+def start_mlflow(processes: Processes, postgres: Postgres, environment: dict[str, str], port: int) -> dict[str, str]:
+    """Start MLflow, its artifacts in the S3 store; the environment that names it. It may not be ready yet."""
+    address = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    places = ["--backend-store-uri", postgres.address("mlflow", "psycopg2"), "--artifacts-destination", "s3://mlflow"]
+    command = [sys.executable, "-m", "mlflow", "server", *address, *places]
+    processes.start("mlflow", command, environment | postgres.environment)
+    return {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
+
+
+def start_prefect(processes: Processes, postgres: Postgres, environment: dict[str, str], port: int) -> dict[str, str]:
+    """Start the Prefect server; the environment that names it. It may not be ready yet."""
+    database = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": postgres.address("prefect", "asyncpg")}
+    command = [*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    processes.start("prefect", command, environment | postgres.environment | database)
+    return {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+
+
+def wait_for_servers(processes: Processes, environment: dict[str, str]) -> None:
+    """Until MLflow and Prefect answer."""
+    processes.wait_until("mlflow", lambda: answers(f"{environment['MLFLOW_TRACKING_URI']}/health"))
+    processes.wait_until("prefect", lambda: answers(f"{environment['PREFECT_API_URL']}/health"))
+
+
+def deploy(environment: dict[str, str], root: Path) -> None:
+    """Create pools, automation and deployments, as `make deploy` does."""
+    beside_python = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    everything = without_other_servers() | environment | beside_python
+    done = subprocess.run(["sh", "infra/deploy.sh"], cwd=root, env=everything, capture_output=True, text=True)
+    if done.returncode:
+        raise StackError(f"pools and deployments could not be made:\n{done.stdout[-1000:]}{done.stderr[-1000:]}")
+
+
+def start_workers(processes: Processes, environment: dict[str, str]) -> list[str]:
+    """Start a worker on the pool cpu, and one on gpu where there is a GPU; the pools."""
+    pools = ["cpu", "gpu"] if has_gpu() else ["cpu"]
+    for pool in pools:
+        command = [*PREFECT, "worker", "start", "--pool", pool, "--name", f"stack-{pool}"]
+        processes.start(f"worker-{pool}", command, environment)
+    return pools

@@ -1,0 +1,147 @@
+"""`make stack`: a retraining through PostgreSQL, S3, MLflow, Prefect and a worker, all real and on loopback."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import s3fs
+from mlflow import MlflowClient
+
+from tests.flows.stack import PREFECT, ROOT, wait_for
+
+POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+pytestmark = [
+    pytest.mark.recovery,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not POSTGRES and not shutil.which("initdb"), reason="PostgreSQL is not installed"),
+]
+READY = "Ctrl-C stops everything."
+
+
+class RunningStack:
+    """The program, its output, its environment for clients, and all processes it started."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._output = folder / "output"
+        command = [sys.executable, "-m", "infra.stack", "--folder", str(folder)]
+        with self._output.open("w") as output:
+            self.process = subprocess.Popen(
+                [*command, "--prefect-port", "0", "--mlflow-port", "0"], cwd=ROOT, stdout=output, stderr=output
+            )
+        wait_for(lambda: READY in self.output or self.process.poll() is not None, "the stack", 300)
+        assert self.process.poll() is None, self.output
+        shown = subprocess.run(["bash", "-c", f". '{folder}/env'; env -0"], capture_output=True, text=True, check=True)
+        self.environment = dict(line.split("=", 1) for line in shown.stdout.split("\0") if "=" in line)
+        self.parts = psutil.Process(self.process.pid).children(recursive=True)
+
+    @property
+    def output(self) -> str:
+        """What it has printed."""
+        return self._output.read_text()
+
+    @property
+    def secrets(self) -> list[str]:
+        """What must stay where it is."""
+        return [
+            (self.folder / "postgres.password").read_text().split(":")[-1].strip(),
+            self.environment["AWS_SECRET_ACCESS_KEY"],
+        ]
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """A command as in a shell that has read `env`."""
+        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
+
+    def dump(self, database: str) -> str:
+        """All that a database holds, as text."""
+        port = (self.folder / "postgres" / "postmaster.pid").read_text().splitlines()[3]
+        program = str(POSTGRES[-1] / "pg_dump") if POSTGRES else "pg_dump"
+        self.environment["PGPASSFILE"] = str(self.folder / "postgres.password")
+        done = self.run(program, "-h", "127.0.0.1", "-p", port, "-U", "hass", database)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def stopped(self) -> bool:
+        """Whether it and everything it started have ended."""
+        alive = [part for part in self.parts if part.is_running() and part.status() != psutil.STATUS_ZOMBIE]
+        return self.process.poll() is not None and not alive
+
+    def end(self, number: int = signal.SIGINT) -> None:
+        """Ask it to stop."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        wait_for(self.stopped, "all parts to end", 90)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Not under pytest's own, which only its owner may enter: where root runs the tests, PostgreSQL is another user."""
+    with tempfile.TemporaryDirectory(prefix="hass-stack-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture
+def shared_preset(tiny_preset) -> Path:
+    """Without a store of its own: HASS_STORE names it."""
+    lines = tiny_preset.read_text().splitlines(keepends=True)
+    tiny_preset.write_text("".join(line for line in lines if not line.startswith("store =")))
+    return tiny_preset
+
+
+def versions(stack: RunningStack) -> list:
+    return MlflowClient(stack.environment["MLFLOW_TRACKING_URI"]).search_model_versions("name = 'hass-draft-tiny'")
+
+
+def test_a_retraining_goes_through_the_stack_and_is_there_after_a_restart(shared_preset, folder):
+    stack = RunningStack(folder)
+    try:
+        run = f'run={{"preset": "{shared_preset}"}}'
+        done = stack.run(*PREFECT, "deployment", "run", "retrain/smollm2-cpu", "-p", run, "--watch")
+        assert done.returncode == 0, done.stdout + done.stderr + (stack.folder / "logs/worker-cpu.log").read_text()
+        client = MlflowClient(stack.environment["MLFLOW_TRACKING_URI"])
+        experiment = client.get_experiment_by_name("hass")
+        runs = client.search_runs([experiment.experiment_id])
+        assert len([run for run in runs if "mlflow.parentRunId" not in run.data.tags]) == 1
+        assert len(runs) > 4
+        assert client.get_model_version_by_alias("hass-draft-tiny", "champion").version == "1"
+        stages = files_of(stack).ls("hass/store")
+        assert {Path(name).name for name in stages} >= {"prompts", "responses", "features", "draft", "evaluation"}
+        kept = stack.dump("mlflow") + stack.dump("prefect") + done.stdout
+        assert not [secret for secret in stack.secrets if secret in kept]
+    finally:
+        stack.end()
+    assert stack.process.returncode == 0, stack.output
+
+    again = RunningStack(folder)
+    try:
+        assert [version.version for version in versions(again)] == ["1"]
+        assert files_of(again).exists("hass/store/draft")
+    finally:
+        again.end(signal.SIGTERM)
+
+
+def test_when_a_part_dies_it_is_named_and_the_others_are_stopped(folder):
+    stack = RunningStack(folder)
+    try:
+        store = next(part for part in stack.parts if "weed" in Path(part.exe()).name)
+        os.kill(store.pid, signal.SIGKILL)
+        wait_for(stack.stopped, "all parts to end", 90)
+        assert stack.process.returncode == 1
+        assert "s3 has ended" in stack.output
+    finally:
+        stack.end()
+
+
+def files_of(stack: RunningStack) -> s3fs.S3FileSystem:
+    """The store, as the pipeline's own user sees it."""
+    region = {"endpoint_url": stack.environment["AWS_ENDPOINT_URL"], "region_name": "us-east-1"}
+    key, secret = (stack.environment[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
+    return s3fs.S3FileSystem(key=key, secret=secret, client_kwargs=region, skip_instance_cache=True)
