@@ -8,6 +8,7 @@ Every file is read to its end before anything slow begins, so a broken line is r
 import json
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -119,21 +120,38 @@ def _given(config: RunConfig) -> Iterator[Record | Skipped]:
 def _add_self_written(
     config: RunConfig, target: Target, selection: Selection, folder: StageFolder, progress: Progress
 ) -> None:
-    """Rounds of sampling until enough texts are usable; a finished round is kept in scratch and not sampled again."""
+    """Rounds of sampling until enough texts are usable; a finished round is kept in scratch and not sampled again.
+
+    While a round is judged by a thread, the next is sampled already if it will be needed whatever the judgement.
+    """
     engine = LocalEngine(target, config.responses.max_sequences_per_batch)
-    wanted, kept, round_number = config.prompts.self_written, 0, 0
-    while kept < wanted and not selection.full:
-        size = min(SELF_WRITTEN_ROUND, max(64, int(1.5 * (wanted - kept))))
-        texts = _round(config, target, engine, folder, round_number, size)
-        before = kept
-        for i, text in enumerate(texts):
-            if kept == wanted or selection.full:
+    wanted, kept, number = config.prompts.self_written, 0, 0
+    ahead: list[str | None] | None = None
+    with ThreadPoolExecutor(1) as thread:
+        while kept < wanted and not selection.full:
+            texts = ahead or _round(config, target, engine, folder, number, _size(wanted - kept))
+            judged = thread.submit(_consider, selection, texts, number, wanted - kept)
+            missing = wanted - kept - len(texts)
+            ahead = _round(config, target, engine, folder, number + 1, _size(missing)) if missing > 0 else None
+            kept, number = kept + judged.result(), number + 1
+            progress(min(kept, wanted), wanted, "prompts written by the target")
+            if judged.result() < MIN_YIELD * len(texts):
                 break
-            kept += selection.consider(_self_written(text, f"self-written/{round_number:05d}-{i:04d}"))
-        progress(min(kept, wanted), wanted, "prompts written by the target")
-        round_number += 1
-        if kept - before < MIN_YIELD * len(texts):
+
+
+def _size(missing: int) -> int:
+    """Texts to sample where so many usable ones are missing."""
+    return min(SELF_WRITTEN_ROUND, max(64, int(1.5 * missing)))
+
+
+def _consider(selection: Selection, texts: list[str | None], number: int, wanted: int) -> int:
+    """How many of a round's texts were kept, `wanted` at most."""
+    kept = 0
+    for i, text in enumerate(texts):
+        if kept == wanted or selection.full:
             break
+        kept += selection.consider(_self_written(text, f"self-written/{number:05d}-{i:04d}"))
+    return kept
 
 
 def _round(

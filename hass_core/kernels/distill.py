@@ -2,12 +2,12 @@
 
 For a row's teacher logits t and each of n steps' student logits s (formulas in `hass_core.training.losses`):
 
-    survey     pieces of a row: maxima, sums of exponentials, Σ exp(t)·s, the teacher's best K of the piece
+    survey     pieces of a row: maxima, sums of exponentials, Σ exp(t)·s, and the teacher's maximum in each block
     merge      a row's log-sum-exps, the teacher's best K, the terms, and the gradient at those K
     gradient   mass · p - w_ce · q, in place of the student's logits; the K are then put right
 
-Neither a softmax nor a target distribution is ever stored. PyTorch, compiled, passes over the same logits a dozen
-times and sorts the teacher's.
+The best K tokens lie in the K blocks with the highest maxima, so merge looks at K blocks only. Neither a softmax nor a
+target distribution is ever stored. PyTorch, compiled, passes over the same logits a dozen times and sorts.
 
 Shapes: R rows, n steps, D vocabulary, K top tokens, P pieces of a row.
 """
@@ -18,7 +18,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-PIECE = 2048
+PIECE, BLOCK = 2048, 64  # tokens
 
 
 def distribution_terms(
@@ -29,10 +29,10 @@ def distribution_terms(
     pieces = triton.cdiv(size, PIECE)
     new = {"device": logits.device, "dtype": torch.float32}
     stats = torch.empty(rows, pieces, 2 + 3 * steps, **new)
-    found = torch.empty(rows, pieces, k, **new)
-    where = torch.empty(rows, pieces, k, device=logits.device, dtype=torch.int32)
+    blocks = pieces * (PIECE // BLOCK)
+    maxima = torch.empty(rows, blocks, **new)
     _survey[(rows, pieces)](
-        teacher, logits, stats, found, where, rows, size, pieces, STEPS=steps, K=k, PIECE=PIECE, num_warps=8
+        teacher, logits, stats, maxima, rows, size, pieces, STEPS=steps, PIECE=PIECE, BLOCK=BLOCK, num_warps=8
     )
     lse = torch.empty(rows, 1 + steps, **new)
     mass = torch.empty(rows, **new)
@@ -40,9 +40,9 @@ def distribution_terms(
     best = torch.empty(rows, k, device=logits.device, dtype=torch.int64)
     at_best = torch.empty(steps, rows, k, device=logits.device, dtype=logits.dtype)
     _merge[(rows,)](
-        logits, stats, found, where, lse, mass, total, top, right, best, at_best, rows, size, pieces, soft_ce, top_k,
-        STEPS=steps, K=k, KS=triton.next_power_of_2(k), RENORMALIZE=renormalize,
-        CANDIDATES=triton.next_power_of_2(pieces * k), PIECES=triton.next_power_of_2(pieces),
+        teacher, logits, stats, maxima, lse, mass, total, top, right, best, at_best, rows, size, pieces, blocks,
+        soft_ce, top_k, STEPS=steps, K=k, KS=triton.next_power_of_2(k), RENORMALIZE=renormalize, BLOCK=BLOCK,
+        BLOCKS=triton.next_power_of_2(blocks), PIECES=triton.next_power_of_2(pieces), num_warps=1,
     )  # fmt: skip
     _gradient[(rows, pieces)](teacher, logits, lse, mass, rows, size, soft_ce, STEPS=steps, PIECE=PIECE, num_warps=8)
     logits.scatter_(2, best.expand(steps, -1, -1), at_best)
@@ -51,16 +51,17 @@ def distribution_terms(
 
 @triton.jit
 def _survey(
-    teacher, logits, stats, found, where, rows, size, pieces, STEPS: tl.constexpr, K: tl.constexpr, PIECE: tl.constexpr
+    teacher, logits, stats, maxima, rows, size, pieces, STEPS: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Program: one piece of one row, of the teacher and all steps."""
     row, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    own = tl.arange(0, PIECE)
-    index = piece * PIECE + own
+    index = piece * PIECE + tl.arange(0, PIECE)
     inside = index < size
     t = tl.load(teacher + row * size + index, mask=inside, other=-float("inf")).to(tl.float32)
     line = row * pieces + piece
-    highest = tl.max(t, 0)
+    by_block = tl.max(tl.reshape(t, (PIECE // BLOCK, BLOCK)), 1)
+    tl.store(maxima + line * (PIECE // BLOCK) + tl.arange(0, PIECE // BLOCK), by_block)
+    highest = tl.max(by_block, 0)
     weight = tl.exp(t - highest)
     place = stats + line * (2 + 3 * STEPS)
     tl.store(place, highest)
@@ -71,42 +72,50 @@ def _survey(
         tl.store(place + 2 + 3 * step, top)
         tl.store(place + 3 + 3 * step, tl.sum(tl.exp(s - top), 0))
         tl.store(place + 4 + 3 * step, tl.sum(tl.where(inside, weight * s, 0.0), 0))
-    for rank in tl.static_range(K):
-        value, at = tl.max(t, 0, return_indices=True)
-        tl.store(found + line * K + rank, value)
-        tl.store(where + line * K + rank, tl.minimum(piece * PIECE + at, size - 1))
-        t = tl.where(own == at, -float("inf"), t)
 
 
 @triton.jit
 def _merge(
-    logits, stats, found, where, lse, mass, total, top, right, best, at_best, rows, size, pieces, soft_ce, top_k,
-    STEPS: tl.constexpr, K: tl.constexpr, KS: tl.constexpr, RENORMALIZE: tl.constexpr, CANDIDATES: tl.constexpr,
-    PIECES: tl.constexpr,
+    teacher, logits, stats, maxima, lse, mass, total, top, right, best, at_best, rows, size, pieces, blocks, soft_ce,
+    top_k, STEPS: tl.constexpr, K: tl.constexpr, KS: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Program: one row."""
     row = tl.program_id(0).to(tl.int64)
     piece = tl.arange(0, PIECES)
     there = piece < pieces
     line = stats + (row * pieces + piece) * (2 + 3 * STEPS)
-    maxima = tl.load(line, mask=there, other=-float("inf"))
-    highest = tl.max(maxima, 0)
-    share = tl.exp(maxima - highest)
+    highs = tl.load(line, mask=there, other=-float("inf"))
+    highest = tl.max(highs, 0)
+    share = tl.exp(highs - highest)
     teacher_sum = tl.sum(tl.load(line + 1, mask=there, other=0.0) * share, 0)
     teacher_lse = highest + tl.log(teacher_sum)
     tl.store(lse + row * (1 + STEPS), teacher_lse)
 
-    own = tl.arange(0, CANDIDATES)
-    left = tl.load(found + row * pieces * K + own, mask=own < pieces * K, other=-float("inf"))
+    block = tl.arange(0, BLOCKS)
     rank = tl.arange(0, KS)
+    left = tl.load(maxima + row * blocks + block, mask=block < blocks, other=-float("inf"))
+    first = tl.full([KS], 0, tl.int32)  # tokens with which the best blocks begin
+    filled = tl.zeros([KS], tl.int32)
+    for number in tl.static_range(K):
+        value, at = tl.max(left, 0, return_indices=True)
+        first = tl.where(rank == number, at * BLOCK, first)
+        filled = tl.where(rank == number, (value > -float("inf")).to(tl.int32), filled)
+        left = tl.where(block == at, -float("inf"), left)
+    candidates = first[:, None] + tl.arange(0, BLOCK)[None, :]
+    inside = (filled[:, None] > 0) & (candidates < size)
+    candidates = tl.reshape(candidates, (KS * BLOCK,))
+    near = tl.load(teacher + row * size + candidates, mask=tl.reshape(inside, (KS * BLOCK,)), other=-float("inf"))
+    near = near.to(tl.float32)
+    own = tl.arange(0, KS * BLOCK)
     values = tl.full([KS], -float("inf"), tl.float32)
     tokens = tl.zeros([KS], tl.int32)
     for number in tl.static_range(K):
-        value, at = tl.max(left, 0, return_indices=True)  # candidates stand in the order of their indices
+        value, at = tl.max(near, 0, return_indices=True)
+        token = tl.sum(tl.where(own == at, candidates, 0), 0)
         values = tl.where(rank == number, value, values)
-        at = tl.minimum(at, pieces * K - 1)  # where a logit is no number, tl.max may name the padding
-        tokens = tl.where(rank == number, tl.load(where + row * pieces * K + at), tokens)
-        left = tl.where(own == at, -float("inf"), left)
+        tokens = tl.where(rank == number, tl.minimum(token, size - 1), tokens)  # with NaN, `at` may be anything
+        near = tl.where(own == at, -float("inf"), near)
     chosen = rank < K
     tl.store(best + row * K + rank, tokens.to(tl.int64), mask=chosen)
     in_full = tl.where(chosen, tl.exp(values - teacher_lse), 0.0)
@@ -118,10 +127,10 @@ def _merge(
     tl.store(mass + row, all_mass)
 
     for step in tl.static_range(STEPS):
-        maxima = tl.load(line + 2 + 3 * step, mask=there, other=-float("inf"))
-        highest = tl.max(maxima, 0)
+        highs = tl.load(line + 2 + 3 * step, mask=there, other=-float("inf"))
+        highest = tl.max(highs, 0)
         sums = tl.load(line + 3 + 3 * step, mask=there, other=0.0)
-        own_lse = highest + tl.log(tl.sum(sums * tl.exp(maxima - highest), 0))
+        own_lse = highest + tl.log(tl.sum(sums * tl.exp(highs - highest), 0))
         tl.store(lse + row * (1 + STEPS) + 1 + step, own_lse)
         dot = tl.sum(tl.load(line + 4 + 3 * step, mask=there, other=0.0) * share, 0) / teacher_sum
         s = tl.load(logits + (step * rows + row) * size + tokens, mask=chosen, other=0.0).to(tl.float32)

@@ -58,9 +58,10 @@ class Batch:
     targets: Tensor  # [P] target positions, as rows
     target_anchors: Tensor  # [n, P] the anchor (index into Q) that predicts each target at each step
     supervised: Tensor  # [n, P] bool, False where that anchor may not be supervised
+    num_tokens: int  # of its conversations; there may be more rows, see `padding`
 
     @property
-    def num_tokens(self) -> int:
+    def rows(self) -> int:
         return len(self.token_ids)
 
     def counts(self) -> Tensor:
@@ -98,11 +99,12 @@ def collate(conversations: Sequence[Conversation], align_steps: int) -> Batch:
         token_ids=torch.cat([c.token_ids for c in conversations]).long(),
         features=torch.cat([c.features for c in conversations]),
         position_ids=position_ids,
-        documents=_documents(starts, document, position_ids, anchors),
+        documents=documents_of(starts, position_ids, anchors),
         anchors=anchors,
         targets=targets,
         target_anchors=query_of_row[target_anchors].where(supervised, 0),
         supervised=supervised,
+        num_tokens=len(answer),
     )
 
 
@@ -126,9 +128,14 @@ def _first_anchors(anchors: Tensor, document: Tensor, starts: Tensor) -> Tensor:
     return first.scatter_reduce(0, document[anchors], anchors, "amin") if len(anchors) else first
 
 
-def _documents(starts: Tensor, document: Tensor, position_ids: Tensor, anchors: Tensor) -> Documents:
+def documents_of(starts: Tensor, position_ids: Tensor, anchors: Tensor, round_up: bool = False) -> Documents:
+    """What lies where, from first rows [C + 1], places in the conversations [N] and anchors [Q]; with `round_up` the
+    longest conversation counts as if its tokens were a power of two."""
     lengths = starts.diff()
+    document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     longest = int(lengths.max())
+    if round_up:
+        longest = 2 ** (longest - 1).bit_length()
     slots = document * longest + position_ids
     table = torch.zeros(len(lengths) * longest, dtype=torch.long)
     table[slots] = torch.arange(len(slots))
@@ -140,7 +147,7 @@ def _documents(starts: Tensor, document: Tensor, position_ids: Tensor, anchors: 
         table=table.view(len(lengths), longest),
         query_slots=slots[anchors],
         longest=longest,
-        most_queries=int(queries.max()),
+        most_queries=longest if round_up else int(queries.max()),
     )
 
 

@@ -4,19 +4,21 @@ An optimizer step takes `processes × accumulation_steps × packs_per_batch` con
 trains on does not depend on how they are divided: 8 micro-batches of 1 pack equal 1 of 8, on 1 process or on many.
 """
 
-import queue
-import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from hass_core.training.batch import Batch, Conversation, collate
 from hass_core.training.packing import PackStream
+from hass_core.training.padding import padded
 
-STEPS_AHEAD = 2
+T = TypeVar("T")
 
 
 class Dataset(Protocol):
@@ -46,47 +48,47 @@ class Division:
         return [[index for pack in batch for index in pack] for batch in batches]
 
 
+@dataclass(frozen=True)
+class Feed:
+    """How a group of conversations becomes a micro-batch: pinned for a GPU, its shape rounded up for a graph."""
+
+    dataset: Dataset
+    align_steps: int
+    pin: bool = False
+    round_to: int | None = None
+
+    def __call__(self, group: Sequence[int]) -> Batch:
+        batch = collate(self.dataset.many(group), self.align_steps)
+        if self.round_to:
+            batch = padded(batch, self.round_to)
+        return batch.pin_memory() if self.pin else batch
+
+
 def micro_batches(
-    dataset: Dataset, stream: PackStream, division: Division, align_steps: int, start_step: int, pin: bool = False
-) -> Iterator[list[Batch]]:
-    """For each optimizer step from `start_step` on, this process's micro-batches."""
+    feed: Feed, stream: PackStream, division: Division, start_step: int
+) -> Iterator[Callable[[], list[Batch]]]:
+    """For each optimizer step from `start_step` on, what makes this process's micro-batches."""
     packs = stream.passes(start_step * division.packs_per_step)
     while True:
         step = list(islice(packs, division.packs_per_step))
-        batches = [collate(dataset.many(group), align_steps) for group in division.mine(step)]
-        yield [batch.pin_memory() for batch in batches] if pin else batches
+        yield partial(list, map(feed, division.mine(step)))
 
 
-class Prefetcher:
-    """Runs an iterator in a thread, a few items ahead. An exception in it is raised where its item was due."""
+class Prefetcher(Generic[T]):
+    """Runs jobs in threads, a few ahead. Results come in order; an error is raised where its result was due."""
 
-    def __init__(self, source: Iterator[Any], ahead: int = STEPS_AHEAD):
-        self._queue: queue.Queue[Any] = queue.Queue(ahead)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(source,), daemon=True)
-        self._thread.start()
+    def __init__(self, jobs: Iterator[Callable[[], T]], threads: int = 1):
+        self._jobs = jobs
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="feed")
+        self._pending: deque[Future[T]] = deque(self._threads.submit(job) for job in islice(jobs, threads + 1))
 
-    def __next__(self) -> Any:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+    def __next__(self) -> T:
+        self._pending.append(self._threads.submit(next(self._jobs)))
+        return self._pending.popleft().result()
 
     def close(self) -> None:
-        """End the thread."""
-        self._stopped.set()
-        while self._thread.is_alive():
-            with self._queue.mutex:
-                self._queue.queue.clear()
-                self._queue.not_full.notify_all()
-            self._thread.join(0.05)
-
-    def _fill(self, source: Iterator[Any]) -> None:
-        try:
-            while not self._stopped.is_set():
-                self._queue.put(next(source))
-        except BaseException as error:  # handed to the consumer
-            self._queue.put(error)
+        """End the threads."""
+        self._threads.shutdown(cancel_futures=True)
 
 
 def noisy(batch: Batch, half_width: float, seed: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from hass_core.progress import Progress
 from hass_core.store import StageFolder
 from hass_core.training.alignment import Alignment
 from hass_core.training.batch import Batch
+from hass_core.training.captured import Captured
 from hass_core.training.checkpoint import Position, remove_old, save_checkpoint, training_state
 from hass_core.training.feed import Prefetcher, noisy
 from hass_core.training.losses import PARTS, Objective, distill
@@ -53,24 +55,31 @@ class Run:
     metrics: MetricsFile | None  # None on all processes but the first
     packs_per_step: int
     packs_per_pass: int
+    captured: bool = False  # on a single GPU: each step as a CUDA graph
+
+    def __post_init__(self) -> None:
+        eager = partial(_backward, self)
+        self.backward = Captured(eager) if self.captured else eager
 
     @property
     def objective(self) -> Objective:
         return Objective.from_config(self.config)
 
 
-def train(run: Run, steps: Prefetcher, at: Position, total_steps: int, progress: Progress) -> Position:
+def train(run: Run, steps: Prefetcher[list[Batch]], at: Position, total_steps: int, progress: Progress) -> Position:
     """Train from `at` to `total_steps`; the last state is saved. Raises NonFinite; SIGTERM saves and exits with 143."""
     window, pace = Window(), Pace(at.step)
     saved = at.step
     with stop_signal() as stopped:
         while at.step < total_steps and not stopped.is_set():
-            batches: list[Batch] = next(steps)
+            asked = time.monotonic()
+            batches = next(steps)
+            waited = time.monotonic() - asked
             set_learning_rate(run.optimizers, learning_rate(run.config, at.step, total_steps))
             parts, norm = train_step(run, batches, at.step)
             tokens = sum(batch.num_tokens for batch in batches) * run.accelerator.num_processes
             at = replace(at, step=at.step + 1, tokens_seen=at.tokens_seen + tokens)
-            window.add(parts, tokens)
+            window.add(parts, tokens, waited)
             if at.step % run.config.log_every_steps == 0 or at.step == total_steps:
                 _log(run, at, _training_record(run, at, window, norm, total_steps))
                 progress(at.step, total_steps, f"{window.note(run)}, {pace.left(at.step, total_steps)} left")
@@ -100,9 +109,10 @@ def train_step(run: Run, batches: list[Batch], step: int) -> tuple[Tensor, float
     parts = torch.zeros(run.config.align_steps, len(PARTS), device=device)
     for number, batch in enumerate(batches):
         last = number + 1 == len(batches)
-        seed = hash((run.seed, step, number, run.accelerator.process_index))
+        seed = hash((run.seed, step, number, run.accelerator.process_index)) % 2**63
         with nullcontext() if last else unsynced(run.wrapped, run.accelerator):
-            parts += _backward(run, batch.to(device), counts, seed)
+            moved = batch.to(device)
+            parts += run.backward(replace(moved, features=noisy(moved, run.config.feature_noise, seed)), counts)
     parts = torch.as_tensor(run.accelerator.reduce(parts, "mean"))
     norm = float(whole(global_norm(run.alignment.parameters())))  # the one moment a step waits for the device
     if not (math.isfinite(norm) and bool(parts.isfinite().all())):
@@ -110,16 +120,15 @@ def train_step(run: Run, batches: list[Batch], step: int) -> tuple[Tensor, float
     _clip(run, norm)
     for optimizer in run.optimizers:
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=not run.captured)
     if run.average:
         run.average.update(run.alignment.draft, step)
     return parts, norm
 
 
-def _backward(run: Run, batch: Batch, counts: Tensor, noise_seed: int) -> Tensor:
-    features = noisy(batch, run.config.feature_noise, noise_seed % 2**63)
-    with torch.autocast(features.device.type, run.dtype, enabled=run.dtype != torch.float32):
-        outputs = run.wrapped(batch, features.to(run.alignment.draft.fc.weight.dtype))
+def _backward(run: Run, batch: Batch, counts: Tensor) -> Tensor:
+    with torch.autocast(batch.features.device.type, run.dtype, enabled=run.dtype != torch.float32):
+        outputs = run.wrapped(batch, batch.features.to(run.alignment.draft.fc.weight.dtype))
     parts, gradients = distill(outputs, batch, run.head, run.objective, counts)
     torch.autograd.backward(outputs, gradients)
     return parts
@@ -171,11 +180,11 @@ class Window:
 
     def __init__(self) -> None:
         self.parts: Tensor | None = None
-        self.steps, self.tokens, self.start = 0, 0, time.monotonic()
+        self.steps, self.tokens, self.waited, self.start = 0, 0, 0.0, time.monotonic()
 
-    def add(self, parts: Tensor, tokens: int) -> None:
+    def add(self, parts: Tensor, tokens: int, waited: float) -> None:
         self.parts = parts if self.parts is None else self.parts + parts
-        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+        self.steps, self.tokens, self.waited = self.steps + 1, self.tokens + tokens, self.waited + waited
 
     def mean(self) -> Tensor:
         assert self.parts is not None
@@ -186,6 +195,10 @@ class Window:
 
     def rate(self) -> float:
         return self.tokens / (time.monotonic() - self.start)
+
+    def waiting(self) -> float:
+        """The share of the time that was spent waiting for the next batches."""
+        return self.waited / (time.monotonic() - self.start)
 
     def note(self, run: Run) -> str:
         """What the progress line tells: loss, speed, and on a GPU the most memory that tensors took on it."""
@@ -216,6 +229,7 @@ def _training_record(run: Run, at: Position, window: Window, norm: float, total_
         "train/lr": learning_rate(run.config, at.step - 1, total_steps),
         "train/grad_norm": norm,
         "train/tokens_per_second": window.rate(),
+        "train/waiting_for_data": window.waiting(),
         "train/epoch": at.step * run.packs_per_step / run.packs_per_pass,
     }
 

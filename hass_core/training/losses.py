@@ -74,7 +74,8 @@ def distill(
     """
     device, steps = outputs[0].device, len(outputs)
     share = batch.supervised / counts.clamp(min=1)[:, None]  # [n, P]
-    weights = share * share.new_tensor(objective.step_weights)[:, None]
+    # a tensor made from Python's numbers would be copied from the host, which a CUDA graph cannot
+    weights = torch.stack([weight * own for weight, own in zip(objective.step_weights, share, strict=True)])
     informative = head.contains(batch.token_ids[batch.targets + 1])
     parts = torch.zeros(steps, len(PARTS), device=device)
     together = torch.stack([output.detach() for output in outputs])  # [n, Q, H]

@@ -4,7 +4,7 @@ Every record has `step` (optimizer steps done) and `tokens_seen` (conversation t
 
     train/loss, train/regression, train/soft_ce, train/top_k     means over supervised tokens; the parts unweighted
     train/accuracy_step_1 …                                      share of tokens where draft and target agree
-    train/lr, train/grad_norm, train/tokens_per_second, train/epoch
+    train/lr, train/grad_norm, train/tokens_per_second, train/waiting_for_data, train/epoch
 
 and validation records `val/loss`, `val/accuracy_step_1 …`, `val/chain_1 …` and `val/tau` (see validation.py), and
 `val/tree_tau` (see tree_validation.py).

@@ -33,11 +33,12 @@ from hass_core.store import Artifact, StageFolder, Store
 from hass_core.target.loader import Target, choose_dtype
 from hass_core.training.alignment import Alignment
 from hass_core.training.checkpoint import Position, checkpoints, load_checkpoint, load_weights
-from hass_core.training.feed import Division, Prefetcher, micro_batches
+from hass_core.training.feed import Dataset, Division, Feed, Prefetcher, micro_batches
 from hass_core.training.loop import Run, train
 from hass_core.training.metrics import MetricsFile, read_records
 from hass_core.training.optim import MovingAverage, make_optimizers
 from hass_core.training.packing import PackStream
+from hass_core.training.padding import shape_step
 from hass_core.training.sharding import distribute
 from hass_core.training.start import start_least_squares
 from hass_core.training.tree_validation import recorded_answers
@@ -46,6 +47,7 @@ from hass_core.training.vocabulary import frequent_tokens
 
 STEP_VERSION = 1
 METRICS = "metrics.jsonl"
+READING_THREADS = 3
 
 
 def train_draft(
@@ -81,8 +83,9 @@ def train_draft(
     stream = PackStream(dataset.lengths, config.training.tokens_per_pack, config.seed)
     division = _division(config, accelerator)
     total = total_steps(config, stream, division)
-    pin = target.device.type == "cuda"
-    steps = Prefetcher(micro_batches(dataset, stream, division, config.training.align_steps, at.step, pin))
+    feed = make_feed(run, dataset)
+    threads = READING_THREADS if dataset is stored else 1  # live features come from the one GPU
+    steps = Prefetcher(micro_batches(feed, stream, division, at.step), threads)
     started, before = time.monotonic(), at
     try:
         at = train(run, steps, at, total, progress)
@@ -193,7 +196,19 @@ def make_run(
         metrics=None,
         packs_per_step=_division(config, accelerator).packs_per_step,
         packs_per_pass=stream.packs_in(1),
+        captured=training.compile and can_be_captured(accelerator) and isinstance(dataset, FeatureDataset),
     )
+
+
+def can_be_captured(accelerator: Accelerator) -> bool:
+    """A step that exchanges nothing with other processes, on a GPU."""
+    return accelerator.device.type == "cuda" and accelerator.num_processes == 1
+
+
+def make_feed(run: Run, dataset: Dataset) -> Feed:
+    """Micro-batches as this run wants them."""
+    round_to = shape_step(run.config) if run.captured else None
+    return Feed(dataset, run.config.align_steps, run.accelerator.device.type == "cuda", round_to)
 
 
 def resume(run: Run) -> Position:

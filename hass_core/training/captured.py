@@ -1,0 +1,77 @@
+"""A training step's forward and backward pass as one CUDA graph for each shape of batch.
+
+Eagerly a step is some 1,500 calls from Python, which on a small draft take longer than what they start. A graph is
+replayed by a single call. It reads its batch from tensors of its own and adds to the gradients where they are, so those
+must stay: set them to zero, not to None.
+"""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hass_core.training.batch import Batch
+
+MOST_GRAPHS = 12  # batches of still other shapes run eagerly
+
+Backward = Callable[[Batch, Tensor], Tensor]
+
+
+@dataclass
+class _Graph:
+    """`replay` reads `batch` and `counts`, writes `parts` and adds to the gradients."""
+
+    batch: Batch
+    counts: Tensor
+    parts: Tensor
+    graph: torch.cuda.CUDAGraph
+
+
+class Captured:
+    """`backward(batch, counts)` by graphs; a shape's first batch runs eagerly, since it warms up what cannot be
+    captured. Batches and counts are on the GPU; gradients of all parameters exist from the second call on."""
+
+    def __init__(self, backward: Backward):
+        self._backward = backward
+        self._graphs: dict[Hashable, _Graph | None] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, batch: Batch, counts: Tensor) -> Tensor:
+        shape = shape_of(batch)
+        if shape not in self._graphs:
+            if len(self._graphs) < MOST_GRAPHS:
+                self._graphs[shape] = None
+            return self._backward(batch, counts)
+        kept = self._graphs[shape]
+        if kept is None:
+            kept = self._graphs[shape] = self._capture(batch, counts)
+        else:
+            for own, new in zip(tensors_of(kept.batch), tensors_of(batch), strict=True):
+                own.copy_(new)
+            kept.counts.copy_(counts)
+        kept.graph.replay()
+        return kept.parts.clone()
+
+    def _capture(self, batch: Batch, counts: Tensor) -> _Graph:
+        graph = torch.cuda.CUDAGraph()
+        # other threads read and pin the next batches meanwhile, which the strictest mode forbids
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            parts = self._backward(batch, counts)
+        return _Graph(batch, counts, parts, graph)
+
+
+def shape_of(batch: Batch) -> Hashable:
+    """What must be equal for two batches to be run by one graph."""
+    longest = batch.documents.longest, batch.documents.most_queries
+    return longest, tuple(tensor.shape for tensor in tensors_of(batch))
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """A batch's tensors, in a fixed order."""
+    parts = [getattr(value, field.name) for field in fields(value)]
+    found: list[Tensor] = []
+    for part in parts:
+        found += tensors_of(part) if is_dataclass(part) else [part] if isinstance(part, Tensor) else []
+    return found
