@@ -28,7 +28,7 @@ from hass_core.training.loop import Run, train_step
 from hass_core.training.optim import make_optimizers
 from hass_core.training.packing import packs_of_pass
 from hass_core.training.padding import padded, shape_step
-from hass_core.training.train import can_be_captured
+from hass_core.training.sharding import can_be_captured, distribute
 
 LLAMA3_ROPE = {"rope_type": "default", "rope_theta": 500_000.0}
 SHAPES: dict[str, dict[str, int]] = {
@@ -142,13 +142,15 @@ def _make_run(shape: dict[str, int], config: TrainingConfig, accelerator: Accele
     alignment = Alignment(draft, config.align_steps)
     if config.compile:
         alignment.compile_parts()
+    captured = config.compile and can_be_captured(accelerator)
+    wrapped = distribute(alignment, accelerator, captured)
     head = DraftHead.from_target(embedding, torch.arange(vocabulary) if vocabulary else None)
     return Run(
-        config=config, seed=0, accelerator=accelerator, alignment=alignment, wrapped=accelerator.prepare(alignment),
+        config=config, seed=0, accelerator=accelerator, alignment=alignment, wrapped=wrapped,
         head=head, optimizers=make_optimizers(draft, config), average=None, held=[], answers=[],
         tree=TreeConfig(), dtype=dtype, folder=None, metrics=None,  # pyright: ignore
         packs_per_step=config.packs_per_batch, packs_per_pass=1,
-        captured=config.compile and can_be_captured(accelerator),
+        captured=captured,
     )  # fmt: skip
 
 
@@ -189,7 +191,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))
     parser.add_argument("--no-compile", dest="compile_model", action="store_false")
-    print(json.dumps(bench_training(**vars(parser.parse_args()))))
+    record = bench_training(**vars(parser.parse_args()))
+    if Accelerator().is_main_process:
+        print(json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from hass_core.training.feed import Prefetcher, noisy
 from hass_core.training.losses import PARTS, Objective, distill
 from hass_core.training.metrics import MetricsFile
 from hass_core.training.optim import MovingAverage, global_norm, learning_rate, set_learning_rate
-from hass_core.training.sharding import gathered, unsynced, whole
+from hass_core.training.sharding import average_gradients, gathered, unsynced, whole
 from hass_core.training.tree_validation import validate_tree
 from hass_core.training.validation import HeldOut, validate
 
@@ -55,7 +55,7 @@ class Run:
     metrics: MetricsFile | None  # None on all processes but the first
     packs_per_step: int
     packs_per_pass: int
-    captured: bool = False  # on a single GPU: each step as a CUDA graph
+    captured: bool = False  # each step as a CUDA graph; see `sharding` for how processes then exchange gradients
 
     def __post_init__(self) -> None:
         eager = partial(_backward, self)
@@ -113,6 +113,8 @@ def train_step(run: Run, batches: list[Batch], step: int) -> tuple[Tensor, float
         with nullcontext() if last else unsynced(run.wrapped, run.accelerator):
             moved = batch.to(device)
             parts += run.backward(replace(moved, features=noisy(moved, run.config.feature_noise, seed)), counts)
+    if run.captured:
+        average_gradients(run.alignment, run.accelerator)
     parts = torch.as_tensor(run.accelerator.reduce(parts, "mean"))
     norm = float(whole(global_norm(run.alignment.parameters())))  # the one moment a step waits for the device
     if not (math.isfinite(norm) and bool(parts.isfinite().all())):

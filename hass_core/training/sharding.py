@@ -2,12 +2,14 @@
 
 `accelerate launch` says which, by the `distributed_type` of its configuration. accelerate wraps for DDP. Dividing is
 torch's own `fully_shard`, which works on CPUs too: a weight is then a DTensor, gathered while the alignment runs
-forward and backward, and a share of it everywhere else.
+forward and backward, and a share of it everywhere else. A captured step cannot have DDP's exchange of gradients within;
+it has one of its own, behind the backward pass.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
@@ -16,11 +18,37 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def distribute(module: nn.Module, accelerator: Accelerator) -> nn.Module:
+def distribute(module: nn.Module, accelerator: Accelerator, captured: bool = False) -> nn.Module:
     """The module to call in training. Its parameters may be other objects afterwards: make optimizers from those."""
-    if accelerator.num_processes == 1 or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if captured:
+        return _equal_everywhere(module.to(accelerator.device), accelerator)
+    if not _divides(accelerator):
         return accelerator.prepare(module)
     fully_shard(module, mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)))
+    return module
+
+
+def can_be_captured(accelerator: Accelerator) -> bool:
+    """Whether a step may be a CUDA graph: on GPUs that each hold all weights."""
+    return accelerator.device.type == "cuda" and not _divides(accelerator)
+
+
+def average_gradients(module: nn.Module, accelerator: Accelerator) -> None:
+    """Every process's gradients become the mean of all processes'."""
+    if accelerator.num_processes > 1:
+        for gradient in (p.grad for p in module.parameters() if p.grad is not None):
+            torch.distributed.all_reduce(gradient)
+            gradient.div_(accelerator.num_processes)
+
+
+def _divides(accelerator: Accelerator) -> bool:
+    return accelerator.num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def _equal_everywhere(module: nn.Module, accelerator: Accelerator) -> nn.Module:
+    if accelerator.num_processes > 1:
+        for parameter in module.parameters():
+            torch.distributed.broadcast(parameter.detach(), src=0)
     return module
 
 

@@ -39,7 +39,7 @@ from hass_core.training.metrics import MetricsFile, read_records
 from hass_core.training.optim import MovingAverage, make_optimizers
 from hass_core.training.packing import PackStream
 from hass_core.training.padding import shape_step
-from hass_core.training.sharding import distribute
+from hass_core.training.sharding import can_be_captured, distribute
 from hass_core.training.start import start_least_squares
 from hass_core.training.tree_validation import recorded_answers
 from hass_core.training.validation import held_out
@@ -177,7 +177,8 @@ def make_run(
     alignment = Alignment(draft, training.align_steps, training.detach_features)
     if training.compile:
         alignment.compile_parts()
-    wrapped = distribute(alignment, accelerator)
+    captured = training.compile and can_be_captured(accelerator) and isinstance(dataset, FeatureDataset)
+    wrapped = distribute(alignment, accelerator, captured)
     stream = PackStream(dataset.lengths, training.tokens_per_pack, config.seed)
     return Run(
         config=training,
@@ -196,13 +197,8 @@ def make_run(
         metrics=None,
         packs_per_step=_division(config, accelerator).packs_per_step,
         packs_per_pass=stream.packs_in(1),
-        captured=training.compile and can_be_captured(accelerator) and isinstance(dataset, FeatureDataset),
+        captured=captured,
     )
-
-
-def can_be_captured(accelerator: Accelerator) -> bool:
-    """A step that exchanges nothing with other processes, on a GPU."""
-    return accelerator.device.type == "cuda" and accelerator.num_processes == 1
 
 
 def make_feed(run: Run, dataset: Dataset) -> Feed:

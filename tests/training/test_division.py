@@ -25,8 +25,7 @@ from accelerate import PartialState
 PartialState(cpu=True)
 from hass_core.store import Store
 from hass_core.target.loader import freeze
-from hass_core.training import loop
-from hass_core.training.train import train_draft
+from hass_core.training import loop, train
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.training.conftest import store_features
 from tests.training.test_division import division
@@ -35,13 +34,19 @@ store = Store(sys.argv[1])
 target = freeze(tiny_llama(), byte_tokenizer(), name="tiny")
 with PartialState().main_process_first():
     features = store_features(store, target)
+config = division(1, 2, sys.argv[2])
+if os.environ.get("AS_CAPTURED"):  # all that surrounds a CUDA graph, without the graph
+    config = config.model_copy(update={"training": config.training.model_copy(update={"compile": True})})
+    train.Alignment.compile_parts = lambda alignment: None
+    train.can_be_captured = lambda accelerator: True
+    loop.Captured = lambda backward: backward
 take_step = loop.train_step
 def step_or_die(run, batches, step):
     if step == int(os.environ.get("DIES_AT", -1)):
         os._exit(9)
     return take_step(run, batches, step)
 loop.train_step = step_or_die
-train_draft(division(1, 2, sys.argv[2]), features, store, target)
+train.train_draft(config, features, store, target)
 """
 
 
@@ -76,8 +81,9 @@ def test_four_micro_batches_of_one_pack_equal_one_of_four(tmp_path, tiny_target)
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path, tiny_target):
-    assert two_processes(tmp_path / "two") == [0, 0]
+@pytest.mark.parametrize("variables", [{}, {"AS_CAPTURED": "1"}], ids=["DDP", "as captured"])
+def test_two_processes_equal_one(tmp_path, tiny_target, variables):
+    assert two_processes(tmp_path / "two", **variables) == [0, 0]
     (weights,) = (tmp_path / "two" / "draft").glob("*/model.safetensors")
     assert_equal(trained(tmp_path / "one", tiny_target, 4, 1), load_file(weights))
 
