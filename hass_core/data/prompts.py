@@ -5,7 +5,6 @@ Out: prompts.parquet (id, category, source, messages, sha256) and skipped.parque
 Every file is read to its end before anything slow begins, so a broken line is reported at once.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from hass_core.data.holdout import (
 )
 from hass_core.data.quality import diversity, metric_name, prompt_problem
 from hass_core.data.selection import Selection
-from hass_core.data.self_written import write_prompts
+from hass_core.data.self_written import rounds_of_texts
 from hass_core.data.sources import Skipped, read_dataset, read_file
 from hass_core.data.templates import check_template
 from hass_core.errors import BadInput, HassError
@@ -50,7 +49,6 @@ PROMPTS_SCHEMA = pa.schema(
 )
 SKIPPED_SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("reason", pa.string())])
 
-SELF_WRITTEN_ROUND = 4096  # texts per round, the unit of resumption
 SELF_WRITTEN_MAX_TOKENS = 256
 MIN_YIELD = 0.05  # give up when fewer texts than this are usable
 
@@ -120,53 +118,48 @@ def _given(config: RunConfig) -> Iterator[Record | Skipped]:
 def _add_self_written(
     config: RunConfig, target: Target, selection: Selection, folder: StageFolder, progress: Progress
 ) -> None:
-    """Rounds of sampling until enough texts are usable; a finished round is kept in scratch and not sampled again.
-
-    While a round is judged by a thread, the next is sampled already if it will be needed whatever the judgement.
-    """
+    """Sample until enough texts are usable. While a thread judges one round, the next ones are sampled."""
     engine = LocalEngine(target, config.responses.max_sequences_per_batch)
-    wanted, kept, number = config.prompts.self_written, 0, 0
-    ahead: list[str | None] | None = None
-    with ThreadPoolExecutor(1) as thread:
-        while kept < wanted and not selection.full:
-            texts = ahead or _round(config, target, engine, folder, number, _size(wanted - kept))
-            judged = thread.submit(_consider, selection, texts, number, wanted - kept)
-            missing = wanted - kept - len(texts)
-            ahead = _round(config, target, engine, folder, number + 1, _size(missing)) if missing > 0 else None
-            kept, number = kept + judged.result(), number + 1
-            progress(min(kept, wanted), wanted, "prompts written by the target")
-            if judged.result() < MIN_YIELD * len(texts):
-                break
-
-
-def _size(missing: int) -> int:
-    """Texts to sample where so many usable ones are missing."""
-    return min(SELF_WRITTEN_ROUND, max(64, int(1.5 * missing)))
-
-
-def _consider(selection: Selection, texts: list[str | None], number: int, wanted: int) -> int:
-    """How many of a round's texts were kept, `wanted` at most."""
-    kept = 0
-    for i, text in enumerate(texts):
-        if kept == wanted or selection.full:
-            break
-        kept += selection.consider(_self_written(text, f"self-written/{number:05d}-{i:04d}"))
-    return kept
-
-
-def _round(
-    config: RunConfig, target: Target, engine: LocalEngine, folder: StageFolder, number: int, size: int
-) -> list[str | None]:
-    path = folder.scratch() / f"self-written-{number:05d}.json"
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
     max_tokens = min(config.prompts.max_prompt_tokens, SELF_WRITTEN_MAX_TOKENS)
-    seed = (config.seed << 32) + number * SELF_WRITTEN_ROUND
-    texts = write_prompts(engine, target.tokenizer, size, max_tokens, seed)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(texts), encoding="utf-8")
-    partial.replace(path)
-    return texts
+    judge, number = _Judge(selection, config.prompts.self_written), 0
+    with ThreadPoolExecutor(1) as thread:
+        while judge.open:
+            count, judged = max(64, int(1.5 * judge.missing)), thread.submit(judge.judge, [], number)
+            sampled = count, max_tokens, config.seed
+            for texts in rounds_of_texts(engine, target.tokenizer, *sampled, folder.scratch(), number):
+                judged.result()
+                progress(judge.kept, judge.wanted, "prompts written by the target")
+                if not judge.open:
+                    break
+                judged, number = thread.submit(judge.judge, texts, number), number + 1
+            judged.result()
+    progress(judge.kept, judge.wanted, "prompts written by the target")
+
+
+class _Judge:
+    """Puts self-written texts, round after round, before the selection, until `wanted` are kept."""
+
+    def __init__(self, selection: Selection, wanted: int):
+        self.kept, self.wanted = 0, wanted
+        self._selection, self._hopeless = selection, False
+
+    @property
+    def missing(self) -> int:
+        return self.wanted - self.kept
+
+    @property
+    def open(self) -> bool:
+        """Whether more texts are wanted."""
+        return self.missing > 0 and not self._selection.full and not self._hopeless
+
+    def judge(self, texts: list[str | None], number: int) -> None:
+        """Round `number`, in order."""
+        before = self.kept
+        for i, text in enumerate(texts):
+            if not self.open:
+                return
+            self.kept += self._selection.consider(_self_written(text, f"self-written/{number:05d}-{i:04d}"))
+        self._hopeless = self.kept - before < MIN_YIELD * len(texts)
 
 
 def _self_written(text: str | None, name: str) -> Record | Skipped:

@@ -5,6 +5,11 @@ with a plausible request of a user (the idea of Magpie, arXiv 2406.08464). Cut a
 prompt from the very distribution the model was tuned on.
 """
 
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
 from transformers import PreTrainedTokenizerBase
 
 from hass_core.config import SamplingShare
@@ -13,6 +18,7 @@ from hass_core.data.templates import decode, render, special_token_ids, tokenize
 from hass_core.errors import TemplateError
 
 SENTINEL = "\u2042sentinel\u2042"  # no template writes this, none changes it
+ROUND = 4096  # texts, the unit of resumption
 SAMPLING = SamplingShare(temperature=1.0, top_p=0.95)
 
 
@@ -26,20 +32,48 @@ def user_opening(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
     return tokenize(tokenizer, before.rstrip(" ")), after.strip()
 
 
-def write_prompts(
-    engine: Engine, tokenizer: PreTrainedTokenizerBase, count: int, max_tokens: int, seed: int
-) -> list[str | None]:
-    """`count` texts in the user's place, in the order of their seeds; None for one that never came to an end.
+def rounds_of_texts(
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, count: int, max_tokens: int, seed: int, folder: Path, first: int
+) -> Iterator[list[str | None]]:
+    """`count` texts in rounds of ROUND, from round number `first` on; None for a text that never came to an end.
 
-    The order matters: completions arrive short ones first, and a caller who stops early would keep only those.
+    A finished round is kept in `folder` and not sampled again. The engine never waits for the end of a round: rows that
+    are free take texts of the next ones, so a caller that has enough should stop asking.
+    """
+    sizes = {first + i: min(ROUND, count - i * ROUND) for i in range(-(-count // ROUND))}
+    paths = {number: folder / f"self-written-{number:05d}.json" for number in sizes}
+    open_rounds: dict[int, list[str | None]] = {n: [None] * sizes[n] for n in sizes if not paths[n].exists()}
+    keys = [(number, i) for number, texts in open_rounds.items() for i in range(len(texts))]
+    written = write_prompts(engine, tokenizer, keys, max_tokens, seed << 32)
+    left = Counter(number for number, _ in keys)
+    for number in sizes:
+        while left[number]:
+            (own, place), text = next(written)
+            open_rounds[own][place] = text
+            left[own] -= 1
+            if not left[own]:
+                _keep(paths[own], open_rounds.pop(own))
+        yield json.loads(paths[number].read_text(encoding="utf-8"))
+
+
+def write_prompts(
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, keys: list[tuple[int, int]], max_tokens: int, seed: int
+) -> Iterator[tuple[tuple[int, int], str | None]]:
+    """A text in the user's place for each (round, place), as they end; None for one that never came to an end.
+
+    Short ones end first: a caller who took them in that order and stopped early would keep only those.
     """
     opening, closing = user_opening(tokenizer)
-    requests = (Request(str(i), opening, SAMPLING, max_tokens, seed + i) for i in range(count))
-    texts: list[str | None] = [None] * count
+    requests = (Request(f"{n} {i}", opening, SAMPLING, max_tokens, seed + n * ROUND + i) for n, i in keys)
     for completion in engine.complete(RequestQueue(requests)):
-        text = _user_text(tokenizer, completion.token_ids, completion.finished, closing)
-        texts[int(completion.key)] = text
-    return texts
+        number, place = map(int, completion.key.split())
+        yield (number, place), _user_text(tokenizer, completion.token_ids, completion.finished, closing)
+
+
+def _keep(path: Path, texts: list[str | None]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(texts), encoding="utf-8")
+    partial.replace(path)
 
 
 def _user_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], finished: bool, closing: str) -> str | None:

@@ -6,6 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from hass_core.config import RunConfig, parse_config
+from hass_core.data import self_written
+from hass_core.data.engines.local import LocalEngine
 from hass_core.data.holdout import normalized_hash
 from hass_core.data.prompts import collect_prompts, read_prompts
 from hass_core.data.self_written import user_opening
@@ -181,3 +183,20 @@ def test_a_template_that_changes_the_users_text_cannot_be_used_for_self_written_
 
 def test_all_families_have_an_opening():
     assert all(user_opening(family_tokenizer(family))[0] for family in SPECIAL)
+
+
+def test_rounds_of_texts_come_in_order_and_only_a_missing_one_is_sampled_again(tmp_path, tiny_target, monkeypatch):
+    monkeypatch.setattr(self_written, "ROUND", 8)
+    engine = LocalEngine(tiny_target, max_rows=4)
+
+    def texts() -> list[list[str | None]]:
+        return list(self_written.rounds_of_texts(engine, tiny_target.tokenizer, 20, 24, 3, tmp_path, first=1))
+
+    once = texts()
+    assert [len(texts) for texts in once] == [8, 8, 4]
+    files = sorted(tmp_path.glob("*"))
+    kept = [file.stat().st_mtime_ns for file in files]
+    files[1].unlink()
+    assert texts() == once
+    again = [file.stat().st_mtime_ns for file in files]
+    assert [old == new for old, new in zip(kept, again, strict=True)] == [True, False, True]
