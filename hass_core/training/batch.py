@@ -58,15 +58,12 @@ class Batch:
     targets: Tensor  # [P] target positions, as rows
     target_anchors: Tensor  # [n, P] the anchor (index into Q) that predicts each target at each step
     supervised: Tensor  # [n, P] bool, False where that anchor may not be supervised
+    counts: Tensor  # [n] supervised rows of each step
     num_tokens: int  # of its conversations; there may be more rows, see `padding`
 
     @property
     def rows(self) -> int:
         return len(self.token_ids)
-
-    def counts(self) -> Tensor:
-        """[n] supervised rows of each step."""
-        return self.supervised.sum(1)
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; from pinned memory the copies run in the background."""
@@ -104,6 +101,7 @@ def collate(conversations: Sequence[Conversation], align_steps: int) -> Batch:
         targets=targets,
         target_anchors=query_of_row[target_anchors].where(supervised, 0),
         supervised=supervised,
+        counts=torch.from_numpy(supervised.numpy().sum(1)),
         num_tokens=len(answer),
     )
 

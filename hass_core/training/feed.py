@@ -79,7 +79,9 @@ class Prefetcher(Generic[T]):
 
     def __init__(self, jobs: Iterator[Callable[[], T]], threads: int = 1):
         self._jobs = jobs
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="feed")
+        # several threads that each divide a sum among all cores would wait for each other
+        alone = partial(torch.set_num_threads, 1) if threads > 1 else None
+        self._threads = ThreadPoolExecutor(threads, "feed", alone)
         self._pending: deque[Future[T]] = deque(self._threads.submit(job) for job in islice(jobs, threads + 1))
 
     def __next__(self) -> T:

@@ -104,7 +104,7 @@ def train_step(run: Run, batches: list[Batch], step: int) -> tuple[Tensor, float
     """
     processes = run.accelerator.num_processes
     device = run.head.weight.device
-    counts = torch.stack([batch.counts() for batch in batches]).sum(0).to(device)
+    counts = torch.stack([batch.counts for batch in batches]).sum(0).to(device)
     counts = torch.as_tensor(run.accelerator.reduce(counts, "sum")) / processes  # gradients will be averaged
     parts = torch.zeros(run.config.align_steps, len(PARTS), device=device)
     for number, batch in enumerate(batches):

@@ -84,7 +84,8 @@ def train_draft(
     division = _division(config, accelerator)
     total = total_steps(config, stream, division)
     feed = make_feed(run, dataset)
-    threads = READING_THREADS if dataset is stored else 1  # live features come from the one GPU
+    # live features come from the one GPU; on a CPU more threads would take the cores from the training
+    threads = READING_THREADS if feed.pin and dataset is stored else 1
     steps = Prefetcher(micro_batches(feed, stream, division, at.step), threads)
     started, before = time.monotonic(), at
     try:

@@ -55,7 +55,7 @@ def validate(
     """The record of one validation, keys as in metrics.py. The draft's weights are used as they are."""
     steps = len(objective.step_weights)
     runner = Alignment(alignment.draft, DEPTH)
-    counts = sum(h.batch.counts() for h in held)
+    counts = sum(h.batch.counts for h in held)
     right = held[0].batch.supervised.new_zeros(DEPTH, dtype=torch.long)
     chains = torch.zeros_like(right)
     parts = 0

@@ -70,7 +70,7 @@ def slow_row(f, guess, next_token: int, head: DraftHead, objective: Objective) -
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_parts_equal_slow_loops_in_float64(talks, name, tokens):
     batch, head, outputs = make_case(talks, tokens)
-    parts, _ = distill(outputs, batch, head, OBJECTIVES[name], batch.counts())
+    parts, _ = distill(outputs, batch, head, OBJECTIVES[name], batch.counts)
     expected = slow_parts(outputs, talks, head, OBJECTIVES[name])
     torch.testing.assert_close(parts.double(), expected, rtol=1e-6, atol=1e-6)  # the sums are kept in float32
 
@@ -82,7 +82,7 @@ def test_the_gradient_is_that_of_the_loss(talks, name, tokens):
     objective = OBJECTIVES[name]
     leaves = [output.clone().requires_grad_() for output in outputs]
     autograd_loss(leaves, batch, head, objective).backward()
-    _, gradients = distill(outputs, batch, head, objective, batch.counts())
+    _, gradients = distill(outputs, batch, head, objective, batch.counts)
     for leaf, gradient in zip(leaves, gradients, strict=True):
         torch.testing.assert_close(gradient, leaf.grad, rtol=1e-6, atol=1e-9)
 
@@ -107,10 +107,10 @@ def autograd_loss(outputs, batch: Batch, head: DraftHead, objective: Objective) 
 
 def test_chunks_do_not_change_the_result(talks, monkeypatch):
     batch, head, outputs = make_case(talks)
-    whole = distill(outputs, batch, head, Objective(), batch.counts())
+    whole = distill(outputs, batch, head, Objective(), batch.counts)
     monkeypatch.setitem(losses.LOGITS_PER_CHUNK, "cpu", 1)
     assert len(batch.targets) > 32
-    parts, gradients = distill(outputs, batch, head, Objective(), batch.counts())
+    parts, gradients = distill(outputs, batch, head, Objective(), batch.counts)
     torch.testing.assert_close(parts, whole[0])
     for ours, theirs in zip(gradients, whole[1], strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -119,13 +119,13 @@ def test_chunks_do_not_change_the_result(talks, monkeypatch):
 def test_micro_batches_add_up_to_the_whole_batch(talks):
     """The mean runs over the optimizer step's tokens, however they are divided."""
     batch, head, outputs = make_case(talks)
-    whole, _ = distill(outputs, batch, head, Objective(), batch.counts())
+    whole, _ = distill(outputs, batch, head, Objective(), batch.counts)
     parts, first = torch.zeros_like(whole), 0
     for talk in talks:
         part, _, _ = make_case([talk])
         own = [output[first : first + len(part.anchors)] for output in outputs]
         first += len(part.anchors)
-        parts += distill(own, part, head, Objective(), batch.counts())[0]
+        parts += distill(own, part, head, Objective(), batch.counts)[0]
     torch.testing.assert_close(parts, whole)
 
 
@@ -134,10 +134,10 @@ def test_the_fused_path_on_a_gpu_agrees_with_the_plain_one(talks):
     batch, head, outputs = make_case(talks)
     batch = Batch(**{**batch.__dict__, "features": batch.features.bfloat16()})
     head, outputs = DraftHead(head.weight.bfloat16()), [output.bfloat16() for output in outputs]
-    plain = distill(outputs, batch, head, Objective(), batch.counts())
+    plain = distill(outputs, batch, head, Objective(), batch.counts)
     gpu = torch.device("cuda")
     moved = batch.to(gpu)
-    fused = distill([o.to(gpu) for o in outputs], moved, head.to(gpu), Objective(), moved.counts())
+    fused = distill([o.to(gpu) for o in outputs], moved, head.to(gpu), Objective(), moved.counts)
     torch.testing.assert_close(fused[0].cpu()[:, :3], plain[0][:, :3], rtol=1e-2, atol=1e-2)
     for ours, theirs in zip(fused[1], plain[1], strict=True):
         difference = (ours.cpu().float() - theirs.float()).norm() / theirs.float().norm()

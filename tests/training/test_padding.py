@@ -20,7 +20,7 @@ def loss_and_gradients(batch: Batch, dtype: torch.dtype) -> tuple[torch.Tensor, 
     draft = make_draft().to(dtype)
     head = DraftHead.from_target(torch.randn(VOCABULARY, 32, generator=torch.Generator().manual_seed(1)).to(dtype))
     outputs = Alignment(draft, STEPS)(batch, batch.features.to(dtype))
-    parts, gradients = distill(outputs, batch, head, Objective(), batch.counts())
+    parts, gradients = distill(outputs, batch, head, Objective(), batch.counts)
     torch.autograd.backward(outputs, gradients)
     return parts, {name: p.grad for name, p in draft.named_parameters() if p.grad is not None}
 
@@ -44,7 +44,7 @@ def test_a_padded_batch_has_the_loss_and_the_gradients_of_its_conversations(dtyp
     parts, gradients = loss_and_gradients(batch, dtype)
     more = padded(batch, step)
     assert (more.rows % step, len(more.anchors) % step, len(more.targets) % step) == (0, 0, 0)
-    assert (more.num_tokens, more.counts().tolist()) == (batch.num_tokens, batch.counts().tolist())
+    assert (more.num_tokens, more.counts.tolist()) == (batch.num_tokens, batch.counts.tolist())
     padded_parts, padded_gradients = loss_and_gradients(more, dtype)
     torch.testing.assert_close(padded_parts, parts)
     for name, gradient in gradients.items():
