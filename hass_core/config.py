@@ -206,7 +206,10 @@ class TreeConfig(Settings):
     depth: int = Field(default=6, ge=1, le=16, description="Levels of draft tokens below the root")
     top_k: int = Field(default=10, ge=1, le=64, description="Children of a node, and nodes expanded per level")
     nodes: int = Field(default=60, ge=2, le=256, description="Tokens verified at once, root included")
-    plan: bool = Field(default=False, description="Choose depth, top_k and nodes by measuring this machine and draft")
+    vocabulary: int | None = Field(
+        default=None, ge=16, description="Draft only so many tokens, the answers' most frequent; needs a draft of ours"
+    )
+    plan: bool = Field(default=False, description="Choose all of these by measuring this machine and draft")
 
 
 METHODS = ("plain", "pld", "sps", "eagle", "eagle2", "hass")

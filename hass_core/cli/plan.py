@@ -31,11 +31,12 @@ def plan(
 
     loaded = load_target(TargetConfig(source=target))
     found = make_plan(make_runner(loaded), load_draft(draft, loaded), planning_prompts(loaded), rows)
-    table = Table("nodes", "depth", "top-k", "τ", "ms a cycle", "tokens/s")
+    table = Table("nodes", "depth", "top-k", "vocabulary", "τ", "ms a cycle", "tokens/s")
     for choice in found.curve:
         style = "bold" if choice == found.best else None
-        figures = (choice.nodes, choice.depth, choice.top_k, choice.tau, choice.cycle_ms, choice.tokens_per_second)
-        table.add_row(*(f"{figure:g}" for figure in figures), style=style)
+        shape = choice.nodes, choice.depth, choice.top_k, choice.vocabulary or "all"
+        figures = choice.tau, choice.cycle_ms, choice.tokens_per_second
+        table.add_row(*map(str, shape), *(f"{figure:g}" for figure in figures), style=style)
     console.print(table)
     plain = found.plain_tokens_per_second
     verdict = f"{found.best.tokens_per_second / plain:.2f} × plain" if found.pays else "decode plainly: no tree wins"

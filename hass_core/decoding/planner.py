@@ -2,12 +2,13 @@
 
 Worth: the given prompts are decoded once with the largest tree, and for every cycle it is noted which nodes were
 accepted and where each stood in the order of scores. The best N-1 nodes of a pool contain the best N'-1, so one run
-tells how many tokens any smaller tree of the same draft would have gained. (Narrower and shallower trees are told by
-leaving out nodes of higher rank or depth; their frontier could have differed slightly.)
-Cost: the time of verifying N nodes, and of drafting D levels of K nodes.
+tells how many tokens any smaller tree of the same draft would have gained. (Narrower and shallower trees and smaller
+vocabularies are told by leaving out nodes; their frontier could have differed slightly.)
+Cost: the time of verifying N nodes, of drafting D levels of K nodes, and what a level saves with fewer tokens to score.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from hass_core.target.runner import Runner
 LARGEST = TreeConfig(kind="dynamic", depth=6, top_k=8, nodes=60)
 TOP_KS = (1, 2, 4, 8)
 NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 60)
+VOCABULARIES = (16_384, 8_192, 4_096)
+VOCABULARY_LEVELS = 4
 
 
 class Choice(BaseModel):
@@ -38,6 +41,7 @@ class Choice(BaseModel):
     depth: int
     top_k: int
     nodes: int
+    vocabulary: int | None = None  # tokens drafted from; all where None
     tau: float  # tokens a cycle
     cycle_ms: float
     tokens_per_second: float
@@ -62,15 +66,16 @@ class Plan(BaseModel):
 
     def tree(self) -> TreeConfig:
         """The choice as a setting."""
-        kind = "chain" if self.best.top_k == 1 else "dynamic"
-        return TreeConfig(kind=kind, depth=self.best.depth, top_k=self.best.top_k, nodes=self.best.nodes)
+        best, kind = self.best, "chain" if self.best.top_k == 1 else "dynamic"
+        return TreeConfig(kind=kind, depth=best.depth, top_k=best.top_k, nodes=best.nodes, vocabulary=best.vocabulary)
 
 
 def make_plan(runner: Runner, draft: Draft, prompts: list[list[int]], rows: int = 1, max_new_tokens: int = 64) -> Plan:
     """Measure and choose. `prompts` should resemble what will be decoded; a handful of them suffices."""
     records = observe(runner, draft, prompts, max_new_tokens)
     costs = measure_costs(runner, draft, rows)
-    choices = [_choice(records, costs, depth, k, n, rows) for depth, k, n in candidates(draft.head.size)]
+    shapes = candidates(draft.head.size)
+    choices = [_choice(records, costs, *shape, v, rows) for shape in shapes for v in (None, *costs.saved)]
     by_size = {n: max((c for c in choices if c.nodes == n), key=_speed) for n in sorted({c.nodes for c in choices})}
     return Plan(
         device=torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else "cpu",
@@ -98,12 +103,13 @@ def candidates(draft_vocab_size: int) -> list[tuple[int, int, int]]:
 class Record:
     """One cycle with the largest tree: its nodes by falling score, and the accepted ones among them."""
 
-    nodes: list[tuple[int, int]]  # (depth, highest rank on the path from the root)
+    nodes: list[tuple[int, int, int]]  # depth; on the path from the root, the highest rank and the rarest token's
     accepted: list[int]  # places in `nodes`, root downwards
 
-    def gained(self, depth: int, top_k: int, nodes: int) -> int:
+    def gained(self, depth: int, top_k: int, nodes: int, vocabulary: int | None = None) -> int:
         """Tokens the cycle would have given with a smaller tree: accepted drafts and the new root."""
-        fits = [d <= depth and rank < top_k for d, rank in self.nodes]
+        most = vocabulary or math.inf
+        fits = [d <= depth and rank < top_k and rarest < most for d, rank, rarest in self.nodes]
         gained = 1
         for place in self.accepted:
             if not fits[place] or sum(fits[:place]) >= nodes - 1:
@@ -139,41 +145,49 @@ class Observer:
 def observe(runner: Runner, draft: Draft, prompts: list[list[int]], max_new_tokens: int) -> list[Record]:
     """Decode greedily with the largest tree and note every cycle."""
     observer = Observer(Drafter(draft, TreeShape.of(LARGEST, draft.head.size)))
+    place = torch.full((runner.vocab_size,), runner.vocab_size)
+    if draft.ranks is not None:
+        place[draft.ranks] = torch.arange(len(draft.ranks))
     decoder = TreeDecoder(runner, observer, name="observer")
     records: list[Record] = []
     for prompt in prompts:
         observer.trees.clear()
         (generation,) = decoder.generate([prompt], SamplingConfig(), max_new_tokens, StopRule())
-        records += [_record(tree, cycle.ranks) for tree, cycle in zip(observer.trees, generation.cycles, strict=True)]
+        pairs = zip(observer.trees, generation.cycles, strict=True)
+        records += [_record(tree, place[tree.token_ids[0]].tolist(), cycle.ranks) for tree, cycle in pairs]
     return records
 
 
-def _record(tree: Tree, accepted_ranks: tuple[int, ...]) -> Record:
+def _record(tree: Tree, places: list[int], accepted_ranks: tuple[int, ...]) -> Record:
+    """`places`: where each node's token stands among the most frequent ones."""
     parents, depths, ranks = (part[0].tolist() for part in (tree.parents, tree.depths, tree.ranks))
-    worst = [0] * len(parents)
+    worst, rarest = [0] * len(parents), [0] * len(parents)
     for node in range(1, len(parents)):  # parents come before children
         worst[node] = max(worst[parents[node]], ranks[node])
+        rarest[node] = max(rarest[parents[node]], places[node])
     order = tree.order[0].tolist()
     place = {node: i for i, node in enumerate(order)}
     current, accepted = 0, []
     for rank in accepted_ranks:
         current = next(n for n in range(1, len(parents)) if parents[n] == current and ranks[n] == rank)
         accepted.append(place[current])
-    return Record([(depths[node], worst[node]) for node in order], accepted)
+    return Record([(depths[node], worst[node], rarest[node]) for node in order], accepted)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds on this machine: plain token, verification by nodes, drafting by (top_k, depth)."""
+    """Seconds on this machine: plain token, verification by nodes, drafting by top_k, and what a level saves."""
 
     plain: float
     verify: dict[int, float]
     draft: dict[int, tuple[float, float]]  # top_k → (first level, each further level)
+    saved: dict[int, float] = field(default_factory=dict)  # vocabulary → a level, beside the full one
 
-    def cycle(self, depth: int, top_k: int, nodes: int) -> float:
+    def cycle(self, depth: int, top_k: int, nodes: int, vocabulary: int | None = None) -> float:
         """A whole cycle; sizes between the measured ones are interpolated."""
         first, further = self.draft[max(k for k in self.draft if k <= top_k)]
-        return self._verify(nodes) + first + further * (depth - 1)
+        saved = self.saved[vocabulary] if vocabulary else 0.0
+        return self._verify(nodes) + max(0.0, first - saved) + max(0.0, further - saved) * (depth - 1)
 
     def _verify(self, nodes: int) -> float:
         below = max((n for n in self.verify if n <= nodes), default=min(self.verify))
@@ -185,9 +199,20 @@ class Costs:
 
 
 def measure_costs(runner: Runner, draft: Draft, rows: int) -> Costs:
-    """Time verification by size, and drafting by width, as whole cycles less their verification."""
+    """Time verification by size, and drafting by width and by vocabulary, as whole cycles less their verification."""
     verify = {nodes: cycle_seconds(runner, FixedTree(nodes), rows) for nodes in NODES}
-    return Costs(cycle_seconds(runner, NoDraft(), rows), verify, _draft_costs(runner, draft, rows, verify))
+    plain, drafting = cycle_seconds(runner, NoDraft(), rows), _draft_costs(runner, draft, rows, verify)
+    return Costs(plain, verify, drafting, _saved(runner, draft, rows))
+
+
+def _saved(runner: Runner, draft: Draft, rows: int) -> dict[int, float]:
+    """A level's head reads its rows once, however many nodes it scores: one width tells what fewer rows save."""
+    if draft.ranks is None:
+        return {}
+    shape = TreeShape(VOCABULARY_LEVELS, top_k=min(4, draft.head.size), nodes=2, static=False)
+    sizes = [size for size in VOCABULARIES if size < min(draft.head.size, len(draft.ranks) + 1)]
+    whole = cycle_seconds(runner, Drafter(draft, shape), rows) if sizes else 0.0
+    return {s: (whole - cycle_seconds(runner, Drafter(draft.narrowed(s), shape), rows)) / shape.depth for s in sizes}
 
 
 def _draft_costs(runner: Runner, draft: Draft, rows: int, verify: dict[int, float]) -> dict[int, tuple[float, float]]:
@@ -204,13 +229,16 @@ def _draft_costs(runner: Runner, draft: Draft, rows: int, verify: dict[int, floa
     return costs
 
 
-def _choice(records: list[Record], costs: Costs, depth: int, top_k: int, nodes: int, rows: int) -> Choice:
-    tau = sum(record.gained(depth, top_k, nodes) for record in records) / len(records)
-    seconds = costs.cycle(depth, top_k, nodes)
+def _choice(
+    records: list[Record], costs: Costs, depth: int, top_k: int, nodes: int, vocabulary: int | None, rows: int
+) -> Choice:
+    tau = sum(record.gained(depth, top_k, nodes, vocabulary) for record in records) / len(records)
+    seconds = costs.cycle(depth, top_k, nodes, vocabulary)
     return Choice(
         depth=depth,
         top_k=top_k,
         nodes=nodes,
+        vocabulary=vocabulary,
         tau=round(tau, 4),
         cycle_ms=round(1000 * seconds, 4),
         tokens_per_second=round(rows * tau / seconds, 2),

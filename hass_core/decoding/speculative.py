@@ -17,6 +17,7 @@ class SpeculativeDecoder(TreeDecoder):
 
     def __init__(self, runner: Runner, draft: Draft, tree: TreeConfig, name: str = "hass"):
         _check_sizes(runner, draft)
+        draft = draft.narrowed(tree.vocabulary)
         super().__init__(runner, Drafter(draft, TreeShape.of(tree, draft.head.size)), name)
 
 

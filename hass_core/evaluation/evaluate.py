@@ -25,7 +25,7 @@ from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.render import markdown
 from hass_core.evaluation.report import Report
 from hass_core.evaluation.session import Session
-from hass_core.model.checkpoint import CONFIG, VOCABULARY, WEIGHTS
+from hass_core.model.checkpoint import CONFIG, RANKS, VOCABULARY, WEIGHTS
 from hass_core.progress import Progress, no_progress
 from hass_core.provenance import provenance
 from hass_core.store import Artifact, StageFolder, Store, digest_of
@@ -92,7 +92,7 @@ def local_draft(folder: StageFolder) -> Path:
     """The local folder that holds a draft stage's files."""
     manifest = folder.manifest()
     assert manifest is not None
-    paths = [folder.local_path(name) for name in (CONFIG, WEIGHTS, VOCABULARY) if name in manifest.files]
+    paths = [folder.local_path(name) for name in (CONFIG, WEIGHTS, VOCABULARY, RANKS) if name in manifest.files]
     return paths[0].parent
 
 

@@ -1,10 +1,11 @@
-"""A draft on disk: config.json and model.safetensors in EAGLE layout, draft_vocab.json when the vocabulary is trimmed.
+"""A draft on disk: config.json and model.safetensors in EAGLE layout; draft_vocab.json when the vocabulary is trimmed,
+else token_ranks.json, from which decoding may trim it.
 
 The `hass` section of config.json names the target the draft was trained for; loading compares it.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,26 @@ from hass_core.model.draft import DraftModel
 from hass_core.model.head import DraftHead
 from hass_core.target.loader import Target
 
-CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "draft_vocab.json"
+CONFIG, WEIGHTS, VOCABULARY, RANKS = "config.json", "model.safetensors", "draft_vocab.json", "token_ranks.json"
 FUSION = "fc.weight"  # every draft has it, no other model
 Q_NORM, FC_BIAS, EMBEDDING = "layers.0.self_attn.q_norm.weight", "fc.bias", "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A draft ready to decode with: model and head on the target's device, `info` the config's `hass` section."""
+    """A draft ready to decode with: model and head on the target's device, `info` the config's `hass` section, `ranks`
+    the tokens that the target's answers use most, best first, where the draft knows them."""
 
     model: DraftModel
     head: DraftHead
     info: dict[str, Any]
+    ranks: Tensor | None = None
+
+    def narrowed(self, size: int | None) -> "Draft":
+        """The draft that proposes no more than the `size` most frequent tokens; itself where it knows no ranks."""
+        if size is None or self.ranks is None or size >= self.head.size:
+            return self
+        return replace(self, head=DraftHead.from_target(self.head.weight, self.ranks[:size].sort().values))
 
 
 def draft_info(target: Target, extra: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -43,7 +52,9 @@ def draft_info(target: Target, extra: dict[str, Any] | None = None) -> dict[str,
     }
 
 
-def save_draft(folder: Path, draft: DraftModel, head: DraftHead, extra: dict[str, Any]) -> None:
+def save_draft(
+    folder: Path, draft: DraftModel, head: DraftHead, extra: dict[str, Any], ranks: Tensor | None = None
+) -> None:
     """Write the draft into `folder`; `extra` (see `draft_info`) becomes the `hass` section of config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in draft.state_dict().items()}
@@ -53,6 +64,8 @@ def save_draft(folder: Path, draft: DraftModel, head: DraftHead, extra: dict[str
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     if head.token_ids is not None:
         (folder / VOCABULARY).write_text(json.dumps(head.token_ids.tolist()))
+    elif ranks is not None:
+        (folder / RANKS).write_text(json.dumps(ranks.tolist()))
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
 
 
@@ -78,12 +91,17 @@ def load_draft(folder: Path, target: Target, check: bool = True) -> Draft:
     except RuntimeError as error:
         raise DraftMismatch(f"{folder / WEIGHTS} does not fit its {CONFIG}: {error}") from error
     model.to(target.device, target.dtype).eval().requires_grad_(False)
-    return Draft(model, DraftHead.from_target(target.head, draft_vocabulary(folder, target)), info)
+    trimmed = draft_vocabulary(folder, target)
+    ranks = None if trimmed is not None else _token_ids(folder / RANKS, target)
+    return Draft(model, DraftHead.from_target(target.head, trimmed), info, ranks)
 
 
 def draft_vocabulary(folder: Path, target: Target) -> Tensor | None:
     """Token ids [D] of a trimmed draft vocabulary, None for the full one. Raises DraftMismatch for unknown ids."""
-    path = folder / VOCABULARY
+    return _token_ids(folder / VOCABULARY, target)
+
+
+def _token_ids(path: Path, target: Target) -> Tensor | None:
     if not path.exists():
         return None
     token_ids = torch.tensor(json.loads(path.read_text()), dtype=torch.long)

@@ -1,6 +1,7 @@
 """The draft stage: features in, a trained draft out.
 
-    config.json, model.safetensors, draft_vocab.json     the draft with the best val/tau
+    config.json, model.safetensors                       the draft with the best val/tau
+    draft_vocab.json or token_ranks.json                 the tokens it drafts, or may be confined to
     metrics.jsonl                                        the curves (metrics.py)
     checkpoint-*.safetensors                             training states to resume from
 
@@ -25,7 +26,7 @@ from hass_core.errors import BadInput
 from hass_core.features.live import LiveFeatures, with_features
 from hass_core.features.reader import Conversation, FeatureDataset
 from hass_core.model.architecture import DraftArchitecture
-from hass_core.model.checkpoint import CONFIG, VOCABULARY, WEIGHTS, draft_info, save_draft
+from hass_core.model.checkpoint import CONFIG, RANKS, VOCABULARY, WEIGHTS, draft_info, save_draft
 from hass_core.model.draft import DraftModel
 from hass_core.model.head import DraftHead
 from hass_core.progress import Progress, no_progress
@@ -43,11 +44,12 @@ from hass_core.training.sharding import can_be_captured, distribute
 from hass_core.training.start import start_least_squares
 from hass_core.training.tree_validation import recorded_answers
 from hass_core.training.validation import held_out
-from hass_core.training.vocabulary import frequent_tokens
+from hass_core.training.vocabulary import frequent_tokens, ranked_tokens
 
 STEP_VERSION = 1
 METRICS = "metrics.jsonl"
 READING_THREADS = 3
+MOST_RANKS = 32_768  # tokens whose rank is kept with a draft of the full vocabulary
 
 
 def train_draft(
@@ -93,7 +95,7 @@ def train_draft(
     finally:
         steps.close()
     rate = (at.tokens_seen - before.tokens_seen) / (time.monotonic() - started)
-    return _finish(run, at, target, rate, longest=int(dataset.lengths.max()))
+    return _finish(run, at, target, rate, stored)
 
 
 def pretrained(
@@ -229,8 +231,8 @@ def _division(config: RunConfig, accelerator: Accelerator) -> Division:
     )
 
 
-def _finish(run: Run, at: Position, target: Target, tokens_per_second: float, longest: int) -> Artifact:
-    """Publish the best draft and the curves; the manifest last. `longest`: tokens of the longest conversation."""
+def _finish(run: Run, at: Position, target: Target, tokens_per_second: float, dataset: FeatureDataset) -> Artifact:
+    """Publish the best draft and the curves; the manifest last."""
     run.accelerator.wait_for_everyone()
     best = at.best_step or at.step
     summary = summarize(run, at, best, tokens_per_second)
@@ -238,11 +240,13 @@ def _finish(run: Run, at: Position, target: Target, tokens_per_second: float, lo
         run.accelerator.wait_for_everyone()
         return Artifact(stage=run.folder.stage, digest=run.folder.digest, root=run.folder.store.root, summary=summary)
     scratch = run.folder.scratch() / "draft"
-    extra = {"trained_steps": best, "tokens_seen": at.tokens_seen, "val_tau": at.best_tau, "trained_tokens": longest}
+    extra = {"trained_steps": best, "tokens_seen": at.tokens_seen, "val_tau": at.best_tau}
+    extra["trained_tokens"] = int(dataset.lengths.max())  # of the longest conversation
     draft = DraftModel(run.alignment.draft.architecture, run.alignment.draft.embedding)
     load_weights(run.folder, best, draft)
-    save_draft(scratch, draft, run.head, draft_info(target, extra))
-    names = [CONFIG, WEIGHTS, *([VOCABULARY] if run.head.token_ids is not None else [])]
+    ranks = ranked_tokens(_all(dataset), target.head.shape[0], target.eos_token_ids)[:MOST_RANKS]
+    save_draft(scratch, draft, run.head, draft_info(target, extra), ranks)
+    names = [CONFIG, WEIGHTS, RANKS if run.head.token_ids is None else VOCABULARY]
     for name, source in [*((name, scratch / name) for name in names), (METRICS, run.folder.scratch() / METRICS)]:
         with run.folder.writing(name) as file:
             file.path.write_bytes(source.read_bytes())

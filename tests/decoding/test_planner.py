@@ -1,12 +1,14 @@
 """The planner's arithmetic, and a plan made by really measuring a tiny model."""
 
 import json
+from dataclasses import replace
 
 import torch
 from typer.testing import CliRunner
 
 from hass_core.cli.app import app
 from hass_core.config import SamplingConfig, TreeConfig
+from hass_core.decoding import planner
 from hass_core.decoding.bench import bench_decode
 from hass_core.decoding.choose import choose_decoder, decoder_of
 from hass_core.decoding.plain import PlainDecoder
@@ -20,18 +22,28 @@ from tests.decoding.conftest import ENDLESS, random_draft
 
 def test_a_smaller_tree_gains_the_accepted_nodes_it_would_have_held():
     # by score: child rank 0, its child rank 0, child rank 1, grandchild rank 2 of the first
-    record = Record(nodes=[(1, 0), (2, 0), (1, 1), (2, 2)], accepted=[0, 3])
+    record = Record(nodes=[(1, 0, 7), (2, 0, 9), (1, 1, 3), (2, 2, 40)], accepted=[0, 3])
     assert record.gained(depth=2, top_k=3, nodes=5) == 3
     assert record.gained(depth=2, top_k=3, nodes=4) == 2  # the grandchild stands fourth
     assert record.gained(depth=1, top_k=3, nodes=5) == 2
     assert record.gained(depth=2, top_k=2, nodes=5) == 2
     assert record.gained(depth=2, top_k=3, nodes=2) == 2
+    assert record.gained(depth=2, top_k=3, nodes=5, vocabulary=41) == 3
+    assert record.gained(depth=2, top_k=3, nodes=5, vocabulary=40) == 2  # the grandchild's token is too rare
+    assert record.gained(depth=2, top_k=3, nodes=4, vocabulary=9) == 2
+    assert record.gained(depth=2, top_k=3, nodes=5, vocabulary=7) == 1
 
 
 def test_costs_between_measured_sizes_are_interpolated():
     costs = Costs(plain=1.0, verify={2: 1.0, 4: 2.0}, draft={1: (0.1, 0.2), 4: (0.3, 0.4)})
     assert costs.cycle(depth=3, top_k=1, nodes=3) == 1.5 + 0.1 + 2 * 0.2
     assert costs.cycle(depth=1, top_k=6, nodes=9) == 2.0 + 0.3
+
+
+def test_a_smaller_vocabulary_saves_at_every_level_and_never_more_than_the_level_costs():
+    costs = Costs(plain=1.0, verify={2: 1.0}, draft={1: (0.5, 0.25)}, saved={64: 0.25, 32: 0.375})
+    assert costs.cycle(depth=3, top_k=1, nodes=2, vocabulary=64) == 1.0 + 0.25
+    assert costs.cycle(depth=3, top_k=1, nodes=2, vocabulary=32) == 1.0 + 0.125
 
 
 def test_observed_cycles_account_for_the_decoders_own_acceptance(tiny_target, prompts):
@@ -50,6 +62,20 @@ def test_a_plan_is_measured_serialises_and_gives_a_tree_to_decode_with(tiny_targ
     assert plan.best.tokens_per_second == max(choice.tokens_per_second for choice in plan.curve)
     assert plan.pays == (plan.best.tokens_per_second > plan.plain_tokens_per_second)
     SpeculativeDecoder(runner, draft, plan.tree()).generate(prompts[:1], SamplingConfig(), 8, ENDLESS)
+
+
+def test_a_plan_may_confine_the_draft_to_frequent_tokens(tiny_target, prompts, monkeypatch):
+    monkeypatch.setattr(planner, "VOCABULARIES", (64, 32))
+    seconds = {64: 0.0, 32: 0.001}
+    monkeypatch.setattr(planner, "_saved", lambda runner, draft, rows: seconds)
+    runner = make_runner(tiny_target)
+    answer = PlainDecoder(runner).generate(prompts[:1], SamplingConfig(), 24, ENDLESS)[0].token_ids
+    frequent = torch.tensor(list(dict.fromkeys(answer + list(range(runner.vocab_size)))))
+    draft = replace(random_draft(tiny_target), ranks=frequent)
+    plan = make_plan(runner, draft, prompts[:1], max_new_tokens=16)
+    assert plan.best.vocabulary == 32  # it holds every token of the answer, and saves most
+    narrow = SpeculativeDecoder(runner, draft, plan.tree())
+    assert narrow.generate(prompts[:1], SamplingConfig(), 24, ENDLESS)[0].token_ids == answer
 
 
 def test_a_plan_that_does_not_pay_decodes_plainly(tiny_target, prompts):

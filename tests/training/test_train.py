@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from hass_core.config import RunConfig, parse_config
 from hass_core.errors import BadInput, DraftMismatch, NonFinite
+from hass_core.features.reader import FeatureDataset
 from hass_core.model.checkpoint import load_draft
 from hass_core.store import Artifact, Store
 from hass_core.target.loader import Target
@@ -251,3 +252,18 @@ def test_two_stages_interrupted_in_either_continue_bit_for_bit(
     assert steps[0] >= 4, "a checkpoint was there"
     assert steps.count(0) == 2 - dies_in, "the finished stage is not done again"
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+
+
+def test_a_draft_of_the_full_vocabulary_knows_which_tokens_the_answers_use_most(store, tiny_target, features):
+    artifact = train_draft(settings(max_steps=1), features, store, tiny_target)
+    draft = load_draft(Path(store.open(artifact).local_path("token_ranks.json")).parent, tiny_target)
+    store.open(artifact).local_path("model.safetensors")
+    dataset = FeatureDataset(store, features, "train")
+    counts = sum(torch.bincount(c.token_ids[c.loss_mask], minlength=len(tiny_target.head)) for c in dataset)
+    ends = list(tiny_target.eos_token_ids)
+    assert draft.ranks is not None
+    assert draft.ranks[: len(ends)].tolist() == sorted(ends)
+    rest = counts[draft.ranks[len(ends) :]]
+    assert (rest.diff() <= 0).all()
+    assert draft.narrowed(20).head.token_ids.tolist() == sorted(draft.ranks[:20].tolist())
+    assert draft.narrowed(None) is draft
