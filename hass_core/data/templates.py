@@ -225,10 +225,13 @@ def _join(
     for span in spans:
         given = answers[span.turn]
         head = tokenize(tokenizer, text[: span.start if given else span.content])
-        through = tokenize(tokenizer, text[: span.end])
         if head[: len(before)] != before:
             raise SkippedConversation("an answer ends inside a token")
         put(unfinished + head[len(before) :], 0)
+        if given and span is spans[-1] and not with_tail:
+            put(given, 1)  # how the tokenizer would cut it matters only to text behind it
+            break
+        through = tokenize(tokenizer, text[: span.end])
         if not given and through[: len(head)] != head:
             raise SkippedConversation("an answer begins inside a token")
         put(given or through[len(head) :], 1)
