@@ -1,6 +1,6 @@
 """Draw what curve.py measured: acceptance against the training tokens seen, and tokens per cycle by benchmark.
 
-    python infra/evidence/curve_figure.py CURVE.json OUT.png
+python infra/evidence/curve_figure.py CURVE.json OUT.png
 """
 
 import json

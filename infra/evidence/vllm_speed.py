@@ -2,9 +2,8 @@
 
     python infra/evidence/vllm_speed.py REQUEST.json
 
-REQUEST: target folder, draft folder exported for vLLM (null = plain), prompts as token ids, max_new_tokens, depth, dtype.
-Prints one JSON line: tokens per second of the second run over all prompts, one after the other; with a draft also
-tokens per cycle.
+REQUEST: target folder, draft folder exported for vLLM (null = plain), prompts as token ids, max_new_tokens, depth and
+dtype. Prints one JSON line: tokens per second over all prompts, one after the other, and with a draft tokens per cycle.
 """
 
 import json
