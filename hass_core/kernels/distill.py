@@ -12,7 +12,9 @@ target distribution is ever stored. PyTorch, compiled, passes over the same logi
 Shapes: R rows, n steps, D vocabulary, K top tokens, P pieces of a row.
 """
 
-# pyright: reportIndexIssue=false
+# where Triton is installed, a type checker takes its language for Python
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]

@@ -6,7 +6,9 @@ by radix in ten launches, and a log-sum-exp takes six more.
 Shapes: R rows, D logits a row, P pieces of a row.
 """
 
-# pyright: reportIndexIssue=false
+# where Triton is installed, a type checker takes its language for Python
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]

@@ -8,7 +8,9 @@ every length.
 Shapes: B rows, T new tokens, A heads, KV key-value heads, G = A / KV, d head size, S slots, C columns of `visible`.
 """
 
-# pyright: reportIndexIssue=false
+# where Triton is installed, a type checker takes its language for Python
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 import math
 
 import torch
