@@ -1,13 +1,13 @@
 """A lean forward pass over a draft model's weights and the cache, the draft's counterpart of `FusedRunner`.
 
-Shapes: B batch, T rows, A heads, KV key-value heads, d head size, H hidden, D draft vocabulary.
+Shapes: B batch, T rows, A heads, KV key-value heads, d head size, H hidden.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hass_core.model.checkpoint import Draft
+from hass_core.model.draft import DraftModel
 from hass_core.target.compiling import Compiled
 from hass_core.target.fused import joined
 from hass_core.target.kv_cache import KVCache, LayerShape
@@ -17,13 +17,12 @@ from hass_core.target.rope import RopeTable
 
 
 class DraftRunner:
-    """Rows in, estimated features out; `logits` in the draft's own vocabulary."""
+    """Rows in, estimated features out, with the weights that `model` has now (on a CPU they are copied)."""
 
-    def __init__(self, draft: Draft):
-        model, self.head = draft.model, draft.head
+    def __init__(self, model: DraftModel):
         architecture, layer = model.architecture, model.layer
         attention, mlp = layer.self_attn, layer.mlp
-        self.device, self.dtype = draft.head.weight.device, draft.head.weight.dtype
+        self.device, self.dtype = model.fc.weight.device, model.fc.weight.dtype
         self.heads, self.head_dim = architecture.num_attention_heads, architecture.head_dim
         self.shape = LayerShape(architecture.num_key_value_heads, architecture.head_dim)
         self.group = self.heads // self.shape.num_key_value_heads
@@ -34,7 +33,6 @@ class DraftRunner:
         self._o, self._down = Linear(attention.o_proj.weight), Linear(mlp.down_proj.weight)
         self._gate_up = joined([mlp.gate_proj, mlp.up_proj])
         self._norm = layer.post_attention_layernorm.weight
-        self._head = Linear(draft.head.weight)
         self.rope = RopeTable(model.rotary, self.device, self.dtype)
         self._compiled = (Compiled(self._before), Compiled(self._after)) if self.device.type == "cuda" else None
 
@@ -63,10 +61,6 @@ class DraftRunner:
             after = self._compiled[1].for_tokens(token_ids.numel())
         u, mixed = before(token_ids, features)
         return after(u, where.attention(mixed, *self.rope.at(position_ids), *cache.layers[0]))
-
-    def logits(self, features: Tensor) -> Tensor:
-        """[..., D] from [..., H]."""
-        return self._head(features)
 
     def _before(self, token_ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """The fused input [B, T, H], and its queries, keys and values [B, T, A + 2·KV, d]."""

@@ -19,6 +19,7 @@ from hass_core.decoding.tree import ROOT, Pool, Tree, TreeShape, assemble, best,
 from hass_core.model.checkpoint import Draft
 from hass_core.target.compiling import compiled
 from hass_core.target.kv_cache import KVCache
+from hass_core.target.linear import Linear
 
 
 class Children(NamedTuple):
@@ -55,10 +56,11 @@ class Level(NamedTuple):
 
 
 class Drafter:
-    """A draft model as the tree builder."""
+    """A draft model as the tree builder. Drafters of one model can share a runner, and with it what was compiled."""
 
-    def __init__(self, draft: Draft, shape: TreeShape):
-        self._runner, self._head, self.shape = DraftRunner(draft), draft.head, shape
+    def __init__(self, draft: Draft, shape: TreeShape, runner: DraftRunner | None = None):
+        self._runner = runner or DraftRunner(draft.model)
+        self._head, self._product, self.shape = draft.head, Linear(draft.head.weight), shape
         self._by_rank = static_scores(shape.top_k).to(draft.head.weight.device) if shape.static else None
         self.capturable = self._runner.rope.fixed
         self.scratch_slots = (shape.depth - 1) * shape.top_k
@@ -101,7 +103,7 @@ class Drafter:
 
     def _children(self, features: Tensor) -> Children:
         """The K likeliest next tokens behind features [B, n, H]."""
-        scores, index = top_tokens(self._runner.logits(features), self.shape.top_k)
+        scores, index = top_tokens(self._product(features), self.shape.top_k)
         own = scores.clamp(max=0) if self._by_rank is None else self._by_rank.expand(scores.shape)
         return Children(own, self._head.to_target_ids(index))
 

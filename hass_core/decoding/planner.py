@@ -8,6 +8,7 @@ Cost: the time of verifying N nodes, of drafting D levels of K nodes, and what a
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +17,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from hass_core.config import SamplingConfig, TreeConfig
+from hass_core.decoding.draft_runner import DraftRunner
 from hass_core.decoding.drafter import Drafter
 from hass_core.decoding.plain import NoDraft
 from hass_core.decoding.probe import FixedTree, cycle_seconds
-from hass_core.decoding.session import TreeDrafter
 from hass_core.decoding.stop import StopRule
 from hass_core.decoding.tree import Tree, TreeShape
 from hass_core.decoding.tree_decoder import TreeDecoder
@@ -29,8 +30,10 @@ from hass_core.target.runner import Runner
 LARGEST = TreeConfig(kind="dynamic", depth=6, top_k=8, nodes=60)
 TOP_KS = (1, 2, 4, 8)
 NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 60)
+# a GPU compiles and captures every size that is timed, and rounds rows up to its tiles anyway
+GPU_TOP_KS, GPU_NODES = (1, 4, 8), (2, 8, 16, 32, 60)
 VOCABULARIES = (16_384, 8_192, 4_096)
-VOCABULARY_LEVELS = 4
+VOCABULARY_LEVELS, VOCABULARY_TOP_K = 4, 4
 
 
 class Choice(BaseModel):
@@ -185,7 +188,7 @@ class Costs:
 
     def cycle(self, depth: int, top_k: int, nodes: int, vocabulary: int | None = None) -> float:
         """A whole cycle; sizes between the measured ones are interpolated."""
-        first, further = self.draft[max(k for k in self.draft if k <= top_k)]
+        first, further = self.draft[min((k for k in self.draft if k >= top_k), default=max(self.draft))]
         saved = self.saved[vocabulary] if vocabulary else 0.0
         return self._verify(nodes) + max(0.0, first - saved) + max(0.0, further - saved) * (depth - 1)
 
@@ -200,33 +203,28 @@ class Costs:
 
 def measure_costs(runner: Runner, draft: Draft, rows: int) -> Costs:
     """Time verification by size, and drafting by width and by vocabulary, as whole cycles less their verification."""
-    verify = {nodes: cycle_seconds(runner, FixedTree(nodes), rows) for nodes in NODES}
-    plain, drafting = cycle_seconds(runner, NoDraft(), rows), _draft_costs(runner, draft, rows, verify)
-    return Costs(plain, verify, drafting, _saved(runner, draft, rows))
+    top_ks, sizes = (GPU_TOP_KS, GPU_NODES) if runner.device.type == "cuda" else (TOP_KS, NODES)
+    verify = {nodes: cycle_seconds(runner, FixedTree(nodes), rows) for nodes in sizes}
+    plain, shared = cycle_seconds(runner, NoDraft(), rows), DraftRunner(draft.model)
+
+    def drafted(own: Draft, depth: int, top_k: int) -> float:
+        return cycle_seconds(runner, Drafter(own, TreeShape(depth, top_k, nodes=2, static=False), shared), rows)
+
+    drafting = {}
+    for top_k in (k for k in top_ks if k <= draft.head.size):
+        first, four = (max(0.0, drafted(draft, depth, top_k) - verify[2]) for depth in (1, 4))
+        drafting[top_k] = first, max(0.0, four - first) / 3
+    return Costs(plain, verify, drafting, _saved(draft, drafted))
 
 
-def _saved(runner: Runner, draft: Draft, rows: int) -> dict[int, float]:
+def _saved(draft: Draft, drafted: Callable[[Draft, int, int], float]) -> dict[int, float]:
     """A level's head reads its rows once, however many nodes it scores: one width tells what fewer rows save."""
     if draft.ranks is None:
         return {}
-    shape = TreeShape(VOCABULARY_LEVELS, top_k=min(4, draft.head.size), nodes=2, static=False)
     sizes = [size for size in VOCABULARIES if size < min(draft.head.size, len(draft.ranks) + 1)]
-    whole = cycle_seconds(runner, Drafter(draft, shape), rows) if sizes else 0.0
-    return {s: (whole - cycle_seconds(runner, Drafter(draft.narrowed(s), shape), rows)) / shape.depth for s in sizes}
-
-
-def _draft_costs(runner: Runner, draft: Draft, rows: int, verify: dict[int, float]) -> dict[int, tuple[float, float]]:
-    costs = {}
-    for top_k in TOP_KS:
-        if top_k > draft.head.size:
-            continue
-        by_depth = []
-        for depth in (1, 4):
-            shape = TreeShape(depth, top_k, nodes=2, static=False)
-            drafter: TreeDrafter = Drafter(draft, shape)
-            by_depth.append(max(0.0, cycle_seconds(runner, drafter, rows) - verify[2]))
-        costs[top_k] = (by_depth[0], max(0.0, by_depth[1] - by_depth[0]) / 3)
-    return costs
+    levels, top_k = VOCABULARY_LEVELS, min(VOCABULARY_TOP_K, draft.head.size)
+    whole = drafted(draft, levels, top_k) if sizes else 0.0
+    return {size: (whole - drafted(draft.narrowed(size), levels, top_k)) / levels for size in sizes}
 
 
 def _choice(

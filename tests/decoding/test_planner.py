@@ -67,7 +67,7 @@ def test_a_plan_is_measured_serialises_and_gives_a_tree_to_decode_with(tiny_targ
 def test_a_plan_may_confine_the_draft_to_frequent_tokens(tiny_target, prompts, monkeypatch):
     monkeypatch.setattr(planner, "VOCABULARIES", (64, 32))
     seconds = {64: 0.0, 32: 0.001}
-    monkeypatch.setattr(planner, "_saved", lambda runner, draft, rows: seconds)
+    monkeypatch.setattr(planner, "_saved", lambda draft, drafted: seconds)
     runner = make_runner(tiny_target)
     answer = PlainDecoder(runner).generate(prompts[:1], SamplingConfig(), 24, ENDLESS)[0].token_ids
     frequent = torch.tensor(list(dict.fromkeys(answer + list(range(runner.vocab_size)))))
