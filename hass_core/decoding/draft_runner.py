@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hass_core.model.draft import DraftModel
-from hass_core.target.compiling import Compiled
+from hass_core.target.compiling import Compiled, compiled
 from hass_core.target.fused import joined
 from hass_core.target.kv_cache import KVCache, LayerShape
-from hass_core.target.linear import Linear
-from hass_core.target.placement import place
+from hass_core.target.linear import Linear, few_rows
+from hass_core.target.placement import Placement, place
 from hass_core.target.rope import RopeTable
 
 
@@ -27,6 +27,7 @@ class DraftRunner:
         self.shape = LayerShape(architecture.num_key_value_heads, architecture.head_dim)
         self.group = self.heads // self.shape.num_key_value_heads
         self._embedding, self._eps, self._act = model.embedding, architecture.rms_norm_eps, mlp.activation
+        self._silu = architecture.hidden_act == "silu"
         self._fc = Linear(model.fc.weight, model.fc.bias)
         self._qkv = joined([attention.q_proj, attention.k_proj, attention.v_proj])
         self._q_norm, self._k_norm = attention.q_norm, attention.k_norm
@@ -35,6 +36,7 @@ class DraftRunner:
         self._norm = layer.post_attention_layernorm.weight
         self.rope = RopeTable(model.rotary, self.device, self.dtype)
         self._compiled = (Compiled(self._before), Compiled(self._after)) if self.device.type == "cuda" else None
+        self._paired = compiled(self._pair, any_shape=True)
 
     def new_cache(self, batch_size: int, slots: int) -> KVCache:
         """An empty cache of one layer."""
@@ -55,22 +57,47 @@ class DraftRunner:
         They are written `offset` slots behind the live lengths, and see what `hass_core.target.placement.place` says.
         """
         where = place(token_ids.shape[1], cache, visible, self.group, self.dtype, offset)
+        turns = self.rope.at(position_ids)
+        if cache.steady and self._silu and few_rows(features, token_ids.numel()):
+            return self._few_rows(self._paired(token_ids, features), turns, where, cache)
         before, after = self._before, self._after
         if self._compiled and cache.steady:
             before = self._compiled[0].for_tokens(token_ids.numel())
             after = self._compiled[1].for_tokens(token_ids.numel())
         u, mixed = before(token_ids, features)
-        return after(u, where.attention(mixed, *self.rope.at(position_ids), *cache.layers[0]))
+        return after(u, where.attention(mixed, *turns, *cache.layers[0]))
+
+    def _few_rows(self, pairs: Tensor, turns: tuple[Tensor, Tensor], where: Placement, cache: KVCache) -> Tensor:
+        """The estimated features [B, T, H] by the kernels for few rows."""
+        from hass_core.kernels.few_rows import (  # Triton is there on a GPU only
+            Norm,
+            added_product,
+            added_product_to_norm,
+            product,
+        )
+
+        u = product(pairs, self._fc.weight, self._fc.bias)
+        mixed = self._heads(product(u, self._qkv.weight, self._qkv.bias))
+        attended = where.attention(mixed, *turns, *cache.layers[0])
+        y, ready = added_product_to_norm(attended, self._o.weight, u, Norm(self._norm, self._eps))
+        return added_product(product(ready, self._gate_up.weight, gated=True), self._down.weight, y)
+
+    def _pair(self, token_ids: Tensor, features: Tensor) -> Tensor:
+        """[B, T, 2H]: the tokens' embeddings and the features."""
+        return torch.cat([F.embedding(token_ids, self._embedding), features], -1)
 
     def _before(self, token_ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """The fused input [B, T, H], and its queries, keys and values [B, T, A + 2·KV, d]."""
-        u = self._fc(torch.cat([F.embedding(token_ids, self._embedding), features], -1))
-        kv = self.shape.num_key_value_heads
-        mixed = self._qkv(u).unflatten(-1, (-1, self.head_dim))
+        u = self._fc(self._pair(token_ids, features))
+        return u, self._heads(self._qkv(u))
+
+    def _heads(self, mixed: Tensor) -> Tensor:
+        """[B, T, A + 2·KV, d] from the product [B, T, (A + 2·KV)·d], with the norms of queries and keys."""
+        kv, mixed = self.shape.num_key_value_heads, mixed.unflatten(-1, (-1, self.head_dim))
         if isinstance(self._q_norm, nn.Identity):
-            return u, mixed
+            return mixed
         queries, keys, values = mixed.split([self.heads, kv, kv], dim=2)
-        return u, torch.cat([self._q_norm(queries), self._k_norm(keys), values], dim=2)
+        return torch.cat([self._q_norm(queries), self._k_norm(keys), values], dim=2)
 
     def _after(self, u: Tensor, attended: Tensor) -> Tensor:
         """The estimated features [B, T, H] from the fused input and the attended values [B, T, A·d]."""

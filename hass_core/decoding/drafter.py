@@ -103,7 +103,7 @@ class Drafter:
 
     def _children(self, features: Tensor) -> Children:
         """The K likeliest next tokens behind features [B, n, H]."""
-        scores, index = top_tokens(self._product(features), self.shape.top_k)
+        scores, index = top_tokens(self._product.of_few_rows(features), self.shape.top_k)
         own = scores.clamp(max=0) if self._by_rank is None else self._by_rank.expand(scores.shape)
         return Children(own, self._head.to_target_ids(index))
 

@@ -19,7 +19,6 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 SLOTS_AT_ONCE = 64
-ROWS_AT_ONCE = 64
 PROGRAMS = 132  # about one for each processor of an H100
 MOST_SPLITS = 16
 
@@ -36,9 +35,9 @@ def tree_attention(
 ) -> Tensor:
     """Attended values [B, T, A·d] of the queries in `mixed` [B, T, A + 2·KV, d]: queries, keys and values side by side.
 
-    `cos`, `sin` [B, T, 1, d] as in `hass_core.target.rope`. The new keys and values are written into `keys`, `values`
-    [B, KV, S, d] from slot `lengths` [B] + `offset` on. A token sees the first `lengths` slots, and of the C slots
-    after them those that `visible` [B, T, C] says; without it, all up to itself.
+    `cos`, `sin` [B, T, 1, d] as in `hass_core.target.rope`, with the same strides. The new keys and values are written
+    into `keys`, `values` [B, KV, S, d] from slot `lengths` [B] + `offset` on. A token sees the first `lengths` slots,
+    and of the C slots after them those that `visible` [B, T, C] says; without it, all up to itself.
     """
     batch, tokens, parts, dim = mixed.shape
     kv = keys.shape[1]
@@ -47,10 +46,10 @@ def tree_attention(
     width = triton.next_power_of_2(dim)
     queries = torch.empty(batch, tokens, heads, dim, device=mixed.device, dtype=mixed.dtype)
     _place[(batch * tokens,)](
-        mixed, cos, sin, queries, keys, values, lengths, offset, tokens, keys.stride(0), keys.stride(1),
+        mixed, cos, sin, queries, keys, values, lengths, offset, tokens, cos.stride(1), keys.stride(0), keys.stride(1),
         values.stride(0), values.stride(1), heads, kv, dim, PARTS=triton.next_power_of_2(parts), WIDTH=width,
     )  # fmt: skip
-    rows = min(ROWS_AT_ONCE, max(16, triton.next_power_of_2(tokens * group)))
+    rows = rows_at_once(tokens * group, keys.shape[2])
     blocks = triton.cdiv(tokens * group, rows)
     splits = max(1, min(MOST_SPLITS, PROGRAMS // (batch * kv * blocks)))
     partial = torch.empty(batch, kv, splits, tokens * group, dim, device=mixed.device, dtype=torch.float32)
@@ -59,7 +58,7 @@ def tree_attention(
     _attend[(batch * kv, blocks, splits)](
         queries, keys, values, lengths, visible, partial, lse, offset, tokens, columns, 1 / math.sqrt(dim),
         keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), heads, kv, group, dim, splits,
-        ROWS=rows, SLOTS=SLOTS_AT_ONCE, WIDTH=width, CAUSAL=visible is None,
+        ROWS=rows, SLOTS=SLOTS_AT_ONCE, WIDTH=width, CAUSAL=visible is None, num_warps=8 if width >= 128 else 4,
     )  # fmt: skip
     out = torch.empty(batch, tokens, heads * dim, device=mixed.device, dtype=mixed.dtype)
     _merge[(batch * kv, tokens * group)](
@@ -68,9 +67,14 @@ def tree_attention(
     return out
 
 
+def rows_at_once(rows: int, slots: int) -> int:
+    """Queries a program: more programs are faster until reading every slot once for each of them is what takes long."""
+    return 16 if rows <= 64 or slots <= 1024 else 64
+
+
 @triton.jit
 def _place(
-    mixed, cos, sin, queries, keys, values, lengths, offset, tokens, key_batch, key_head, value_batch, value_head,
+    mixed, cos, sin, queries, keys, values, lengths, offset, tokens, turn, key_batch, key_head, value_batch, value_head,
     heads, kv, dim, PARTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Program: one token. Rotates its queries and keys, stores its keys and values."""
@@ -82,9 +86,9 @@ def _place(
     start = mixed + (token.to(tl.int64) * (heads + 2 * kv) + part) * dim
     straight = tl.load(start + column, mask=inside, other=0.0)
     crossed = tl.load(start + (column + dim // 2) % dim, mask=inside, other=0.0).to(tl.float32)
-    turn = tl.load(cos + token * dim + column, mask=column < dim, other=0.0).to(tl.float32)
-    swing = tl.load(sin + token * dim + column, mask=column < dim, other=0.0).to(tl.float32)
-    rotated = (straight.to(tl.float32) * turn + crossed * swing).to(straight.dtype)
+    along = tl.load(cos + token * turn + column, mask=column < dim, other=0.0).to(tl.float32)
+    across = tl.load(sin + token * turn + column, mask=column < dim, other=0.0).to(tl.float32)
+    rotated = (straight.to(tl.float32) * along + crossed * across).to(straight.dtype)
     tl.store(queries + (token.to(tl.int64) * heads + part) * dim + column, rotated, mask=inside & (part < heads))
     own_key, own_value = part - heads, part - heads - kv
     place = keys + batch * key_batch + own_key * key_head + slot * dim + column

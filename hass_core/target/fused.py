@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from hass_core.target.compiling import Compiled
 from hass_core.target.kv_cache import KVCache, LayerShape
-from hass_core.target.linear import Linear, packable
+from hass_core.target.linear import Linear, few_rows, packable
 from hass_core.target.loader import Target
-from hass_core.target.placement import place
+from hass_core.target.placement import Placement, place
 from hass_core.target.rope import RopeTable
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -68,7 +68,8 @@ class FusedRunner:
             return False
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         windowed = config.model_type == "mistral" and config.sliding_window is not None
-        return config.hidden_act == "silu" and not windowed and kinds == {"full_attention"}
+        plain = config.hidden_act == "silu" and not getattr(config, "mlp_bias", False)
+        return plain and not windowed and kinds == {"full_attention"}
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         self.rope.grow(min(max_tokens, self.context_tokens))
@@ -76,26 +77,49 @@ class FusedRunner:
         return KVCache.allocate(shapes, batch_size, max_tokens, self.device, self.dtype)
 
     def logits(self, features: Tensor) -> Tensor:
-        return self._head(features)
+        return self._head.of_few_rows(features)
 
     @torch.no_grad()
     def forward(self, token_ids: Tensor, position_ids: Tensor, cache: KVCache, visible: Tensor | None = None) -> Tensor:
         group = self.heads // self.shape.num_key_value_heads
         where = place(token_ids.shape[1], cache, visible, group, self.dtype)
-        cos, sin = self.rope.at(position_ids)
+        turns = self.rope.at(position_ids)
+        x = F.embedding(token_ids, self.embedding)
+        if cache.steady and few_rows(x, token_ids.numel()):
+            return self._normed(self._few_rows(x, turns, where, cache), self.final_norm)
         before, after = self._before, self._after
         if self._compiled and cache.steady:
             before = self._compiled[0].for_tokens(token_ids.numel())
             after = self._compiled[1].for_tokens(token_ids.numel())
-        x = F.embedding(token_ids, self.embedding)
         for weights, (keys, values) in zip(self.layers, cache.layers, strict=True):
-            x = after(x, where.attention(before(x, weights), cos, sin, keys, values), weights)
-        return F.rms_norm(x, (self.hidden_size,), self.final_norm, self.eps)
+            x = after(x, where.attention(before(x, weights), *turns, keys, values), weights)
+        return self._normed(x, self.final_norm)
+
+    def _few_rows(self, x: Tensor, turns: tuple[Tensor, Tensor], where: Placement, cache: KVCache) -> Tensor:
+        """The last layer's output [B, T, H], every layer by the kernels for few rows."""
+        from hass_core.kernels.few_rows import Norm, added_product_to_norm, product  # Triton is there on a GPU only
+
+        next_norms = [*(weights.input_norm for weights in self.layers[1:]), self.final_norm]
+        ready = self._normed(x, self.layers[0].input_norm)
+        for weights, (keys, values), next_norm in zip(self.layers, cache.layers, next_norms, strict=True):
+            mixed = self._heads(product(ready, weights.qkv.weight, weights.qkv.bias), weights)
+            attended = where.attention(mixed, *turns, keys, values)
+            norm = Norm(weights.mlp_norm, self.eps)
+            x, ready = added_product_to_norm(attended, weights.o.weight, x, norm, weights.o.bias)
+            gated = product(ready, weights.gate_up.weight, gated=True)
+            x, ready = added_product_to_norm(gated, weights.down.weight, x, Norm(next_norm, self.eps))
+        return x
+
+    def _normed(self, x: Tensor, norm: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.hidden_size,), norm, self.eps)
 
     def _before(self, x: Tensor, weights: LayerWeights) -> Tensor:
         """Queries, keys and values [B, T, A + 2·KV, d] of a layer's input [B, T, H]."""
-        normed = F.rms_norm(x, (self.hidden_size,), weights.input_norm, self.eps)
-        mixed = weights.qkv(normed).unflatten(-1, (-1, self.head_dim))
+        return self._heads(weights.qkv(self._normed(x, weights.input_norm)), weights)
+
+    def _heads(self, mixed: Tensor, weights: LayerWeights) -> Tensor:
+        """[B, T, A + 2·KV, d] from the product [B, T, (A + 2·KV)·d], with the norms of queries and keys."""
+        mixed = mixed.unflatten(-1, (-1, self.head_dim))
         if weights.q_norm is None or weights.k_norm is None:
             return mixed
         kv = self.shape.num_key_value_heads
@@ -107,7 +131,7 @@ class FusedRunner:
     def _after(self, x: Tensor, attended: Tensor, weights: LayerWeights) -> Tensor:
         """A layer's output [B, T, H] from its input and the attended values [B, T, A·d]."""
         x = x + weights.o(attended)
-        gate, up = weights.gate_up(F.rms_norm(x, (self.hidden_size,), weights.mlp_norm, self.eps)).chunk(2, dim=-1)
+        gate, up = weights.gate_up(self._normed(x, weights.mlp_norm)).chunk(2, dim=-1)
         return x + weights.down(F.silu(gate) * up)
 
 

@@ -6,7 +6,6 @@ Rotation is x·cos + roll(x, d/2)·sin with the first half of sin negated: the s
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # their frequencies change with the sequence: no table holds them
@@ -24,25 +23,23 @@ class RopeTable:
         self._rotary = rotary
         self._like = torch.zeros(1, device=device, dtype=dtype)
         self.fixed = getattr(rotary, "rope_type", "default") not in LENGTH_DEPENDENT
-        self._table = self._compute(torch.arange(1, device=device)[None])
-        self._outgrown: list[tuple[Tensor, Tensor]] = []  # captured graphs still read them
+        self._table = self._compute(torch.arange(1, device=device)[None])[0]
+        self._outgrown: list[Tensor] = []  # captured graphs still read them
 
     def at(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Two tensors [B, T, 1, d] for positions [B, T]."""
-        if not self.fixed:
-            cos, sin = self._compute(position_ids)
-            return cos[:, :, None], sin[:, :, None]
-        cos, sin = self._table
-        return F.embedding(position_ids, cos[0])[:, :, None], F.embedding(position_ids, sin[0])[:, :, None]
+        both = self._table[position_ids] if self.fixed else self._compute(position_ids)
+        return both[:, :, :1], both[:, :, 1:]
 
     def grow(self, positions: int) -> None:
         """Let the table hold at least `positions` positions."""
-        if self.fixed and self._table[0].shape[1] < positions:
+        if self.fixed and len(self._table) < positions:
             rounded = 1 << math.ceil(math.log2(positions))
             self._outgrown.append(self._table)
-            self._table = self._compute(torch.arange(rounded, device=self._like.device)[None])
+            self._table = self._compute(torch.arange(rounded, device=self._like.device)[None])[0]
 
-    def _compute(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _compute(self, position_ids: Tensor) -> Tensor:
+        """[B, T, 2, d]: cosines and signed sines side by side, so that one look-up finds both."""
         cos, sin = self._rotary(self._like, position_ids)
         half = sin.shape[-1] // 2
-        return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+        return torch.stack([cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)], dim=2)

@@ -1,7 +1,9 @@
 """The decoding kernels beside PyTorch, on a GPU or in Triton's interpreter; run by test_kernels.py as a program."""
 
 import torch
+import torch.nn.functional as F
 
+from hass_core.kernels.few_rows import Norm, added_product, added_product_to_norm, product
 from hass_core.kernels.top_k import row_top_k
 from hass_core.kernels.tree_attention import tree_attention
 from hass_core.target.kv_cache import KVCache, LayerShape
@@ -49,7 +51,30 @@ def check_top_k(rows: int, size: int, k: int) -> None:
     assert row_top_k(logits, k)[2][0].isnan(), "a logit that is no number shows in the log-sum-exp"
 
 
+def check_few_rows(rows: int, hidden: int, between: int) -> None:
+    """A residual, the norm behind it, a gated product of that, and back: as the second half of a decoder layer."""
+    x, residual = torch.randn(2, 1, rows, hidden, device=DEVICE)
+    out, down = (torch.randn(hidden, size, device=DEVICE) / size**0.5 for size in (hidden, between))
+    gate_up = torch.randn(2 * between, hidden, device=DEVICE) / hidden**0.5
+    weight, bias = torch.rand(2, hidden, device=DEVICE)
+    y, ready = added_product_to_norm(x, out, residual, Norm(weight, 1e-5), bias)
+    plain = residual + F.linear(x, out, bias)
+    torch.testing.assert_close(y, plain, atol=1e-4, rtol=1e-4)
+    normed = F.rms_norm(plain, (hidden,), weight, 1e-5)
+    wide_bias = torch.rand(2 * between, device=DEVICE)
+    expected = F.linear(normed, gate_up, wide_bias)
+    torch.testing.assert_close(product(ready, gate_up, wide_bias), expected, atol=1e-4, rtol=1e-4)
+    gate, up = F.linear(normed, gate_up).chunk(2, -1)
+    gated = product(ready, gate_up, gated=True)
+    torch.testing.assert_close(gated, F.silu(gate) * up, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(added_product(gated, down, y), plain + F.linear(gated, down), atol=1e-4, rtol=1e-4)
+    assert torch.equal(added_product_to_norm(x, out, residual, Norm(weight, 1e-5), bias)[1].squares, ready.squares)
+
+
 torch.manual_seed(0)
+torch.backends.cuda.matmul.allow_tf32 = False
+for sizes in ((2, 64, 96), (10, 80, 128), (60, 576, 40), (17, 200, 33)):
+    check_few_rows(*sizes)
 for case, sizes in ATTENTION.items():
     check_attention(case, *sizes)
 for sizes in ((3, 5000, 10), (2, 49152, 10), (1, 1024, 1), (4, 100, 7)):
