@@ -2,8 +2,8 @@
 
 A cycle drafts a tree from what the last cycle made certain, has the target read it in one pass, follows the draws,
 and moves the accepted keys and values into place. Nothing in it looks at the host, so on a GPU the whole cycle is
-captured as one CUDA graph per attended width; the host reads one small report a cycle. On a CPU the same function
-runs as it is, over the live slots only.
+captured as one CUDA graph per attended width; the host reads one small report a cycle, while the next cycle already
+runs. On a CPU the same function runs as it is, over the live slots only.
 
 Shapes: B rows, N tree nodes, R places of a path, H hidden.
 """
@@ -64,7 +64,7 @@ class Session:
     def __init__(self, runner: Runner, drafter: TreeDrafter, sampling: SamplingConfig, rows: int, slots: int):
         self._runner, self._drafter, self.shape = runner, drafter, drafter.shape
         self.rows, self.sampling = rows, sampling
-        behind = max(self.shape.nodes, drafter.scratch_slots, self.shape.places)
+        behind = max(self.shape.nodes, drafter.scratch_slots, self.shape.places) + self.shape.places  # a cycle too many
         self.slots = _rounded(slots + behind)
         self._behind = behind
         device, places = runner.device, self.shape.places
@@ -80,6 +80,8 @@ class Session:
         if device.type == "cuda" and self._graphs is None:
             log.info("decoding without CUDA graphs: %s or %s cannot be captured", runner, drafter)
         self._settle = compiled(settle) if device.type == "cuda" else settle
+        self._ahead = kernels.usable(self._counts)  # the kernels read live slots only, so no width waits for the host
+        self._under_way: Launched | None = None
         self.draft_seconds = 0.0
 
     def holds(self, rows: int, slots: int, sampling: SamplingConfig) -> bool:
@@ -95,6 +97,7 @@ class Session:
         cache.width, cache.steady = None, False
         self._drafter.clear(self._draft_cache)
         self._open.fill_(1)
+        self._under_way = None
         token_ids = batch.token_ids(device)
         features = prefill(self._runner, token_ids, batch.lengths, cache)
         self._draws.start(token_ids, cache.lengths, batch.seed)
@@ -110,20 +113,28 @@ class Session:
 
     @torch.inference_mode()
     def step(self, open_rows: list[bool]) -> list[RowReport]:
-        """One cycle. Rows that are not open stay as they are; their reports mean nothing."""
+        """One cycle. Rows that are not open stay as they are; their reports mean nothing.
+
+        On a GPU the next cycle is under way before this one's report is read, so a row stops one cycle late.
+        """
+        if self._graphs is None:
+            self._open.copy_(torch.tensor(open_rows))
+            return unpacked(self._cycle(int(self._counts.max())).tolist())
+        launched = self._under_way or self._launch(self._graphs, open_rows)
+        self._under_way = self._launch(self._graphs, open_rows) if self._ahead else None
+        rows = launched.rows()
+        taken = [len(row.token_ids) * is_open for row, is_open in zip(rows, launched.open_rows, strict=True)]
+        self._cache.told(self._cache.host_lengths + taken)
+        return rows
+
+    def _launch(self, graphs: "Graphs", open_rows: list[bool]) -> "Launched":
+        """Start a cycle."""
         if not all(open_rows):
             self._open.copy_(torch.tensor(open_rows))
-        cache = self._cache
-        if self._graphs is None:
-            return unpacked(self._cycle(int(self._counts.max())).tolist())
-        # the kernels read live slots only, whatever the width
-        width = cache.slots if kernels.usable(cache.lengths) else _rounded(cache.longest + self._behind)
-        for memory in (cache, self._draft_cache):
+        width = self._cache.slots if self._ahead else _rounded(self._cache.longest + self._behind)
+        for memory in (self._cache, self._draft_cache):
             memory.width, memory.steady = width, True
-        rows = unpacked(self._graphs.run(width, lambda: self._cycle(self.shape.places)).tolist())
-        taken = [len(row.token_ids) * is_open for row, is_open in zip(rows, open_rows, strict=True)]
-        cache.told(cache.host_lengths + taken)
-        return rows
+        return Launched(graphs.run(width, lambda: self._cycle(self.shape.places)), open_rows)
 
     def _cycle(self, places: int) -> Tensor:
         """The packed report [B, 2 + 3R] of one cycle whose new features fill at most `places` places."""
@@ -156,6 +167,26 @@ def settle(tree: Tree, drawn: Tensor, sound: Tensor, features: Tensor, places: i
     accepted = accept(tree, drawn, places)
     kept = features.gather(1, accepted.path[:, :, None].expand(-1, -1, features.shape[2]))
     return accepted, kept, packed(tree, accepted, sound)
+
+
+class Launched:
+    """A cycle that was started, and its report [B, 2 + 3R] on the way to the host."""
+
+    def __init__(self, report: Tensor, open_rows: list[bool]):
+        self.open_rows, self._copied = open_rows, None
+        if not report.is_cuda:
+            self._report = report
+            return
+        self._report = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
+        self._report.copy_(report, non_blocking=True)  # queued before the next cycle writes another report
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def rows(self) -> list[RowReport]:
+        """Wait for the report."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return unpacked(self._report.tolist())
 
 
 class Graphs:
