@@ -209,6 +209,9 @@ class TreeConfig(Settings):
     vocabulary: int | None = Field(
         default=None, ge=16, description="Draft only so many tokens, the answers' most frequent; needs a draft of ours"
     )
+    eight_bits: bool = Field(
+        default=False, description="Draft with weights in fp8: half the reading on a GPU, the output stays exact"
+    )
     plan: bool = Field(default=False, description="Choose all of these by measuring this machine and draft")
 
 

@@ -17,9 +17,9 @@ from hass_core.target.rope import RopeTable
 
 
 class DraftRunner:
-    """Rows in, estimated features out, with the weights that `model` has now (on a CPU they are copied)."""
+    """Rows in, estimated features out, with the weights that `model` has now: a CPU copies them, and so do 8 bits."""
 
-    def __init__(self, model: DraftModel):
+    def __init__(self, model: DraftModel, eight_bits: bool = False):
         architecture, layer = model.architecture, model.layer
         attention, mlp = layer.self_attn, layer.mlp
         self.device, self.dtype = model.fc.weight.device, model.fc.weight.dtype
@@ -27,12 +27,13 @@ class DraftRunner:
         self.shape = LayerShape(architecture.num_key_value_heads, architecture.head_dim)
         self.group = self.heads // self.shape.num_key_value_heads
         self._embedding, self._eps, self._act = model.embedding, architecture.rms_norm_eps, mlp.activation
-        self._silu = architecture.hidden_act == "silu"
-        self._fc = Linear(model.fc.weight, model.fc.bias)
-        self._qkv = joined([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._silu, self._fewest = architecture.hidden_act == "silu", 1 if eight_bits else 2
+        self._fc = Linear(model.fc.weight, model.fc.bias, eight_bits)
+        self._qkv = joined([attention.q_proj, attention.k_proj, attention.v_proj], eight_bits)
         self._q_norm, self._k_norm = attention.q_norm, attention.k_norm
-        self._o, self._down = Linear(attention.o_proj.weight), Linear(mlp.down_proj.weight)
-        self._gate_up = joined([mlp.gate_proj, mlp.up_proj])
+        self._o = Linear(attention.o_proj.weight, None, eight_bits)
+        self._down = Linear(mlp.down_proj.weight, None, eight_bits)
+        self._gate_up = joined([mlp.gate_proj, mlp.up_proj], eight_bits)
         self._norm = layer.post_attention_layernorm.weight
         self.rope = RopeTable(model.rotary, self.device, self.dtype)
         self._compiled = (Compiled(self._before), Compiled(self._after)) if self.device.type == "cuda" else None
@@ -58,12 +59,12 @@ class DraftRunner:
         """
         where = place(token_ids.shape[1], cache, visible, self.group, self.dtype, offset)
         turns = self.rope.at(position_ids)
-        if cache.steady and self._silu and few_rows(features, token_ids.numel()):
+        count = token_ids.numel()
+        if cache.steady and self._silu and count >= self._fewest and few_rows(features, count):
             return self._few_rows(self._paired(token_ids, features), turns, where, cache)
         before, after = self._before, self._after
         if self._compiled and cache.steady:
-            before = self._compiled[0].for_tokens(token_ids.numel())
-            after = self._compiled[1].for_tokens(token_ids.numel())
+            before, after = self._compiled[0].for_tokens(count), self._compiled[1].for_tokens(count)
         u, mixed = before(token_ids, features)
         return after(u, where.attention(mixed, *turns, *cache.layers[0]))
 
@@ -76,11 +77,10 @@ class DraftRunner:
             product,
         )
 
-        u = product(pairs, self._fc.weight, self._fc.bias)
-        mixed = self._heads(product(u, self._qkv.weight, self._qkv.bias))
-        attended = where.attention(mixed, *turns, *cache.layers[0])
-        y, ready = added_product_to_norm(attended, self._o.weight, u, Norm(self._norm, self._eps))
-        return added_product(product(ready, self._gate_up.weight, gated=True), self._down.weight, y)
+        u = product(pairs, self._fc)
+        attended = where.attention(self._heads(product(u, self._qkv)), *turns, *cache.layers[0])
+        y, ready = added_product_to_norm(attended, self._o, u, Norm(self._norm, self._eps))
+        return added_product(product(ready, self._gate_up, gated=True), self._down, y)
 
     def _pair(self, token_ids: Tensor, features: Tensor) -> Tensor:
         """[B, T, 2H]: the tokens' embeddings and the features."""

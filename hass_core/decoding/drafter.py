@@ -59,8 +59,9 @@ class Drafter:
     """A draft model as the tree builder. Drafters of one model can share a runner, and with it what was compiled."""
 
     def __init__(self, draft: Draft, shape: TreeShape, runner: DraftRunner | None = None):
-        self._runner = runner or DraftRunner(draft.model)
-        self._head, self._product, self.shape = draft.head, Linear(draft.head.weight), shape
+        self._runner = runner or DraftRunner(draft.model, draft.eight_bits)
+        self._head, self._product = draft.head, Linear(draft.head.weight, None, draft.eight_bits)
+        self.shape = shape
         self._by_rank = static_scores(shape.top_k).to(draft.head.weight.device) if shape.static else None
         self.capturable = self._runner.rope.fixed
         self.scratch_slots = (shape.depth - 1) * shape.top_k

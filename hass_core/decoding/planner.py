@@ -205,7 +205,7 @@ def measure_costs(runner: Runner, draft: Draft, rows: int) -> Costs:
     """Time verification by size, and drafting by width and by vocabulary, as whole cycles less their verification."""
     top_ks, sizes = (GPU_TOP_KS, GPU_NODES) if runner.device.type == "cuda" else (TOP_KS, NODES)
     verify = {nodes: cycle_seconds(runner, FixedTree(nodes), rows) for nodes in sizes}
-    plain, shared = cycle_seconds(runner, NoDraft(), rows), DraftRunner(draft.model)
+    plain, shared = cycle_seconds(runner, NoDraft(), rows), DraftRunner(draft.model, draft.eight_bits)
 
     def drafted(own: Draft, depth: int, top_k: int) -> float:
         return cycle_seconds(runner, Drafter(own, TreeShape(depth, top_k, nodes=2, static=False), shared), rows)

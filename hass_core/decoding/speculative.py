@@ -3,6 +3,8 @@
 Sampling settings, seed and stop rule being equal, the tokens are those of plain decoding.
 """
 
+from dataclasses import replace
+
 from hass_core.config import TreeConfig
 from hass_core.decoding.drafter import Drafter
 from hass_core.decoding.tree import TreeShape
@@ -17,7 +19,7 @@ class SpeculativeDecoder(TreeDecoder):
 
     def __init__(self, runner: Runner, draft: Draft, tree: TreeConfig, name: str = "hass"):
         _check_sizes(runner, draft)
-        draft = draft.narrowed(tree.vocabulary)
+        draft = replace(draft.narrowed(tree.vocabulary), eight_bits=tree.eight_bits)
         super().__init__(runner, Drafter(draft, TreeShape.of(tree, draft.head.size)), name)
 
 

@@ -19,7 +19,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 SLOTS_AT_ONCE = 64
-PROGRAMS = 132  # about one for each processor of an H100
+PROGRAMS = 512  # a few for each processor of an H100
 MOST_SPLITS = 16
 
 

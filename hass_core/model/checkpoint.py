@@ -28,12 +28,14 @@ Q_NORM, FC_BIAS, EMBEDDING = "layers.0.self_attn.q_norm.weight", "fc.bias", "emb
 @dataclass(frozen=True)
 class Draft:
     """A draft ready to decode with: model and head on the target's device, `info` the config's `hass` section, `ranks`
-    the tokens that the target's answers use most, best first, where the draft knows them."""
+    the tokens that the target's answers use most, best first, where the draft knows them; `eight_bits`: decode with
+    its weights rounded to fp8."""
 
     model: DraftModel
     head: DraftHead
     info: dict[str, Any]
     ranks: Tensor | None = None
+    eight_bits: bool = False
 
     def narrowed(self, size: int | None) -> "Draft":
         """The draft that proposes no more than the `size` most frequent tokens; itself where it knows no ranks."""

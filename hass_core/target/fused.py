@@ -85,7 +85,7 @@ class FusedRunner:
         where = place(token_ids.shape[1], cache, visible, group, self.dtype)
         turns = self.rope.at(position_ids)
         x = F.embedding(token_ids, self.embedding)
-        if cache.steady and few_rows(x, token_ids.numel()):
+        if cache.steady and token_ids.numel() > 1 and few_rows(x, token_ids.numel()):
             return self._normed(self._few_rows(x, turns, where, cache), self.final_norm)
         before, after = self._before, self._after
         if self._compiled and cache.steady:
@@ -102,12 +102,11 @@ class FusedRunner:
         next_norms = [*(weights.input_norm for weights in self.layers[1:]), self.final_norm]
         ready = self._normed(x, self.layers[0].input_norm)
         for weights, (keys, values), next_norm in zip(self.layers, cache.layers, next_norms, strict=True):
-            mixed = self._heads(product(ready, weights.qkv.weight, weights.qkv.bias), weights)
+            mixed = self._heads(product(ready, weights.qkv), weights)
             attended = where.attention(mixed, *turns, keys, values)
-            norm = Norm(weights.mlp_norm, self.eps)
-            x, ready = added_product_to_norm(attended, weights.o.weight, x, norm, weights.o.bias)
-            gated = product(ready, weights.gate_up.weight, gated=True)
-            x, ready = added_product_to_norm(gated, weights.down.weight, x, Norm(next_norm, self.eps))
+            x, ready = added_product_to_norm(attended, weights.o, x, Norm(weights.mlp_norm, self.eps))
+            gated = product(ready, weights.gate_up, gated=True)
+            x, ready = added_product_to_norm(gated, weights.down, x, Norm(next_norm, self.eps))
         return x
 
     def _normed(self, x: Tensor, norm: Tensor) -> Tensor:
@@ -151,12 +150,12 @@ def _layer_weights(layer: Any) -> LayerWeights:
     )
 
 
-def joined(linears: list[nn.Linear]) -> Linear:
-    """One product for several of the same input. Packing copies anyway; else the linears become views of the whole."""
+def joined(linears: list[nn.Linear], eight_bits: bool = False) -> Linear:
+    """One product for several of the same input. Packing and rounding copy; else the linears become views of it."""
     biases = [linear.bias for linear in linears if linear.bias is not None]
     bias = torch.cat([b.detach() for b in biases]) if biases else None
-    if packable(linears[0].weight):
-        return Linear(torch.cat([linear.weight.detach() for linear in linears]), bias)
+    if eight_bits or packable(linears[0].weight):
+        return Linear(torch.cat([linear.weight.detach() for linear in linears]), bias, eight_bits)
     return Linear(side_by_side(linears), bias)
 
 

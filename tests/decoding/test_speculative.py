@@ -21,6 +21,7 @@ TREES = {
     "dynamic": TreeConfig(kind="dynamic", depth=4, top_k=3, nodes=14),
     "static": TreeConfig(kind="static", depth=3, top_k=4, nodes=11),
     "chain": TreeConfig(kind="chain", depth=5),
+    "eight bits": TreeConfig(kind="dynamic", depth=3, top_k=3, nodes=9, eight_bits=True),
     "fewer nodes than levels": TreeConfig(kind="dynamic", depth=6, top_k=2, nodes=4),
 }
 

@@ -7,6 +7,7 @@ from hass_core.kernels.few_rows import Norm, added_product, added_product_to_nor
 from hass_core.kernels.top_k import row_top_k
 from hass_core.kernels.tree_attention import tree_attention
 from hass_core.target.kv_cache import KVCache, LayerShape
+from hass_core.target.linear import Linear, in_eight_bits, restored
 from hass_core.target.placement import MaskedPlacement
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,30 +52,42 @@ def check_top_k(rows: int, size: int, k: int) -> None:
     assert row_top_k(logits, k)[2][0].isnan(), "a logit that is no number shows in the log-sum-exp"
 
 
-def check_few_rows(rows: int, hidden: int, between: int) -> None:
+def check_few_rows(rows: int, hidden: int, between: int, eight_bits: bool) -> None:
     """A residual, the norm behind it, a gated product of that, and back: as the second half of a decoder layer."""
+
+    def layer(weight, bias=None):
+        own = Linear(weight, bias)
+        own.weight = weight
+        if not eight_bits:
+            return own, weight
+        own.weight, own.scale = rounded = in_eight_bits(weight)
+        return own, restored(*rounded, torch.float32)
+
     x, residual = torch.randn(2, 1, rows, hidden, device=DEVICE)
-    out, down = (torch.randn(hidden, size, device=DEVICE) / size**0.5 for size in (hidden, between))
-    gate_up = torch.randn(2 * between, hidden, device=DEVICE) / hidden**0.5
     weight, bias = torch.rand(2, hidden, device=DEVICE)
-    y, ready = added_product_to_norm(x, out, residual, Norm(weight, 1e-5), bias)
+    wide_bias = torch.rand(2 * between, device=DEVICE)
+    own_out, out = layer(torch.randn(hidden, hidden, device=DEVICE) / hidden**0.5, bias)
+    own_down, down = layer(torch.randn(hidden, between, device=DEVICE) / between**0.5)
+    own_gate_up, gate_up = layer(torch.randn(2 * between, hidden, device=DEVICE) / hidden**0.5)
+    own_biased, _ = layer(gate_up, wide_bias)
+    y, ready = added_product_to_norm(x, own_out, residual, Norm(weight, 1e-5))
     plain = residual + F.linear(x, out, bias)
     torch.testing.assert_close(y, plain, atol=1e-4, rtol=1e-4)
     normed = F.rms_norm(plain, (hidden,), weight, 1e-5)
-    wide_bias = torch.rand(2 * between, device=DEVICE)
     expected = F.linear(normed, gate_up, wide_bias)
-    torch.testing.assert_close(product(ready, gate_up, wide_bias), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(product(ready, own_biased), expected, atol=1e-4, rtol=1e-4)
     gate, up = F.linear(normed, gate_up).chunk(2, -1)
-    gated = product(ready, gate_up, gated=True)
+    gated = product(ready, own_gate_up, gated=True)
     torch.testing.assert_close(gated, F.silu(gate) * up, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(added_product(gated, down, y), plain + F.linear(gated, down), atol=1e-4, rtol=1e-4)
-    assert torch.equal(added_product_to_norm(x, out, residual, Norm(weight, 1e-5), bias)[1].squares, ready.squares)
+    torch.testing.assert_close(added_product(gated, own_down, y), plain + F.linear(gated, down), atol=1e-4, rtol=1e-4)
+    assert torch.equal(added_product_to_norm(x, own_out, residual, Norm(weight, 1e-5))[1].squares, ready.squares)
 
 
 torch.manual_seed(0)
 torch.backends.cuda.matmul.allow_tf32 = False
 for sizes in ((2, 64, 96), (10, 80, 128), (60, 576, 40), (17, 200, 33)):
-    check_few_rows(*sizes)
+    for bits in (False, True):
+        check_few_rows(*sizes, eight_bits=bits)
 for case, sizes in ATTENTION.items():
     check_attention(case, *sizes)
 for sizes in ((3, 5000, 10), (2, 49152, 10), (1, 1024, 1), (4, 100, 7)):
