@@ -165,6 +165,9 @@ class TrainingConfig(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Compute type; weights stay float32"
     )
+    recompute: bool = Field(
+        default=False, description="Compute layers again for the backward pass: less memory per alignment step, slower"
+    )
     compile: bool = Field(default=False, description="torch.compile the step, and on one GPU run it as a CUDA graph")
     log_every_steps: int = Field(default=10, ge=1, description="Optimizer steps between records")
     validate_every_steps: int = Field(default=100, ge=1, description="Optimizer steps between validations")

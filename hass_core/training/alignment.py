@@ -11,8 +11,12 @@ f̂ is the output of step j - 1 at the same anchor, without gradient (HASS) or w
 rows are computed once, so a step costs one causal attention whatever its number.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hass_core.model.draft import DraftModel
 from hass_core.target.compiling import compiled
@@ -23,11 +27,12 @@ from hass_core.training.batch import Batch
 class Alignment(nn.Module):
     """The n-step forward pass of training, as a module so that accelerate can wrap it."""
 
-    def __init__(self, draft: DraftModel, align_steps: int, detach_features: bool = True):
+    def __init__(self, draft: DraftModel, align_steps: int, detach_features: bool = True, recompute: bool = False):
         super().__init__()
         self.draft = draft
         self.align_steps = align_steps
         self.detach_features = detach_features
+        self.recompute = recompute
 
     def forward(self, batch: Batch, features: Tensor) -> list[Tensor]:
         """For each step j = 1..n the estimates of f_{r+j} at all anchors r, [Q, H].
@@ -36,10 +41,11 @@ class Alignment(nn.Module):
         """
         last = len(batch.token_ids) - 1
         next_tokens = batch.token_ids[(torch.arange(len(features), device=features.device) + 1).clamp(max=last)]
-        u, queries, keys, values = self._enter(next_tokens, features, batch.position_ids)
+        enter, output = self._parts()
+        u, queries, keys, values = enter(next_tokens, features, batch.position_ids)
         u, queries = u[batch.anchors], queries[:, batch.anchors]
         attended = attend(queries, keys, values, [], [], batch.documents)
-        outputs = [self._output(u, attended)]
+        outputs = [output(u, attended)]
 
         own_keys: list[Tensor] = []
         own_values: list[Tensor] = []
@@ -47,12 +53,20 @@ class Alignment(nn.Module):
         for step in range(2, self.align_steps + 1):
             previous = outputs[-1].detach() if self.detach_features else outputs[-1]
             tokens = batch.token_ids[(batch.anchors + step).clamp(max=last)]
-            u, queries, key, value = self._enter(tokens, previous, positions + step - 1)
+            u, queries, key, value = enter(tokens, previous, positions + step - 1)
             own_keys.append(key)
             own_values.append(value)
             attended = attend(queries, keys, values, own_keys, own_values, batch.documents)
-            outputs.append(self._output(u, attended))
+            outputs.append(output(u, attended))
         return outputs
+
+    def _parts(self) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[[Tensor, Tensor], Tensor]]:
+        """What stands before and behind the attention. With `recompute` they keep their inputs only, and the backward
+        pass runs them again: a step then keeps a quarter of its activations, the attention's."""
+        if not self.recompute:
+            return self._enter, self._output
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing in them is random
+        return partial(again, self._enter), partial(again, self._output)  # pyright: ignore[reportReturnType]
 
     def compile_parts(self) -> None:
         """Compile what lies between the attentions, whose kernels are compiled already."""

@@ -59,13 +59,14 @@ def bench_training(
     device: str = "auto",
     compile_model: bool = True,
     optimizer: str = "adamw",
+    recompute: bool = False,
 ) -> dict[str, object]:
     """Train for `steps` timed optimizer steps; the figures as a flat record."""
     accelerator = Accelerator(cpu=choose_device(device).type == "cpu")
     where = accelerator.device
     config = TrainingConfig.model_validate(
         {"align_steps": align_steps, "tokens_per_pack": tokens_per_pack, "packs_per_batch": packs_per_batch,
-         "optimizer": optimizer, "compile": compile_model}
+         "optimizer": optimizer, "compile": compile_model, "recompute": recompute}
     )  # fmt: skip
     run = _make_run(SHAPES[shape], config, accelerator, draft_vocabulary)
     batches = _batches(SHAPES[shape], config, conversation_tokens, count=4)
@@ -89,7 +90,7 @@ def bench_training(
         "shape": shape, "align_steps": align_steps, "tokens_per_pack": tokens_per_pack,
         "packs_per_batch": packs_per_batch, "conversation_tokens": conversation_tokens,
         "draft_vocabulary": run.head.size,
-        "optimizer": optimizer, "compiled": compile_model,
+        "optimizer": optimizer, "compiled": compile_model, "recompute": recompute,
         "processes": accelerator.num_processes,
         "tokens_per_second": round(accelerator.num_processes * tokens / seconds), "step_ms": round(1e3 * seconds, 2),
         "tokens_per_step": round(tokens), "supervised_per_step": sum(len(b.targets) for b in timed) // steps,
@@ -139,7 +140,7 @@ def _make_run(shape: dict[str, int], config: TrainingConfig, accelerator: Accele
     )  # fmt: skip
     embedding = (0.02 * torch.randn(shape["vocabulary"], shape["hidden"], device=device)).to(dtype)
     draft = DraftModel(architecture, embedding)
-    alignment = Alignment(draft, config.align_steps)
+    alignment = Alignment(draft, config.align_steps, recompute=config.recompute)
     if config.compile:
         alignment.compile_parts()
     captured = config.compile and can_be_captured(accelerator)
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--draft-vocabulary", type=int, default=None)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))
+    parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--no-compile", dest="compile_model", action="store_false")
     record = bench_training(**vars(parser.parse_args()))
     if Accelerator().is_main_process:

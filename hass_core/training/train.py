@@ -177,7 +177,7 @@ def make_run(
 ) -> Run:
     """Put the pieces together."""
     training = config.training
-    alignment = Alignment(draft, training.align_steps, training.detach_features)
+    alignment = Alignment(draft, training.align_steps, training.detach_features, training.recompute)
     if training.compile:
         alignment.compile_parts()
     captured = training.compile and can_be_captured(accelerator) and isinstance(dataset, FeatureDataset)

@@ -75,6 +75,31 @@ def test_training_equals_cached_drafting_from_every_prefix(talks, overrides):
     assert worst <= 1e-5
 
 
+@pytest.mark.parametrize("detach", [True, False])
+def test_layers_computed_again_give_the_same_gradients(talks, detach):
+    draft = make_draft()
+    batch, gradients = collate(talks, STEPS), []
+    for recompute in (False, True):
+        outputs = Alignment(draft, STEPS, detach, recompute)(batch, batch.features)
+        draft.zero_grad()
+        torch.stack(outputs).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in draft.parameters()])
+    kept = count_saved(lambda: Alignment(draft, STEPS, detach)(batch, batch.features))
+    again = count_saved(lambda: Alignment(draft, STEPS, detach, recompute=True)(batch, batch.features))
+    assert again < kept / 2
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+def count_saved(forward) -> int:
+    """Bytes that a forward pass keeps for its backward pass."""
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
+        outputs = forward()
+    assert outputs
+    return sum(tensor.nbytes for tensor in kept.values())
+
+
 def locate(talks: list[Talk], row: int) -> tuple[Talk, int]:
     for talk in talks:
         if row < len(talk.token_ids):
