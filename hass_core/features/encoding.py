@@ -26,8 +26,8 @@ def bytes_per_token(encoding: Encoding, hidden_size: int) -> int:
     return 2 * hidden_size if encoding.startswith("bf16") else hidden_size + 2
 
 
-def encode(features: Tensor, encoding: Encoding) -> bytes:
-    """Bytes of features [L, H] (any float type)."""
+def encode(features: Tensor, encoding: Encoding) -> bytes | memoryview:
+    """Bytes of features [L, H] (any float type), for bf16 without a copy where they lie on the CPU already."""
     if encoding == "none":
         return b""
     exact = features.detach().to("cpu", torch.bfloat16).contiguous()
@@ -35,7 +35,7 @@ def encode(features: Tensor, encoding: Encoding) -> bytes:
         return _raw(exact)
     if encoding == "bf16-planes-zstd":
         planes = exact.view(torch.uint8).view(-1, 2).T.contiguous()
-        return pa.compress(_raw(planes), codec="zstd", asbytes=True)
+        return pa.compress(planes.numpy(), codec="zstd", asbytes=True)
     largest = exact.float().abs().amax(-1, keepdim=True).clamp(min=1e-12)
     limit = FP8_LARGEST if encoding == "fp8" else 127.0
     scale = (largest / limit).bfloat16()
@@ -44,7 +44,7 @@ def encode(features: Tensor, encoding: Encoding) -> bytes:
         small = scaled.clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn)
     else:
         small = scaled.round().clamp(-127, 127).to(torch.int8)
-    return _raw(scale) + _raw(small)
+    return bytes(_raw(scale)) + bytes(_raw(small))
 
 
 def decode(data: pa.Buffer, num_tokens: int, hidden_size: int, encoding: Encoding) -> Tensor:
@@ -67,7 +67,7 @@ def decode(data: pa.Buffer, num_tokens: int, hidden_size: int, encoding: Encodin
     return (small.view(num_tokens, hidden_size).float() * scale.float()).bfloat16()
 
 
-def checksum(data: bytes | pa.Buffer) -> int:
+def checksum(data: bytes | memoryview | pa.Buffer) -> int:
     """32 bits that change when bytes change or move; several times faster than a CRC of all the data.
 
     It is the CRC-32 of the sums (of 64-bit words, wrapping) over each 4 KB block, the sums over each place in the
@@ -80,5 +80,5 @@ def checksum(data: bytes | pa.Buffer) -> int:
     return zlib.crc32(memoryview(data)[8 * BLOCK_WORDS * whole :], of_blocks)
 
 
-def _raw(tensor: Tensor) -> bytes:
-    return tensor.view(torch.uint8).numpy().tobytes()
+def _raw(tensor: Tensor) -> memoryview:
+    return tensor.view(torch.uint8).flatten().numpy().data

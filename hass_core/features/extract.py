@@ -1,18 +1,16 @@
 """The features stage: run the target over its own answers and store its hidden states.
 
 In: the responses artifact. Out: one part-NNNNN.parquet for each part of the responses and skipped.parquet (id, reason).
-A part is the unit of resumption. Four things go on at once: the next part is tokenised, a batch is computed, the batch
-before it is encoded and written, and the part before that is hashed and put in place.
+A part is the unit of resumption. Four things go on at once: the next parts are tokenised, a batch is computed, the
+batch before it is encoded and written, and the part before that is hashed and put in place.
 """
 
-import hashlib
 import queue
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,12 +19,12 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from hass_core.config import FeaturesConfig, RunConfig
-from hass_core.data.templates import SkippedConversation, encode_conversation
 from hass_core.errors import HassError
 from hass_core.features.audit import AUDIT, audit_masks
 from hass_core.features.forecast import forecast, measure, refuse_if_too_large
 from hass_core.features.reader import shard_names
 from hass_core.features.schema import SKIPPED, FeatureInfo
+from hass_core.features.tokenised import Encoded, Part, encode_part, parts_ahead
 from hass_core.features.writer import FeatureWriter
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, FileRecord, StageFolder, Store
@@ -37,29 +35,6 @@ STEP_VERSION = 2
 SAMPLE_CONVERSATIONS, SAMPLE_PARTS = 64, 8
 BATCHES_WAITING = 2
 SPEED_ONLY = {"max_tokens_per_batch", "row_group_mb"}
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One conversation, ready for the target."""
-
-    id: str
-    split: str
-    token_ids: list[int]
-    loss_mask: list[int]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of the responses, tokenised."""
-
-    name: str
-    conversations: list[Encoded]
-    skipped: list[list[str]]  # id and reason
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(c.token_ids) for c in self.conversations)
 
 
 Batch = tuple[list[Encoded], Callable[[], list[Tensor]]]  # conversations, and what waits for their features
@@ -134,12 +109,10 @@ class _Extraction:
             return 0.0
         self._start(names)
         publishing: Future[None] | None = None
-        with ThreadPoolExecutor(1) as tokenizing, ThreadPoolExecutor(2) as writing:
-            coming = tokenizing.submit(self._encode, names[0])
-            for following in [*names[1:], None]:
-                part = coming.result()
-                if following is not None:
-                    coming = tokenizing.submit(self._encode, following)
+        tokenizer, settings = self._target.tokenizer, self._config.features
+        conversations = sum(self._rows[name] for name in names)
+        with ThreadPoolExecutor(2) as writing:
+            for part in parts_ahead(names, self._source.local_path, tokenizer, settings, conversations):
                 written = self._capture(part, writing)
                 if publishing is not None:
                     publishing.result()
@@ -163,12 +136,12 @@ class _Extraction:
         """Refuse what the disk will not hold, judged by conversations from all over the parts."""
         if not names:
             return
-        chosen = names[:: -(-len(names) // SAMPLE_PARTS)]
-        parts = [self._encode(name, limit=SAMPLE_CONVERSATIONS // len(chosen)) for name in chosen]
+        chosen, settings = names[:: -(-len(names) // SAMPLE_PARTS)], self._config.features
+        limit, tokenizer = SAMPLE_CONVERSATIONS // len(chosen), self._target.tokenizer
+        parts = [encode_part(name, self._source.local_path(name), tokenizer, settings, limit) for name in chosen]
         sample = [c.token_ids for part in parts for c in part.conversations]
-        if not sample or self._config.features.encoding == "none":
+        if not sample or settings.encoding == "none":
             return  # there is nothing to store, or next to nothing
-        settings = self._config.features
         measured = measure(self._target, sample, settings.max_tokens_per_batch, settings.encoding)
         expected = forecast([len(ids) for ids in sample], sum(self._rows[name] for name in names), measured)
         refuse_if_too_large(expected, self._folder.store)
@@ -217,24 +190,6 @@ class _Extraction:
     def _speed(self) -> float:
         return self._tokens / (time.perf_counter() - self._started)
 
-    def _encode(self, name: str, limit: int | None = None) -> Part:
-        """Token ids and masks of one part of the responses."""
-        settings = self._config.features
-        part = Part(name, [], [])
-        for row in pq.read_table(self._source.local_path(name)).slice(0, limit).to_pylist():
-            try:
-                found = encode_conversation(self._target.tokenizer, row["messages"], row["answer_token_ids"])
-            except SkippedConversation as problem:
-                part.skipped.append([row["id"], problem.reason])
-                continue
-            ids, mask = (x[: settings.max_tokens_per_conversation] for x in (found.token_ids, found.loss_mask))
-            if not any(mask):
-                part.skipped.append([row["id"], "no answer within max_tokens_per_conversation"])
-            else:
-                split = split_of(row["id"], settings.validation_fraction)
-                part.conversations.append(Encoded(row["id"], split, ids, mask))
-        return part
-
 
 def _hand_over(batches: "queue.Queue[Any]", item: Any, written: Future[None]) -> None:
     """Wait for room; raise the writer's error when it has ended instead."""
@@ -268,12 +223,6 @@ def _captured(encoded: list[Encoded], target: Target, settings: FeaturesConfig) 
 
 def _nothing(row: Tensor, batch: list[Encoded]) -> list[Tensor]:
     return [row.expand(len(c.token_ids), -1) for c in batch]
-
-
-def split_of(name: str, validation_fraction: float) -> str:
-    """`validation` for that fraction of the ids, the same on every run."""
-    position = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") / 2**64
-    return "validation" if position < validation_fraction else "train"
 
 
 def _finish(folder: StageFolder, conversations: int, speed: float) -> dict[str, Any]:

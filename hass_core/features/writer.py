@@ -1,15 +1,26 @@
 """Write one feature shard: rows are collected into row groups of a set size and streamed to a local file."""
 
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
 from hass_core.features.encoding import checksum, encode
 from hass_core.features.schema import FeatureInfo
+
+
+class _Row(NamedTuple):
+    id: str
+    split: str
+    token_ids: list[int]
+    loss_mask: list[int]
+    checksum: int
+    features: bytes | memoryview
 
 
 class FeatureWriter:
@@ -26,7 +37,7 @@ class FeatureWriter:
             "write_statistics": ["id", "num_tokens", "split"],
         }
         self._file = pq.ParquetWriter(path, self._schema, **options)
-        self._rows: list[dict] = []
+        self._rows: list[_Row] = []
         self._pending_bytes = 0
         self.num_rows = 0
 
@@ -35,8 +46,7 @@ class FeatureWriter:
         if not len(token_ids) == len(loss_mask) == len(features):
             raise ValueError(f"{name}: {len(token_ids)} tokens, {len(loss_mask)} flags, {len(features)} features")
         data = encode(features, self._info.encoding)
-        row = {"id": name, "split": split, "num_tokens": len(token_ids), "token_ids": token_ids}
-        self._rows.append(row | {"loss_mask": loss_mask, "checksum": checksum(data), "features": data})
+        self._rows.append(_Row(name, split, token_ids, loss_mask, checksum(data), data))
         self._pending_bytes += len(data)
         self.num_rows += 1
         if self._pending_bytes >= self._row_group_bytes:
@@ -44,7 +54,7 @@ class FeatureWriter:
 
     def _flush(self) -> None:
         if self._rows:
-            self._file.write_table(pa.Table.from_pylist(self._rows, self._schema), row_group_size=len(self._rows))
+            self._file.write_table(table_of(self._rows, self._schema), row_group_size=len(self._rows))
         self._rows, self._pending_bytes = [], 0
 
     def __enter__(self) -> "FeatureWriter":
@@ -56,3 +66,36 @@ class FeatureWriter:
         if kind is None:
             self._flush()
         self._file.close()
+
+
+def table_of(rows: list[_Row], schema: pa.Schema) -> pa.Table:
+    """The rows as columns. Lists and bytes are laid end to end, so that no element becomes an object of Python's."""
+    lengths = [len(row.token_ids) for row in rows]
+    columns = {
+        "id": [row.id for row in rows],
+        "split": [row.split for row in rows],
+        "num_tokens": lengths,
+        "token_ids": _lists([row.token_ids for row in rows], lengths, np.int32),
+        "loss_mask": _lists([row.loss_mask for row in rows], lengths, np.uint8),
+        "checksum": [row.checksum for row in rows],
+        "features": _joined([row.features for row in rows]),
+    }
+    arrays = (pa.array(c, schema.field(name).type) if isinstance(c, list) else c for name, c in columns.items())
+    return pa.Table.from_arrays(list(arrays), schema=schema)
+
+
+def _lists(values: list[list[int]], lengths: list[int], dtype: type) -> pa.ListArray:
+    flat = np.fromiter(chain.from_iterable(values), dtype, sum(lengths))
+    return pa.ListArray.from_arrays(_offsets(lengths, np.int32), flat)
+
+
+def _joined(parts: list[bytes | memoryview]) -> pa.LargeBinaryArray:
+    offsets = _offsets([len(part) for part in parts], np.int64)
+    whole = np.empty(offsets[-1], np.uint8)
+    for part, start, end in zip(parts, offsets[:-1], offsets[1:], strict=True):
+        whole[start:end] = np.frombuffer(part, np.uint8)
+    return pa.Array.from_buffers(pa.large_binary(), len(parts), [None, pa.py_buffer(offsets), pa.py_buffer(whole)])
+
+
+def _offsets(lengths: list[int], dtype: type) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(dtype)

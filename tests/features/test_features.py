@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 
 from hass_core.config import parse_config
 from hass_core.errors import CorruptFile, DraftMismatch, HassError, NonFinite, StoreError
+from hass_core.features import tokenised
 from hass_core.features.bench import bench_features
 from hass_core.features.encoding import bytes_per_token, checksum, decode, encode
-from hass_core.features.extract import _Extraction, extract_features, split_of
+from hass_core.features.extract import _Extraction, extract_features
 from hass_core.features.forecast import Measured, forecast, measure, refuse_if_too_large
 from hass_core.features.reader import FeatureDataset
 from hass_core.features.schema import FeatureInfo
+from hass_core.features.tokenised import Part, parts_ahead, split_of
 from hass_core.features.validate import validate_features
 from hass_core.features.writer import FeatureWriter
 from hass_core.target.capture import batches_by_tokens, capture_features
@@ -389,3 +391,22 @@ def test_the_checksum_sees_changed_moved_and_missing_bytes(data, size):
     for width in (8, 4096):  # words and blocks that changed places
         if len(moved := content[width : 2 * width] + content[:width] + content[2 * width :]) > 2 * width:
             assert checksum(moved) != checksum(content)
+
+
+@pytest.mark.timeout(180)
+def test_parts_tokenised_by_other_processes_are_the_same(tiny_target, store, config, rows, monkeypatch):
+    responses = responses_artifact(store, rows, parts=4)
+    source, names = store.open(responses), [f"part-{i:05d}.parquet" for i in range(4)]
+
+    def parts() -> list[Part]:
+        return list(parts_ahead(names, source.local_path, tiny_target.tokenizer, config.features, len(rows)))
+
+    by_thread = parts()
+    monkeypatch.setattr(tokenised, "MANY_CONVERSATIONS", 1)
+    monkeypatch.setattr(tokenised, "CORES_PER_PROCESS", 1)
+    monkeypatch.setattr(tokenised, "MOST_PROCESSES", 1)
+    assert parts() == by_thread
+    assert [part.name for part in by_thread] == names
+    source.local_path(names[2]).write_bytes(b"not Parquet")
+    with pytest.raises((CorruptFile, pa.ArrowInvalid)):
+        parts()
