@@ -31,7 +31,7 @@ from hass_core.store import Artifact, FileRecord, StageFolder, Store
 from hass_core.target.capture import Capture, batches_by_tokens
 from hass_core.target.loader import Target
 
-STEP_VERSION = 2
+STEP_VERSION = 3
 SAMPLE_CONVERSATIONS, SAMPLE_PARTS = 64, 8
 BATCHES_WAITING = 2
 SPEED_ONLY = {"max_tokens_per_batch", "row_group_mb"}

@@ -7,7 +7,7 @@ is read; a bad one is named and never trained on.
 
 import os
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -52,7 +52,12 @@ class _Group:
     """A row group in memory, and which of its rows were found sound."""
 
     table: pa.Table
+    nbytes: int
     checked: set[int] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "_Group":
+        return cls(table, table.nbytes)
 
     def features(self, row: int) -> pa.Buffer:
         """One row's bytes, as a view: a scalar of pyarrow's would be a copy."""
@@ -83,7 +88,7 @@ class FeatureDataset:
     ):
         self._folder = store.open(artifact)
         self._groups: OrderedDict[tuple[str, int], _Group] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._reading = threading.Lock(), defaultdict(threading.Lock)
         self._group_bytes, self._cache_bytes = 0, cache_bytes or default_cache_bytes()
         names = shard_names(self._folder)
         with ThreadPoolExecutor(OPENING_THREADS) as threads:
@@ -150,22 +155,27 @@ class FeatureDataset:
     def _group(self, name: str, number: int) -> _Group:
         """One row group with all columns, from a cache that forgets the least recently used."""
         with self._lock:
-            if (name, number) in self._groups:
-                self._groups.move_to_end((name, number))
-                return self._groups[name, number]
+            reading = self._reading[name, number]
+        with reading:  # a second thread that wants the group waits for the first one to read it
+            with self._lock:
+                if (name, number) in self._groups:
+                    self._groups.move_to_end((name, number))
+                    return self._groups[name, number]
+            group = self._read_group(name, number)
+            with self._lock:
+                self._groups[name, number] = group
+                self._group_bytes += group.nbytes
+                while self._group_bytes > self._cache_bytes and len(self._groups) > 1:
+                    self._group_bytes -= self._groups.popitem(last=False)[1].nbytes
+        return group
+
+    def _read_group(self, name: str, number: int) -> _Group:
         path = self._folder.local_path(name, rows_checked=True)
         with (
             _parquet_named(f"{self._folder.url}/{name}, row group {number}"),
             pq.ParquetFile(path, memory_map=True) as file,
         ):
-            group = _Group(file.read_row_group(number))
-        with self._lock:
-            self._groups[name, number] = group
-            self._group_bytes = sum(kept.table.nbytes for kept in self._groups.values())
-            while self._group_bytes > self._cache_bytes and len(self._groups) > 1:
-                _, oldest = self._groups.popitem(last=False)
-                self._group_bytes -= oldest.table.nbytes
-        return group
+            return _Group.of(file.read_row_group(number))
 
 
 def check(conversation: Conversation, where: str, holds_features: bool = True) -> None:

@@ -1,4 +1,7 @@
-"""Write one feature shard: rows are collected into row groups of a set size and streamed to a local file."""
+"""Write one feature shard: rows are collected into row groups of a set size and streamed to a local file.
+
+A row group holds rows of one split, so that validation reads its few rows and nothing else.
+"""
 
 from itertools import chain
 from pathlib import Path
@@ -37,8 +40,7 @@ class FeatureWriter:
             "write_statistics": ["id", "num_tokens", "split"],
         }
         self._file = pq.ParquetWriter(path, self._schema, **options)
-        self._rows: list[_Row] = []
-        self._pending_bytes = 0
+        self._pending: dict[str, list[_Row]] = {}
         self.num_rows = 0
 
     def add(self, name: str, split: str, token_ids: list[int], loss_mask: list[int], features: Tensor) -> None:
@@ -46,16 +48,15 @@ class FeatureWriter:
         if not len(token_ids) == len(loss_mask) == len(features):
             raise ValueError(f"{name}: {len(token_ids)} tokens, {len(loss_mask)} flags, {len(features)} features")
         data = encode(features, self._info.encoding)
-        self._rows.append(_Row(name, split, token_ids, loss_mask, checksum(data), data))
-        self._pending_bytes += len(data)
+        rows = self._pending.setdefault(split, [])
+        rows.append(_Row(name, split, token_ids, loss_mask, checksum(data), data))
         self.num_rows += 1
-        if self._pending_bytes >= self._row_group_bytes:
-            self._flush()
+        if sum(len(row.features) for row in rows) >= self._row_group_bytes:
+            self._flush(split)
 
-    def _flush(self) -> None:
-        if self._rows:
-            self._file.write_table(table_of(self._rows, self._schema), row_group_size=len(self._rows))
-        self._rows, self._pending_bytes = [], 0
+    def _flush(self, split: str) -> None:
+        rows = self._pending.pop(split)
+        self._file.write_table(table_of(rows, self._schema), row_group_size=len(rows))
 
     def __enter__(self) -> "FeatureWriter":
         return self
@@ -64,7 +65,8 @@ class FeatureWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self._flush()
+            for split in list(self._pending):
+                self._flush(split)
         self._file.close()
 
 

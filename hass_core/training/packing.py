@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+BLOCK, SAMPLED = 64, 8  # conversations; those of a block that a sample takes
 WINDOW = 4096  # conversations packed together: large enough to fill packs, small enough to read from few files
 
 
 def packs_of_pass(lengths: Sequence[int] | np.ndarray, tokens_per_pack: int, seed: int, number: int) -> list[list[int]]:
     """All conversations, as packs in random order. A conversation longer than a pack gets one to itself."""
     generator = np.random.default_rng((seed, number))
-    blocks = np.array_split(np.arange(len(lengths)), max(1, len(lengths) // 64))  # neighbours stand in one file
+    blocks = blocks_of(len(lengths))
     order = np.concatenate([blocks[i] for i in generator.permutation(len(blocks))])
     packs: list[list[int]] = []
     for start in range(0, len(order), WINDOW):
@@ -23,6 +24,20 @@ def packs_of_pass(lengths: Sequence[int] | np.ndarray, tokens_per_pack: int, see
         filled = best_fit(window, np.asarray(lengths)[window], tokens_per_pack)
         packs += [filled[i] for i in generator.permutation(len(filled))]
     return packs
+
+
+def blocks_of(count: int) -> list[np.ndarray]:
+    """Conversations 0 to `count` in blocks of neighbours, which stand in one file and mostly in one row group."""
+    return np.array_split(np.arange(count), max(1, count // BLOCK))
+
+
+def sample_order(count: int, seed: int) -> list[int]:
+    """All of `count` conversations, so that the first ones are a random sample read from few row groups."""
+    generator = np.random.default_rng(seed)
+    blocks = [generator.permutation(block) for block in blocks_of(count)]
+    mixed = [blocks[i] for i in generator.permutation(len(blocks))]
+    first, rest = ([part for block in mixed for part in block[own]] for own in (slice(SAMPLED), slice(SAMPLED, None)))
+    return [int(i) for i in first + rest]
 
 
 def best_fit(indices: np.ndarray, lengths: np.ndarray, capacity: int) -> list[list[int]]:

@@ -38,7 +38,7 @@ from hass_core.training.feed import Dataset, Division, Feed, Prefetcher, micro_b
 from hass_core.training.loop import Run, train
 from hass_core.training.metrics import MetricsFile, read_records
 from hass_core.training.optim import MovingAverage, make_optimizers
-from hass_core.training.packing import PackStream
+from hass_core.training.packing import PackStream, sample_order
 from hass_core.training.padding import shape_step
 from hass_core.training.sharding import can_be_captured, distribute
 from hass_core.training.start import start_least_squares
@@ -151,8 +151,7 @@ def make_draft(config: RunConfig, dataset: FeatureDataset | LiveFeatures, target
     if config.draft.warm_start:
         _continue_from(draft, Path(config.draft.warm_start))
     elif config.draft.start == "least_squares":
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        start_least_squares(draft, (dataset[i] for i in order))
+        start_least_squares(draft, (dataset[i] for i in sample_order(len(dataset), config.seed)))
     return draft
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -163,15 +164,15 @@ def test_a_shard_with_changed_bytes_names_its_row(tiny_target, store, config, ro
     def flip(path):
         data = bytearray(path.read_bytes())
         table = pq.read_table(path)
-        features = table["features"][4].as_py()
+        features = table["features"][0].as_py()  # other rows may hold the same, this is the first
         place = bytes(data).find(features)
         data[place + 10] ^= 0xFF
         path.write_bytes(data)
 
     artifact = damaged(store, tiny_target, config, rows, flip)
     dataset = FeatureDataset(store, artifact)
-    with pytest.raises(CorruptFile, match=r"part-00000\.parquet, row group 0, row 4 .*checksum"):
-        dataset[4]
+    with pytest.raises(CorruptFile, match=r"part-00000\.parquet, row group 0, row 0 .*checksum"):
+        dataset[0]
     assert dataset[3].features.isfinite().all()
 
 
@@ -232,6 +233,39 @@ def test_the_cache_of_row_groups_stays_bounded(store):
     assert [int(dataset[i].features[0, 0]) for i in range(64)] == list(range(64))
     assert dataset._group_bytes <= 3 << 20
     assert len(dataset._groups) > 1
+
+
+def test_validation_has_row_groups_of_its_own(store):
+    info = FeatureInfo(hidden_size=8, encoding="bf16", target_fingerprint="t", template_hash="h")
+    folder = store.stage("features", {"splits": 1})
+    splits = ["validation" if i % 5 == 0 else "train" for i in range(40)]
+    with folder.writing("part-00000.parquet") as file, FeatureWriter(file.path, info) as writer:
+        for i, split in enumerate(splits):
+            writer.add(f"c{i}", split, [1] * 3, [1] * 3, torch.full((3, 8), float(i)))
+    artifact = folder.finish({})
+    for split in ("train", "validation"):
+        dataset = FeatureDataset(store, artifact, split)
+        assert [dataset[i].id for i in range(len(dataset))] == [f"c{i}" for i in range(40) if splits[i] == split]
+        assert len(dataset._groups) == 1
+
+
+def test_threads_read_a_row_group_once(store, monkeypatch):
+    info = FeatureInfo(hidden_size=8, encoding="bf16", target_fingerprint="t", template_hash="h")
+    folder = store.stage("features", {"threads": 1})
+    with folder.writing("part-00000.parquet") as file, FeatureWriter(file.path, info) as writer:
+        for i in range(16):
+            writer.add(f"c{i}", "train", [1] * 3, [1] * 3, torch.full((3, 8), float(i)))
+    dataset, read, real = FeatureDataset(store, folder.finish({})), [], FeatureDataset._read_group
+
+    def slowly(own, name, number):
+        read.append((name, number))
+        time.sleep(0.2)
+        return real(own, name, number)
+
+    monkeypatch.setattr(FeatureDataset, "_read_group", slowly)
+    with ThreadPoolExecutor(4) as threads:
+        assert [c.id for c in threads.map(dataset.__getitem__, range(16))] == [f"c{i}" for i in range(16)]
+    assert len(read) == 1
 
 
 def test_another_cache_size_or_batch_size_gives_the_same_stage(tiny_target, store, rows):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hass_core.training.feed import Division
-from hass_core.training.packing import PackStream, packs_of_pass
+from hass_core.training.packing import PackStream, packs_of_pass, sample_order
 
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=300)
 
@@ -54,3 +54,12 @@ def test_passes_differ_and_seeds_differ():
     assert packs_of_pass(lengths, 64, 0, 0) == packs_of_pass(lengths, 64, 0, 0)
     assert packs_of_pass(lengths, 64, 0, 0) != packs_of_pass(lengths, 64, 0, 1)
     assert packs_of_pass(lengths, 64, 0, 0) != packs_of_pass(lengths, 64, 1, 0)
+
+
+@given(st.integers(0, 300), st.integers(0, 3))
+def test_a_sample_is_drawn_from_all_over_and_goes_on_to_everything(count, seed):
+    order = sample_order(count, seed)
+    assert sorted(order) == list(range(count))
+    blocks = max(1, count // 64)
+    if count >= 64:
+        assert len({i * blocks // count for i in order[: 8 * blocks]}) == blocks
