@@ -24,6 +24,7 @@ class NearDuplicates:
         self._factors = random.integers(1, 2**63, size=(NUM_HASHES, 1), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
         self._offsets = random.integers(0, 2**63, size=(NUM_HASHES, 1), dtype=np.uint64)
         self._texts: list[str] = []
+        self._pieces: list[NDArray[np.uint64]] = []
         self._buckets: dict[tuple[int, bytes], list[int]] = {}
 
     def add(self, text: str) -> str | None:
@@ -32,12 +33,18 @@ class NearDuplicates:
         bands = self._bands(pieces)
         candidates = {i for band in bands for i in self._buckets.get(band, ())}
         for i in sorted(candidates):
-            if jaccard(pieces, pieces_of(self._texts[i])) >= self.similarity:
+            if self._similar(pieces, self._pieces[i]):
                 return self._texts[i]
         for band in bands:
             self._buckets.setdefault(band, []).append(len(self._texts))
         self._texts.append(text)
+        self._pieces.append(pieces)
         return None
+
+    def _similar(self, first: NDArray[np.uint64], second: NDArray[np.uint64]) -> bool:
+        smaller, larger = sorted((first.size, second.size))
+        possible = smaller >= self.similarity * larger  # a smaller set holds at most itself of a larger one
+        return possible and jaccard(first, second) >= self.similarity
 
     def _bands(self, pieces: NDArray[np.uint64]) -> list[tuple[int, bytes]]:
         signature = ((pieces * self._factors + self._offsets) >> np.uint64(32)).min(axis=1)
@@ -56,8 +63,11 @@ def band_rows(similarity: float) -> int:
 def pieces_of(text: str) -> NDArray[np.uint64]:
     """The distinct 5-byte pieces of a text, white space and case ignored, each as one integer."""
     data = " ".join(text.lower().split()).encode().ljust(PIECE_BYTES)
-    windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(data, np.uint8), PIECE_BYTES).astype(np.uint64)
-    packed = (windows << (np.arange(PIECE_BYTES, dtype=np.uint64) * np.uint64(8))).sum(axis=1, dtype=np.uint64)
+    letters = np.frombuffer(data, np.uint8).astype(np.uint64)
+    count = letters.size - PIECE_BYTES + 1
+    packed = letters[:count].copy()
+    for place in range(1, PIECE_BYTES):
+        packed |= letters[place : place + count] << np.uint64(8 * place)
     return np.unique(_mixed(packed))
 
 
