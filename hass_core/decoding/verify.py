@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hass_core.decoding.tree import Tree
+from hass_core.decoding.tree import Tree, best
 
 
 class Accepted(NamedTuple):
@@ -41,5 +41,5 @@ def accept(tree: Tree, drawn: Tensor, places: int) -> Accepted:
     matched[:, 0] = True
     standing = (matched[:, None] | ~tree.visible).all(-1)
     # breadth-first numbering: standing nodes in order of number are the path from the root
-    path = (~standing).to(torch.uint8).sort(dim=-1, stable=True).indices[:, :places]
+    path = best(standing.float(), places)
     return Accepted(path, standing.sum(-1), drawn.gather(1, path))

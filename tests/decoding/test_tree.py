@@ -13,6 +13,7 @@ from hass_core.decoding.tree import (
     ancestors,
     assemble,
     best,
+    by_rank,
     pool_size,
     static_scores,
 )
@@ -111,6 +112,15 @@ def test_the_mask_shows_the_live_slots_and_then_the_tree(batch, rows, spare, see
 
 def test_ties_go_to_the_lower_index():
     assert best(torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]]), 4).tolist() == [[1, 2, 4, 3]]
+
+
+@given(st.integers(1, 3), st.integers(1, 90), st.integers(0, 10_000))
+def test_counting_ranks_orders_as_a_stable_sort_does(batch, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = -torch.randint(0, 7, (batch, size), generator=generator).float()
+    scores[torch.rand(batch, size, generator=generator) < 0.1] = torch.nan
+    scores[torch.rand(batch, size, generator=generator) < 0.1] = -torch.inf
+    assert torch.equal(by_rank(scores), scores.sort(dim=-1, descending=True, stable=True).indices)
 
 
 def test_a_chain_is_one_path_and_no_tree_outgrows_its_pool():
