@@ -102,14 +102,15 @@ def _speculative(
         1000 * sum(getattr(t, name) for t in timings) / len(timings)
         for name in ("draft_seconds", "verify_seconds", "total_seconds")
     )
+    overhead_ms = whole_ms - draft_ms - verify_ms
+    parts = {"draft_ms": round(draft_ms, 4), "verify_ms": round(verify_ms, 4), "overhead_ms": round(overhead_ms, 4)}
+    as_one = not any(timing.draft_seconds for timing in timings)  # a GPU's graph
     return {
         "tree": tree,
         "speculative_tokens_per_second": round(_speed(drafted, rows), 2),
         "tau": round(1 + sum(cycle.accepted for cycle in cycles) / len(cycles), 4),
         "cycle_ms": round(cycle_ms, 4),
-        "draft_ms": round(draft_ms, 4),
-        "verify_ms": round(verify_ms, 4),
-        "overhead_ms": round(whole_ms - draft_ms - verify_ms, 4),
+        **({} if as_one else parts),
         "cycle_ratio": round(cycle_ms / token_ms, 4),
         "same_tokens": [g.token_ids for g in drafted] == [g.token_ids for g in plain],
     }

