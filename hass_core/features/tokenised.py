@@ -1,20 +1,25 @@
 """Parts of the responses, tokenised and masked ahead of the target's passes.
 
 Tokenising is Python's work, and so is launching the target's kernels: in one process they would wait for each other.
-Where there is much to do and the machine has cores to spare, other processes tokenise; else a thread does.
+Where there is much to do and the machine has cores to spare, other processes tokenise; else, and until they are up, a
+thread does.
 """
 
 import hashlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
@@ -61,14 +66,35 @@ def parts_ahead(
     `fetch` gives a part's file.
     """
     processes = min(MOST_PROCESSES, (os.cpu_count() or 1) // CORES_PER_PROCESS)
-    if conversations < MANY_CONVERSATIONS or not processes:
-        with ThreadPoolExecutor(1) as thread:
-            yield from _ahead(names, 1, lambda n: thread.submit(lambda: encode_part(n, fetch(n), tokenizer, settings)))
-        return
+    many = conversations >= MANY_CONVERSATIONS and processes > 0
+    with ThreadPoolExecutor(1) as thread, _started(processes, tokenizer) if many else nullcontext() as started:
+
+        def submit(name: str) -> Future[Part]:
+            if started and started.ready():
+                return started.pool.submit(_encode, name, fetch(name), settings)
+            return thread.submit(lambda: encode_part(name, fetch(name), tokenizer, settings))
+
+        yield from _ahead(names, 1 + processes if many else 1, submit)
+
+
+class _Started(NamedTuple):
+    pool: ProcessPoolExecutor
+    up: list[Future[int]]
+
+    def ready(self) -> bool:
+        """Whether all processes are up, which takes seconds; never where one could not start."""
+        return all(future.done() and future.exception() is None for future in self.up)
+
+
+@contextmanager
+def _started(processes: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Started]:
     # not forked: a copy of a process that uses a GPU or threads may hang
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, initializer=_begin, initargs=(tokenizer,)) as pool:
-        yield from _ahead(names, 1 + processes, lambda name: pool.submit(_encode, name, fetch(name), settings))
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.pickle"  # handed over by name: a pipe would hold up whoever fills it
+        path.write_bytes(pickle.dumps(tokenizer))
+        with ProcessPoolExecutor(processes, spawn, initializer=_begin, initargs=(path,)) as pool:
+            yield _Started(pool, [pool.submit(int) for _ in range(processes)])
 
 
 def _ahead(names: list[str], count: int, submit: Callable[[str], Future[Part]]) -> Iterator[Part]:
@@ -109,9 +135,9 @@ def split_of(name: str, validation_fraction: float) -> str:
 _tokenizer: PreTrainedTokenizerBase | None = None  # of a process that does nothing but tokenise
 
 
-def _begin(tokenizer: PreTrainedTokenizerBase) -> None:
+def _begin(tokenizer: Path) -> None:
     global _tokenizer
-    _tokenizer = tokenizer
+    _tokenizer = pickle.loads(tokenizer.read_bytes())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     parent = multiprocessing.parent_process()
     if parent is not None:  # a parent that was killed closes nothing, and its pool would wait for ever

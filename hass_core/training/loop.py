@@ -30,7 +30,7 @@ from hass_core.training.feed import Prefetcher, noisy
 from hass_core.training.losses import PARTS, Objective, distill
 from hass_core.training.metrics import MetricsFile
 from hass_core.training.optim import MovingAverage, global_norm, learning_rate, set_learning_rate
-from hass_core.training.sharding import average_gradients, gathered, unsynced, whole
+from hass_core.training.sharding import average, gathered, unsynced, whole
 from hass_core.training.tree_validation import validate_tree
 from hass_core.training.validation import HeldOut, validate
 
@@ -114,8 +114,10 @@ def train_step(run: Run, batches: list[Batch], step: int) -> tuple[Tensor, float
             moved = batch.to(device)
             parts += run.backward(replace(moved, features=noisy(moved, run.config.feature_noise, seed)), counts)
     if run.captured:
-        average_gradients(run.alignment, run.accelerator)
-    parts = torch.as_tensor(run.accelerator.reduce(parts, "mean"))
+        gradients = [p.grad for p in run.alignment.parameters() if p.grad is not None]
+        average([parts, *gradients], run.accelerator)
+    else:
+        parts = torch.as_tensor(run.accelerator.reduce(parts, "mean"))
     norm = float(whole(global_norm(run.alignment.parameters())))  # the one moment a step waits for the device
     if not (math.isfinite(norm) and bool(parts.isfinite().all())):
         _refuse(batches, step, norm)

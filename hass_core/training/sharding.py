@@ -6,7 +6,7 @@ forward and backward, and a share of it everywhere else. A captured step cannot 
 it has one of its own, behind the backward pass.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -33,12 +33,15 @@ def can_be_captured(accelerator: Accelerator) -> bool:
     return accelerator.device.type == "cuda" and not _divides(accelerator)
 
 
-def average_gradients(module: nn.Module, accelerator: Accelerator) -> None:
-    """Every process's gradients become the mean of all processes'."""
+def average(tensors: Sequence[Tensor], accelerator: Accelerator) -> None:
+    """The tensors, of one type, become the mean of all processes', in a single exchange."""
     if accelerator.num_processes > 1:
-        for gradient in (p.grad for p in module.parameters() if p.grad is not None):
-            torch.distributed.all_reduce(gradient)
-            gradient.div_(accelerator.num_processes)
+        together = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(together)
+        together.div_(accelerator.num_processes)
+        parts = together.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def _divides(accelerator: Accelerator) -> bool:
