@@ -24,6 +24,15 @@ class LiveFeatures:
         """Tokens of each conversation [N]."""
         return self._stored.lengths
 
+    @property
+    def blocks(self) -> np.ndarray:
+        """As the stored dataset's."""
+        return self._stored.blocks
+
+    def warm(self, indices: Sequence[int]) -> None:
+        """As the stored dataset's; features are made when they are asked for."""
+        self._stored.warm(indices)
+
     def __len__(self) -> int:
         return len(self._stored)
 

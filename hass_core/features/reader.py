@@ -26,7 +26,7 @@ from hass_core.features.encoding import checksum, decode
 from hass_core.features.schema import FeatureInfo
 from hass_core.store import Artifact, StageFolder, Store
 
-SMALLEST_CACHE_BYTES = 1 << 30
+SMALLEST_CACHE_BYTES = 2 << 30  # what training mixes, and what it mixes next
 CACHE_SHARE = 1 / 8  # of the machine's memory
 OPENING_THREADS = 8
 
@@ -49,26 +49,54 @@ class _Place(NamedTuple):
 
 @dataclass
 class _Group:
-    """A row group in memory, and which of its rows were found sound."""
+    """A row group in memory, its lists end to end, and which of its rows were found sound."""
 
-    table: pa.Table
+    ids: list[str]
+    starts: np.ndarray  # [rows + 1] of each row in the flat lists
+    token_ids: np.ndarray
+    mask_starts: np.ndarray
+    loss_mask: np.ndarray
+    checksums: np.ndarray
+    bytes: pa.ChunkedArray
     nbytes: int
     checked: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, table: pa.Table) -> "_Group":
-        return cls(table, table.nbytes)
+        return cls(
+            table["id"].to_pylist(),
+            *_flat(table["token_ids"]),
+            *_flat(table["loss_mask"]),
+            table["checksum"].to_numpy(),
+            table["features"],
+            table.nbytes,
+        )
+
+    def tokens(self, row: int) -> Tensor:
+        """[L] int64."""
+        return torch.from_numpy(self.token_ids[self.starts[row] : self.starts[row + 1]].astype(np.int64))
+
+    def mask(self, row: int) -> Tensor:
+        """[L] bool."""
+        return torch.from_numpy(self.loss_mask[self.mask_starts[row] : self.mask_starts[row + 1]].astype(bool))
 
     def features(self, row: int) -> pa.Buffer:
         """One row's bytes, as a view: a scalar of pyarrow's would be a copy."""
         place = row
-        for chunk in self.table["features"].chunks:
+        for chunk in self.bytes.chunks:
             if place < len(chunk):
                 _, offsets, data = chunk.buffers()
                 start, end = np.frombuffer(offsets, np.int64)[chunk.offset + place : chunk.offset + place + 2]
                 return data.slice(int(start), int(end - start))
             place -= len(chunk)
         raise IndexError(row)
+
+
+def _flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each list starts, and all elements."""
+    joined = lists.combine_chunks()
+    offsets = joined.offsets.to_numpy()
+    return offsets - offsets[0], joined.flatten().to_numpy()
 
 
 class FeatureDataset:
@@ -117,27 +145,31 @@ class FeatureDataset:
 
     def __getitem__(self, index: int) -> Conversation:
         place = self._places[index]
-        group = self._group(place.file, place.row_group)
-        row = {name: group.table[name][place.row] for name in ("id", "token_ids", "loss_mask", "checksum")}
-        where = f"{self._folder.url}/{place.file}, row group {place.row_group}, row {place.row} ({row['id']})"
-        data = group.features(place.row)
-        unchecked = place.row not in group.checked
-        if unchecked and checksum(data) != row["checksum"].as_py():
+        group, row = self._group(place.file, place.row_group), place.row
+        where = f"{self._folder.url}/{place.file}, row group {place.row_group}, row {row} ({group.ids[row]})"
+        data, unchecked = group.features(row), row not in group.checked
+        if unchecked and checksum(data) != group.checksums[row]:
             raise CorruptFile(f"{where}: the checksum of the features differs; remove the stage and extract again")
         try:
             features = decode(data, int(self.lengths[index]), self.info.hidden_size, self.info.encoding)
         except (ValueError, OSError) as error:
             raise CorruptFile(f"{where}: {error}; remove the stage and extract again") from error
-        conversation = Conversation(
-            id=row["id"].as_py(),
-            token_ids=_tensor(row["token_ids"], torch.int64),
-            loss_mask=_tensor(row["loss_mask"], torch.bool),
-            features=features,
-        )
+        conversation = Conversation(group.ids[row], group.tokens(row), group.mask(row), features)
         if unchecked:
             check(conversation, where, self.holds_features)
-            group.checked.add(place.row)
+            group.checked.add(row)
         return conversation
+
+    def warm(self, indices: Sequence[int]) -> None:
+        """Have the row groups of these conversations in memory before they are asked for."""
+        for file, row_group in dict.fromkeys(self._places[i][:2] for i in indices):
+            self._group(file, row_group)
+
+    @property
+    def blocks(self) -> np.ndarray:
+        """The first conversation of each row group, ascending."""
+        groups = [place[:2] for place in self._places]
+        return np.array([i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]], dtype=np.int64)
 
     def stream(self) -> Iterator[Conversation]:
         """All conversations in order; while one row group is used, a thread reads and checks the next."""
@@ -203,7 +235,7 @@ def shard_names(folder: StageFolder) -> list[str]:
 
 
 def default_cache_bytes() -> int:
-    """An eighth of the machine's memory, and at least one gigabyte."""
+    """An eighth of the machine's memory, and at least two gigabytes."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(SMALLEST_CACHE_BYTES, int(memory * CACHE_SHARE))
 
@@ -254,7 +286,3 @@ def _parquet_named(where: str) -> Iterator[None]:
     except (pa.ArrowException, OSError) as error:
         message = f"{where} is not readable Parquet: {error}; remove the stage and extract again"
         raise CorruptFile(message) from error
-
-
-def _tensor(values: pa.ListScalar, dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(values.values.to_numpy(zero_copy_only=False).copy()).to(dtype)

@@ -5,11 +5,11 @@ trains on does not depend on how they are divided: 8 micro-batches of 1 pack equ
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, count, islice
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -19,12 +19,17 @@ from hass_core.training.packing import PackStream
 from hass_core.training.padding import padded
 
 T = TypeVar("T")
+READERS = 2
 
 
 class Dataset(Protocol):
     """Random access to conversations."""
 
     def many(self, indices: Sequence[int]) -> Sequence[Conversation]: ...
+
+    def warm(self, indices: Sequence[int]) -> None:
+        """Have in memory what these conversations need."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,29 @@ def micro_batches(
 ) -> Iterator[Callable[[], list[Batch]]]:
     """For each optimizer step from `start_step` on, what makes this process's micro-batches."""
     packs = stream.passes(start_step * division.packs_per_step)
-    while True:
-        step = list(islice(packs, division.packs_per_step))
-        yield partial(list, map(feed, division.mine(step)))
+    steps = (division.mine(list(islice(packs, division.packs_per_step))) for _ in count())
+    for step in read_ahead(steps, feed.dataset, 3 * stream.window // 4):
+        yield partial(list, map(feed, step))
+
+
+def read_ahead(steps: Iterator[list[list[int]]], dataset: Dataset, conversations: int) -> Iterator[list[list[int]]]:
+    """The steps, each asked of the dataset by a thread while so many conversations before it are trained on.
+
+    A window's row groups are wanted all at once, when its first pack is; this spreads their reading.
+    """
+    ahead: deque[list[list[int]]] = deque()
+    waiting, readers = 0, ThreadPoolExecutor(READERS, "read-ahead")
+    try:
+        for step in steps:
+            readers.submit(dataset.warm, list(chain.from_iterable(step)))
+            ahead.append(step)
+            waiting += sum(map(len, step))
+            while waiting > conversations:
+                waiting -= sum(map(len, ahead[0]))
+                yield ahead.popleft()
+        yield from ahead
+    finally:
+        readers.shutdown(cancel_futures=True)
 
 
 class Prefetcher(Generic[T]):
@@ -89,8 +114,10 @@ class Prefetcher(Generic[T]):
         return self._pending.popleft().result()
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, and the jobs."""
         self._threads.shutdown(cancel_futures=True)
+        if isinstance(self._jobs, Generator):
+            self._jobs.close()
 
 
 def noisy(batch: Batch, half_width: float, seed: int) -> torch.Tensor:

@@ -1,7 +1,10 @@
 """Which conversations train together: packs of about `tokens_per_pack` tokens, drawn anew for each pass.
 
-The order is a pure function of the lengths, the seed and the pass, so training resumes anywhere by counting packs:
-there is no state to save. Each pass holds every conversation exactly once.
+The order is a pure function of the lengths, the row groups, the seed and the pass, so training resumes anywhere by
+counting packs: there is no state to save. Each pass holds every conversation exactly once.
+
+A row group is read whole. So a pass goes through windows of a few row groups drawn at random, and everything of a
+window is mixed: whatever the data's size, what is read is used before it is forgotten.
 """
 
 import bisect
@@ -9,34 +12,60 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-BLOCK, SAMPLED = 64, 8  # conversations; those of a block that a sample takes
-WINDOW = 4096  # conversations packed together: large enough to fill packs, small enough to read from few files
+BLOCK = 64  # conversations taken as a row group where nobody says what those are
+SAMPLED = 8  # conversations of a row group that a sample takes
+WINDOW_BLOCKS = 16  # row groups, of 64 MB, that are mixed
+WINDOW = 4096  # conversations at most, or packing them takes long
 
 
-def packs_of_pass(lengths: Sequence[int] | np.ndarray, tokens_per_pack: int, seed: int, number: int) -> list[list[int]]:
-    """All conversations, as packs in random order. A conversation longer than a pack gets one to itself."""
+def packs_of_pass(
+    lengths: Sequence[int] | np.ndarray,
+    tokens_per_pack: int,
+    seed: int,
+    number: int,
+    blocks: Sequence[int] | np.ndarray | None = None,
+) -> list[list[int]]:
+    """All conversations, as packs in random order. A conversation longer than a pack gets one to itself.
+
+    `blocks`: the first conversation of each row group, ascending.
+    """
     generator = np.random.default_rng((seed, number))
-    blocks = blocks_of(len(lengths))
-    order = np.concatenate([blocks[i] for i in generator.permutation(len(blocks))])
+    parts = divided(len(lengths), blocks)
+    drawn = [parts[i] for i in generator.permutation(len(parts))]
     packs: list[list[int]] = []
-    for start in range(0, len(order), WINDOW):
-        window = generator.permutation(order[start : start + WINDOW])
-        filled = best_fit(window, np.asarray(lengths)[window], tokens_per_pack)
+    for window in _windows(drawn):
+        mixed = generator.permutation(window)
+        filled = best_fit(mixed, np.asarray(lengths)[mixed], tokens_per_pack)
         packs += [filled[i] for i in generator.permutation(len(filled))]
     return packs
 
 
-def blocks_of(count: int) -> list[np.ndarray]:
-    """Conversations 0 to `count` in blocks of neighbours, which stand in one file and mostly in one row group."""
-    return np.array_split(np.arange(count), max(1, count // BLOCK))
+def _windows(blocks: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Blocks after one another, so many at a time that they can be mixed."""
+    window: list[np.ndarray] = []
+    for block in blocks:
+        full = len(window) == WINDOW_BLOCKS or sum(map(len, window)) + len(block) > WINDOW
+        if window and full:
+            yield np.concatenate(window)
+            window = []
+        window.append(block)
+    if window:
+        yield np.concatenate(window)
 
 
-def sample_order(count: int, seed: int) -> list[int]:
+def divided(count: int, blocks: Sequence[int] | np.ndarray | None = None) -> list[np.ndarray]:
+    """Conversations 0 to `count` by row group."""
+    if blocks is None:
+        return np.array_split(np.arange(count), max(1, count // BLOCK))
+    return np.split(np.arange(count), np.asarray(blocks)[1:])
+
+
+def sample_order(count: int, seed: int, blocks: Sequence[int] | np.ndarray | None = None) -> list[int]:
     """All of `count` conversations, so that the first ones are a random sample read from few row groups."""
     generator = np.random.default_rng(seed)
-    blocks = [generator.permutation(block) for block in blocks_of(count)]
-    mixed = [blocks[i] for i in generator.permutation(len(blocks))]
-    first, rest = ([part for block in mixed for part in block[own]] for own in (slice(SAMPLED), slice(SAMPLED, None)))
+    parts = [generator.permutation(part) for part in divided(count, blocks)]
+    mixed = [parts[i] for i in generator.permutation(len(parts))]
+    first, rest = ([i for part in mixed for i in part[own]] for own in (slice(SAMPLED), slice(SAMPLED, None)))
     return [int(i) for i in first + rest]
 
 
@@ -58,14 +87,20 @@ def best_fit(indices: np.ndarray, lengths: np.ndarray, capacity: int) -> list[li
 class PackStream:
     """The endless sequence of packs of all passes, readable from any place."""
 
-    def __init__(self, lengths: Sequence[int] | np.ndarray, tokens_per_pack: int, seed: int):
-        self.lengths, self.tokens_per_pack, self.seed = np.asarray(lengths), tokens_per_pack, seed
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        tokens_per_pack: int,
+        seed: int,
+        blocks: Sequence[int] | np.ndarray | None = None,
+    ):
+        self.lengths, self.tokens_per_pack, self.seed, self.blocks = np.asarray(lengths), tokens_per_pack, seed, blocks
 
     def passes(self, start: int = 0) -> Iterator[list[int]]:
         """Packs from number `start` on, counted from the first pass."""
         number = 0
         while True:
-            packs = packs_of_pass(self.lengths, self.tokens_per_pack, self.seed, number)
+            packs = self._packs(number)
             yield from packs[start:]
             start, number = max(0, start - len(packs)), number + 1
 
@@ -73,7 +108,16 @@ class PackStream:
         """Packs of so many passes; a part of a pass counts in proportion, rounded up."""
         total, number = 0, 0
         while passes > 0:
-            count = len(packs_of_pass(self.lengths, self.tokens_per_pack, self.seed, number))
+            count = len(self._packs(number))
             total += int(np.ceil(count * min(1.0, passes)))
             passes, number = passes - 1, number + 1
         return total
+
+    @property
+    def window(self) -> int:
+        """Conversations of a window, about."""
+        blocks = len(divided(len(self.lengths), self.blocks))
+        return min(WINDOW, WINDOW_BLOCKS * len(self.lengths) // max(1, blocks))
+
+    def _packs(self, number: int) -> list[list[int]]:
+        return packs_of_pass(self.lengths, self.tokens_per_pack, self.seed, number, self.blocks)

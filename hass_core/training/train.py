@@ -46,7 +46,7 @@ from hass_core.training.tree_validation import recorded_answers
 from hass_core.training.validation import held_out
 from hass_core.training.vocabulary import frequent_tokens, ranked_tokens
 
-STEP_VERSION = 1
+STEP_VERSION = 2
 METRICS = "metrics.jsonl"
 READING_THREADS = 3
 MOST_RANKS = 32_768  # tokens whose rank is kept with a draft of the full vocabulary
@@ -82,7 +82,7 @@ def train_draft(
     if accelerator.is_main_process:
         run.metrics = MetricsFile(folder.scratch() / METRICS, at.step)
 
-    stream = PackStream(dataset.lengths, config.training.tokens_per_pack, config.seed)
+    stream = PackStream(dataset.lengths, config.training.tokens_per_pack, config.seed, dataset.blocks)
     division = _division(config, accelerator)
     total = total_steps(config, stream, division)
     feed = make_feed(run, dataset)
@@ -151,7 +151,7 @@ def make_draft(config: RunConfig, dataset: FeatureDataset | LiveFeatures, target
     if config.draft.warm_start:
         _continue_from(draft, Path(config.draft.warm_start))
     elif config.draft.start == "least_squares":
-        start_least_squares(draft, (dataset[i] for i in sample_order(len(dataset), config.seed)))
+        start_least_squares(draft, (dataset[i] for i in sample_order(len(dataset), config.seed, dataset.blocks)))
     return draft
 
 
@@ -181,7 +181,7 @@ def make_run(
         alignment.compile_parts()
     captured = training.compile and can_be_captured(accelerator) and isinstance(dataset, FeatureDataset)
     wrapped = distribute(alignment, accelerator, captured)
-    stream = PackStream(dataset.lengths, training.tokens_per_pack, config.seed)
+    stream = PackStream(dataset.lengths, training.tokens_per_pack, config.seed, dataset.blocks)
     return Run(
         config=training,
         seed=config.seed,

@@ -247,6 +247,7 @@ def test_validation_has_row_groups_of_its_own(store):
         dataset = FeatureDataset(store, artifact, split)
         assert [dataset[i].id for i in range(len(dataset))] == [f"c{i}" for i in range(40) if splits[i] == split]
         assert len(dataset._groups) == 1
+    assert FeatureDataset(store, artifact).blocks.tolist() == [0, 8]
 
 
 def test_threads_read_a_row_group_once(store, monkeypatch):
@@ -263,6 +264,8 @@ def test_threads_read_a_row_group_once(store, monkeypatch):
         return real(own, name, number)
 
     monkeypatch.setattr(FeatureDataset, "_read_group", slowly)
+    assert dataset.blocks.tolist() == [0]
+    dataset.warm(range(16))
     with ThreadPoolExecutor(4) as threads:
         assert [c.id for c in threads.map(dataset.__getitem__, range(16))] == [f"c{i}" for i in range(16)]
     assert len(read) == 1

@@ -5,8 +5,8 @@ from itertools import islice
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hass_core.training.feed import Division
-from hass_core.training.packing import PackStream, packs_of_pass, sample_order
+from hass_core.training.feed import Division, read_ahead
+from hass_core.training.packing import WINDOW_BLOCKS, PackStream, packs_of_pass, sample_order
 
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=300)
 
@@ -54,6 +54,41 @@ def test_passes_differ_and_seeds_differ():
     assert packs_of_pass(lengths, 64, 0, 0) == packs_of_pass(lengths, 64, 0, 0)
     assert packs_of_pass(lengths, 64, 0, 0) != packs_of_pass(lengths, 64, 0, 1)
     assert packs_of_pass(lengths, 64, 0, 0) != packs_of_pass(lengths, 64, 1, 0)
+
+
+@given(LENGTHS, st.integers(0, 3), st.integers(0, 2), st.data())
+def test_a_pass_mixes_few_row_groups_at_a_time(lengths, seed, number, data):
+    inner = data.draw(st.lists(st.integers(1, len(lengths)), unique=True, max_size=60))
+    blocks = sorted({0, *(i for i in inner if i < len(lengths))})
+    packs = packs_of_pass(lengths, 64, seed, number, blocks)
+    order = [i for pack in packs for i in pack]
+    assert sorted(order) == list(range(len(lengths)))
+    group = {i: sum(first <= i for first in blocks) for i in order}
+    seen = list(dict.fromkeys(group[i] for i in order))
+    for start in range(0, len(seen), WINDOW_BLOCKS):  # every window is used up before the next one begins
+        window = set(seen[start : start + WINDOW_BLOCKS])
+        places = [place for place, i in enumerate(order) if group[i] in window]
+        assert places == list(range(places[0], places[0] + len(places)))
+
+
+@given(st.integers(1, 120), st.integers(1, 40))
+def test_steps_are_asked_for_ahead_and_none_is_lost(count, ahead):
+    warmed: list[int] = []
+
+    class Dataset:
+        def many(self, indices):
+            raise AssertionError(indices)
+
+        def warm(self, indices):
+            warmed.extend(indices)
+
+    steps, drawn = [[[i], [count + i]] for i in range(count)], []
+    coming = read_ahead((drawn.append(step) or step for step in steps), Dataset(), ahead)
+    for number, step in enumerate(coming):
+        assert step == steps[number]
+        assert len(drawn) >= min(count, number + 1 + ahead // 2)
+    assert number + 1 == count
+    assert set(warmed) <= set(range(2 * count))
 
 
 @given(st.integers(0, 300), st.integers(0, 3))
