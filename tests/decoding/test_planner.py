@@ -78,6 +78,13 @@ def test_a_plan_may_confine_the_draft_to_frequent_tokens(tiny_target, prompts, m
     assert narrow.generate(prompts[:1], SamplingConfig(), 24, ENDLESS)[0].token_ids == answer
 
 
+def test_a_plan_for_a_draft_in_eight_bits_decodes_with_it(tiny_target, prompts):
+    runner, draft = make_runner(tiny_target), random_draft(tiny_target)
+    plan = make_plan(runner, replace(draft, eight_bits=True), prompts[:1], max_new_tokens=8)
+    assert plan.tree().eight_bits
+    assert not make_plan(runner, draft, prompts[:1], max_new_tokens=8).tree().eight_bits
+
+
 def test_a_plan_that_does_not_pay_decodes_plainly(tiny_target, prompts):
     runner, draft = make_runner(tiny_target), random_draft(tiny_target)
     decoder, plan = choose_decoder(runner, draft, prompts[:1])
