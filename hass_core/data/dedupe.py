@@ -3,8 +3,12 @@
 A text becomes the set of its 5-byte pieces. MinHash keeps, for each of 128 random orderings, the smallest piece:
 two sets agree in a share of the orderings that estimates their Jaccard similarity |A ∩ B| / |A ∪ B| (Broder 1997).
 Signatures are cut into bands; texts sharing a whole band are candidates, and each candidate is confirmed by its exact
-similarity, so there are no false positives.
+similarity, so there are no false positives. A bitmap per text rules most candidates out before that: it bounds the
+similarity from above.
 """
+
+from array import array
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +16,17 @@ from numpy.typing import NDArray
 PIECE_BYTES = 5
 NUM_HASHES = 128
 MIN_RECALL = 0.995
+BITMAP_BITS = 2048
+NOBODY = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """A set of pieces in little room: bit `piece mod BITMAP_BITS` is set for each of them."""
+
+    size: int
+    bitmap: int
+    collisions: int  # pieces that found their bit set already
 
 
 class NearDuplicates:
@@ -19,37 +34,48 @@ class NearDuplicates:
 
     def __init__(self, similarity: float, seed: int = 0):
         self.similarity = similarity
-        self._band = band_rows(similarity)
+        self._rows = band_rows(similarity)
         random = np.random.default_rng(seed)
-        self._factors = random.integers(1, 2**63, size=(NUM_HASHES, 1), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-        self._offsets = random.integers(0, 2**63, size=(NUM_HASHES, 1), dtype=np.uint64)
+        self._factors = random.integers(0, 2**31, size=(NUM_HASHES, 1), dtype=np.uint32) * np.uint32(2) + np.uint32(1)
+        self._offsets = random.integers(0, 2**32, size=(NUM_HASHES, 1), dtype=np.uint32)
+        self._folds = random.integers(0, 2**64, size=NUM_HASHES, dtype=np.uint64) | np.uint64(1)
         self._texts: list[str] = []
-        self._pieces: list[NDArray[np.uint64]] = []
-        self._buckets: dict[tuple[int, bytes], list[int]] = {}
+        self._sketches: list[Sketch] = []
+        # chains instead of a list per bucket: millions of small lists would cost memory and the collector's time
+        self._latest: list[dict[int, int]] = [{} for _ in range(NUM_HASHES // self._rows)]
+        self._earlier = array("i")  # for each text and band: the text before it with the same band, or NOBODY
 
     def add(self, text: str) -> str | None:
         """The earlier text whose similarity to this one is at least the threshold; None keeps `text` as new."""
         pieces = pieces_of(text)
-        bands = self._bands(pieces)
-        candidates = {i for band in bands for i in self._buckets.get(band, ())}
-        for i in sorted(candidates):
-            if self._similar(pieces, self._pieces[i]):
+        bands, sketch = self._bands(pieces), sketch_of(pieces)
+        for i in sorted(self._candidates(bands)):
+            if (
+                most_similar(sketch, self._sketches[i]) >= self.similarity
+                and jaccard(pieces, pieces_of(self._texts[i])) >= self.similarity
+            ):
                 return self._texts[i]
-        for band in bands:
-            self._buckets.setdefault(band, []).append(len(self._texts))
+        for latest, band in zip(self._latest, bands, strict=True):
+            self._earlier.append(latest.get(band, NOBODY))
+            latest[band] = len(self._texts)
         self._texts.append(text)
-        self._pieces.append(pieces)
+        self._sketches.append(sketch)
         return None
 
-    def _similar(self, first: NDArray[np.uint64], second: NDArray[np.uint64]) -> bool:
-        smaller, larger = sorted((first.size, second.size))
-        possible = smaller >= self.similarity * larger  # a smaller set holds at most itself of a larger one
-        return possible and jaccard(first, second) >= self.similarity
+    def _candidates(self, bands: list[int]) -> set[int]:
+        """The texts that share a band."""
+        found: set[int] = set()
+        for number, (latest, band) in enumerate(zip(self._latest, bands, strict=True)):
+            i = latest.get(band, NOBODY)
+            while i != NOBODY:
+                found.add(i)
+                i = self._earlier[i * len(bands) + number]
+        return found
 
-    def _bands(self, pieces: NDArray[np.uint64]) -> list[tuple[int, bytes]]:
-        signature = ((pieces * self._factors + self._offsets) >> np.uint64(32)).min(axis=1)
-        rows = signature.astype(np.uint32).reshape(-1, self._band)
-        return [(i, row.tobytes()) for i, row in enumerate(rows)]
+    def _bands(self, pieces: NDArray[np.uint64]) -> list[int]:
+        """One integer for each band of the signature; equal bands have equal ones."""
+        signature = ((pieces >> np.uint64(32)).astype(np.uint32) * self._factors + self._offsets).min(axis=1)
+        return (signature * self._folds).reshape(-1, self._rows).sum(axis=1).tolist()
 
 
 def band_rows(similarity: float) -> int:
@@ -64,11 +90,29 @@ def pieces_of(text: str) -> NDArray[np.uint64]:
     """The distinct 5-byte pieces of a text, white space and case ignored, each as one integer."""
     data = " ".join(text.lower().split()).encode().ljust(PIECE_BYTES)
     letters = np.frombuffer(data, np.uint8).astype(np.uint64)
-    count = letters.size - PIECE_BYTES + 1
-    packed = letters[:count].copy()
-    for place in range(1, PIECE_BYTES):
-        packed |= letters[place : place + count] << np.uint64(8 * place)
-    return np.unique(_mixed(packed))
+    count = len(data) - PIECE_BYTES + 1
+    packed = letters[:count]
+    for i in range(1, PIECE_BYTES):
+        packed = packed | letters[i : i + count] << np.uint64(8 * i)
+    ordered = np.sort(_mixed(packed))
+    return ordered[np.concatenate(([True], ordered[1:] != ordered[:-1]))]
+
+
+def sketch_of(pieces: NDArray[np.uint64]) -> Sketch:
+    """The sketch of a set of distinct pieces."""
+    bits = np.zeros(BITMAP_BITS, np.bool_)
+    bits[pieces % np.uint64(BITMAP_BITS)] = True
+    return Sketch(pieces.size, int.from_bytes(np.packbits(bits).tobytes()), pieces.size - int(np.count_nonzero(bits)))
+
+
+def most_similar(first: Sketch, second: Sketch) -> float:
+    """A similarity that the two sets cannot exceed.
+
+    Each piece in common has a bit that both set, and shares it with no more pieces than either set has collisions.
+    """
+    shared = (first.bitmap & second.bitmap).bit_count()
+    common = min(shared + min(first.collisions, second.collisions), first.size, second.size)
+    return common / (first.size + second.size - common)
 
 
 def jaccard(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> float:

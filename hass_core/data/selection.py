@@ -9,7 +9,7 @@ from hass_core.data.conversations import Record, Unusable, as_prompt, user_text
 from hass_core.data.dedupe import NearDuplicates
 from hass_core.data.holdout import Forbidden, normalized_hash, user_turns
 from hass_core.data.sources import Skipped
-from hass_core.data.templates import SkippedConversation, encode_prompt, special_tokens
+from hass_core.data.templates import SkippedConversation, is_prompt_longer, special_tokens
 
 
 class Selection:
@@ -61,7 +61,7 @@ class Selection:
         for part in user_turns(prompt):
             if leak := self._forbidden.leak(part):
                 raise Unusable(leak)
-        if len(encode_prompt(self._tokenizer, prompt.messages)) > self._config.max_prompt_tokens:
+        if is_prompt_longer(self._tokenizer, prompt.messages, self._config.max_prompt_tokens):
             raise Unusable("longer than prompts.max_prompt_tokens")
         if self._similar.add(text) is not None:
             raise Unusable("near-duplicate")

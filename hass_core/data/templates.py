@@ -14,6 +14,7 @@ by its text, so any template works; what a template does to a conversation is ei
 Every mask is checked by decoding it.
 """
 
+import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,6 +95,36 @@ def encode_prompt(
     return _join(tokenizer, text, spans, answers, rewritten, with_tail=True).token_ids
 
 
+def is_prompt_longer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], limit: int) -> bool:
+    """Whether `encode_prompt` gives more than `limit` tokens; short texts are told without being tokenized."""
+    text = render(tokenizer, messages, add_generation_prompt=True)
+    if len(text) <= limit and text.isascii() and has_token_per_byte(tokenizer):
+        return False
+    return len(tokenize(tokenizer, text)) > limit
+
+
+@lru_cache(maxsize=16)
+def has_token_per_byte(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True when ASCII text provably gives no more tokens than it has bytes.
+
+    That is so for byte-level BPE: each byte becomes one symbol, and merging lessens them. The normalizers named leave
+    ASCII text as it is, and the cuts named add no symbol. Any other part may add some, a prefix space for example.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return False
+    parts = json.loads(backend.to_str())
+    cuts = _flat(parts["pre_tokenizer"], "pretokenizers")
+    byte_level = [cut for cut in cuts if cut["type"] == "ByteLevel"]
+    return (
+        parts["model"]["type"] == "BPE"
+        and not parts["model"]["byte_fallback"]
+        and all(step["type"] in ("NFC", "NFKC") for step in _flat(parts["normalizer"], "normalizers"))
+        and all(cut["type"] in ("ByteLevel", "Digits", "Split") for cut in cuts)
+        and [cut["add_prefix_space"] for cut in byte_level] == [False]
+    )
+
+
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], finished: bool = True) -> list[int]:
     """The tokenizer's own ids of the last message, an answer; without its end-of-turn token if not `finished`."""
     encoded = encode_conversation(tokenizer, messages)
@@ -132,6 +163,13 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of every special token."""
     return frozenset(special_tokens(tokenizer).values())
+
+
+def _flat(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The steps of a part of tokenizer.json: none, one, or those of a Sequence."""
+    if part is None:
+        return []
+    return [step for inner in part[key] for step in _flat(inner, key)] if part["type"] == "Sequence" else [part]
 
 
 def _answers_by_turn(

@@ -3,6 +3,9 @@
 import itertools
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
 from hass_core.data.templates import (
     Encoded,
@@ -11,6 +14,8 @@ from hass_core.data.templates import (
     decode,
     encode_conversation,
     encode_prompt,
+    has_token_per_byte,
+    is_prompt_longer,
     special_token_ids,
     supervised_runs,
     tokenize,
@@ -238,3 +243,31 @@ def test_a_tokenizer_without_a_template_is_refused():
 @pytest.mark.parametrize("family", SPECIAL)
 def test_the_real_templates_pass_the_check(family):
     check_template(family_tokenizer(family))
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_only_byte_level_tokenizers_are_known_to_give_no_more_tokens_than_bytes(family):
+    assert has_token_per_byte(family_tokenizer(family)) == (family not in ("llama-2", "mistral"))
+
+
+def test_a_prefix_space_is_a_byte_too_many():
+    tokenizer = family_tokenizer.__wrapped__("smollm2")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert not has_token_per_byte(tokenizer)
+
+
+LETTERS = st.characters(max_codepoint=127) | st.sampled_from("é日\u0958 \n")
+CONTENTS = st.lists(LETTERS.map(str) | st.sampled_from(["<|im_end|>", "[INST]", "</s>"]), max_size=60).map("".join)
+
+
+@given(CONTENTS, st.sampled_from(list(SPECIAL)), st.integers(-3, 3))
+def test_a_prompt_is_longer_when_its_tokens_are_more(content, family, more):
+    tokenizer = family_tokenizer(family)
+    length = len(encode_prompt(tokenizer, [user(content)]))
+    assert is_prompt_longer(tokenizer, [user(content)], length + more) == (more < 0)
+
+
+@given(st.text(st.characters(max_codepoint=127), max_size=80), st.sampled_from(list(SPECIAL)))
+def test_ascii_text_gives_no_more_tokens_than_bytes_where_that_is_claimed(text, family):
+    tokenizer = family_tokenizer(family)
+    assert not has_token_per_byte(tokenizer) or len(tokenize(tokenizer, text)) <= len(text)
