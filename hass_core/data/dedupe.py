@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PIECE_BYTES = 5
+PIECE_MASK = np.uint64(2 ** (8 * PIECE_BYTES) - 1)
 NUM_HASHES = 128
 MIN_RECALL = 0.995
 BITMAP_BITS = 2048
@@ -37,7 +38,6 @@ class NearDuplicates:
         self._rows = band_rows(similarity)
         random = np.random.default_rng(seed)
         self._factors = random.integers(0, 2**31, size=(NUM_HASHES, 1), dtype=np.uint32) * np.uint32(2) + np.uint32(1)
-        self._offsets = random.integers(0, 2**32, size=(NUM_HASHES, 1), dtype=np.uint32)
         self._folds = random.integers(0, 2**64, size=NUM_HASHES, dtype=np.uint64) | np.uint64(1)
         self._texts: list[str] = []
         self._sketches: list[Sketch] = []
@@ -49,32 +49,32 @@ class NearDuplicates:
         """The earlier text whose similarity to this one is at least the threshold; None keeps `text` as new."""
         pieces = pieces_of(text)
         bands, sketch = self._bands(pieces), sketch_of(pieces)
-        for i in sorted(self._candidates(bands)):
+        earlier = [latest.get(band, NOBODY) for latest, band in zip(self._latest, bands, strict=True)]
+        for i in sorted(self._candidates(earlier)):
             if (
                 most_similar(sketch, self._sketches[i]) >= self.similarity
                 and jaccard(pieces, pieces_of(self._texts[i])) >= self.similarity
             ):
                 return self._texts[i]
         for latest, band in zip(self._latest, bands, strict=True):
-            self._earlier.append(latest.get(band, NOBODY))
             latest[band] = len(self._texts)
+        self._earlier.extend(earlier)
         self._texts.append(text)
         self._sketches.append(sketch)
         return None
 
-    def _candidates(self, bands: list[int]) -> set[int]:
-        """The texts that share a band."""
+    def _candidates(self, latest: list[int]) -> set[int]:
+        """All texts on the chains, one for each band, that end with the `latest` ones."""
         found: set[int] = set()
-        for number, (latest, band) in enumerate(zip(self._latest, bands, strict=True)):
-            i = latest.get(band, NOBODY)
+        for band, i in enumerate(latest):
             while i != NOBODY:
                 found.add(i)
-                i = self._earlier[i * len(bands) + number]
+                i = self._earlier[i * len(latest) + band]
         return found
 
     def _bands(self, pieces: NDArray[np.uint64]) -> list[int]:
         """One integer for each band of the signature; equal bands have equal ones."""
-        signature = ((pieces >> np.uint64(32)).astype(np.uint32) * self._factors + self._offsets).min(axis=1)
+        signature = ((pieces >> np.uint64(32)).astype(np.uint32) * self._factors).min(axis=1)
         return (signature * self._folds).reshape(-1, self._rows).sum(axis=1).tolist()
 
 
@@ -89,12 +89,9 @@ def band_rows(similarity: float) -> int:
 def pieces_of(text: str) -> NDArray[np.uint64]:
     """The distinct 5-byte pieces of a text, white space and case ignored, each as one integer."""
     data = " ".join(text.lower().split()).encode().ljust(PIECE_BYTES)
-    letters = np.frombuffer(data, np.uint8).astype(np.uint64)
-    count = len(data) - PIECE_BYTES + 1
-    packed = letters[:count]
-    for i in range(1, PIECE_BYTES):
-        packed = packed | letters[i : i + count] << np.uint64(8 * i)
-    ordered = np.sort(_mixed(packed))
+    # eight bytes from every place on, of which the first ones count
+    windows = np.ndarray(len(data) - PIECE_BYTES + 1, "<u8", data.ljust(len(data) + 8 - PIECE_BYTES), strides=(1,))
+    ordered = np.sort(_mixed(windows & PIECE_MASK))
     return ordered[np.concatenate(([True], ordered[1:] != ordered[:-1]))]
 
 
@@ -122,7 +119,9 @@ def jaccard(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> float:
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A one-to-one scramble of 64-bit integers (splitmix64's finisher), so that orderings are not by spelling."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    """A one-to-one scramble of 64-bit integers, so that orderings are not by spelling."""
+    values = values * np.uint64(0xBF58476D1CE4E5B9)
+    values ^= values >> np.uint64(32)
+    values *= np.uint64(0x94D049BB133111EB)
+    values ^= values >> np.uint64(32)
+    return values

@@ -9,7 +9,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class Forbidden:
         """Why `text` may not be trained on, or None."""
         if normalized_hash(text) in self.hashes:
             return "is a held-out or benchmark question"
-        if any(sequence in self.sequences for sequence in _sequences(text)):
+        if not self.sequences.isdisjoint(_sequences(text)):
             return f"shares {OVERLAP_WORDS} words in a row with a held-out or benchmark question"
         return None
 
@@ -93,7 +93,9 @@ def assert_no_leak(prompts: Iterable[str], forbidden_hashes: frozenset[str]) -> 
             )
 
 
+@lru_cache(maxsize=8)  # a text is hashed, then compared with the questions
 def _words(text: str) -> list[str]:
+    """The words by which texts are compared."""
     return re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower())
 
 

@@ -98,17 +98,17 @@ def encode_prompt(
 def is_prompt_longer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], limit: int) -> bool:
     """Whether `encode_prompt` gives more than `limit` tokens; short texts are told without being tokenized."""
     text = render(tokenizer, messages, add_generation_prompt=True)
-    if len(text) <= limit and text.isascii() and has_token_per_byte(tokenizer):
+    if unicodedata.is_normalized("NFC", text) and len(text.encode()) <= limit and has_token_per_byte(tokenizer):
         return False
     return len(tokenize(tokenizer, text)) > limit
 
 
 @lru_cache(maxsize=16)
 def has_token_per_byte(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """True when ASCII text provably gives no more tokens than it has bytes.
+    """True when text in Unicode's NFC form provably gives no more tokens than it has bytes.
 
-    That is so for byte-level BPE: each byte becomes one symbol, and merging lessens them. The normalizers named leave
-    ASCII text as it is, and the cuts named add no symbol. Any other part may add some, a prefix space for example.
+    That is so for byte-level BPE: each byte becomes one symbol, and merging lessens them. The normalizer named leaves
+    such text as it is, and the cuts named add no symbol. Any other part may add some, a prefix space for example.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -119,7 +119,7 @@ def has_token_per_byte(tokenizer: PreTrainedTokenizerBase) -> bool:
     return (
         parts["model"]["type"] == "BPE"
         and not parts["model"]["byte_fallback"]
-        and all(step["type"] in ("NFC", "NFKC") for step in _flat(parts["normalizer"], "normalizers"))
+        and all(step["type"] == "NFC" for step in _flat(parts["normalizer"], "normalizers"))
         and all(cut["type"] in ("ByteLevel", "Digits", "Split") for cut in cuts)
         and [cut["add_prefix_space"] for cut in byte_level] == [False]
     )

@@ -1,8 +1,10 @@
 """Which texts are unfit."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hass_core.data.quality import diversity, is_loop, metric_name, prompt_problem
+from hass_core.data.quality import _letters_and_spaces, diversity, is_loop, metric_name, prompt_problem
 
 UNFIT = {
     "Why?": "too short",
@@ -51,3 +53,8 @@ def test_reasons_become_names_that_trackers_accept():
         metric_name("skipped", "the template refuses: roles (a/b) must…")
         == "skipped/the template refuses roles ab must"
     )
+
+
+@given(st.text(st.characters(max_codepoint=127)) | st.text())
+def test_letters_and_spaces_are_those_that_unicode_names(text):
+    assert _letters_and_spaces(text) == sum(c.isalpha() or c.isspace() for c in text)
