@@ -42,7 +42,7 @@ def prompt_problem(text: str) -> str | None:
         return "mostly not letters"
     if not text.rstrip().endswith(ENDINGS):
         return "breaks off"
-    if ROLE_MARKER.search(text):
+    if ":" in text and ROLE_MARKER.search(text):
         return "contains a role marker"
     if SELF_REFERENCE.search(text) or ANSWER_OPENING.search(text):
         return "speaks as the assistant"
