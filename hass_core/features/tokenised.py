@@ -8,7 +8,6 @@ thread does.
 import hashlib
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 from collections import deque
@@ -22,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import pyarrow.parquet as pq
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hass_core.config import FeaturesConfig
 from hass_core.data.templates import SkippedConversation, encode_conversation
@@ -66,7 +65,7 @@ def parts_ahead(
     `fetch` gives a part's file.
     """
     processes = min(MOST_PROCESSES, (os.cpu_count() or 1) // CORES_PER_PROCESS)
-    many = conversations >= MANY_CONVERSATIONS and processes > 0
+    many = conversations >= MANY_CONVERSATIONS and processes > 0 and isinstance(tokenizer, PreTrainedTokenizerFast)
     with ThreadPoolExecutor(1) as thread, _started(processes, tokenizer) if many else nullcontext() as started:
 
         def submit(name: str) -> Future[Part]:
@@ -91,9 +90,8 @@ def _started(processes: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[_St
     # not forked: a copy of a process that uses a GPU or threads may hang
     spawn = multiprocessing.get_context("spawn")
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "tokenizer.pickle"  # handed over by name: a pipe would hold up whoever fills it
-        path.write_bytes(pickle.dumps(tokenizer))
-        with ProcessPoolExecutor(processes, spawn, initializer=_begin, initargs=(path,)) as pool:
+        tokenizer.save_pretrained(folder)  # handed over by name: a pipe would hold up whoever fills it
+        with ProcessPoolExecutor(processes, spawn, initializer=_begin, initargs=(folder,)) as pool:
             yield _Started(pool, [pool.submit(int) for _ in range(processes)])
 
 
@@ -135,9 +133,10 @@ def split_of(name: str, validation_fraction: float) -> str:
 _tokenizer: PreTrainedTokenizerBase | None = None  # of a process that does nothing but tokenise
 
 
-def _begin(tokenizer: Path) -> None:
+def _begin(folder: str) -> None:
     global _tokenizer
-    _tokenizer = pickle.loads(tokenizer.read_bytes())
+    # by its file as it is: a model's own class may build the cutting anew
+    _tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     parent = multiprocessing.parent_process()
     if parent is not None:  # a parent that was killed closes nothing, and its pool would wait for ever

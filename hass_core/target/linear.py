@@ -21,7 +21,7 @@ class Linear:
     """y [..., out] = x [..., in] · weightᵀ + bias, for frozen weights [out, in].
 
     With `eight_bits` the weights are rounded to fp8 with a scale per output. On a GPU that halves what a few rows wait
-    for; on a CPU the rounded weights are kept as they came, so that both compute the same.
+    for, while more rows restore the weights for every call; a CPU keeps them restored, so that both compute the same.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, eight_bits: bool = False):

@@ -4,6 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hass_core.config import parse_config
 from hass_core.data.responses import RESPONSES_SCHEMA
 
 
@@ -27,3 +28,8 @@ def conversation(name, question="What is it?", answer="It is a test.", **other):
 @pytest.fixture
 def rows():
     return [conversation(f"c{i}", answer="word " * (i % 7 + 1) + "end") for i in range(30)]
+
+
+@pytest.fixture
+def config():
+    return parse_config({"features": {"validation_fraction": 0.2}})

@@ -1,0 +1,50 @@
+"""Features as bytes: what is lossless returns every bit, what is small stays close, and checksums see damage."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hass_core.features.encoding import bytes_per_token, checksum, decode, encode
+
+LOSSLESS = ("bf16", "bf16-planes-zstd")
+
+
+@given(
+    tokens=st.integers(1, 40),
+    hidden=st.sampled_from([2, 16, 48]),
+    encoding=st.sampled_from(LOSSLESS),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_bf16_encodings_return_every_bit(tokens, hidden, encoding, seed):
+    torch.manual_seed(seed)
+    features = (torch.randn(tokens, hidden) * 10 ** torch.randn(hidden)).bfloat16()
+    data = pa.py_buffer(encode(features, encoding))
+    assert torch.equal(decode(data, tokens, hidden, encoding), features)
+
+
+@pytest.mark.parametrize(("encoding", "error"), [("fp8", 0.07), ("int8", 0.02)])
+def test_small_encodings_halve_the_space_and_stay_close(encoding, error):
+    features = torch.randn(100, 64).bfloat16()
+    data = encode(features, encoding)
+    assert len(data) == 100 * bytes_per_token(encoding, 64) < 0.52 * len(encode(features, "bf16"))
+    back = decode(pa.py_buffer(data), 100, 64, encoding)
+    assert (back.float() - features.float()).norm() / features.float().norm() < error
+
+
+@given(st.data(), st.integers(1, 20_000))
+@settings(max_examples=60, deadline=None)
+def test_the_checksum_sees_changed_moved_and_missing_bytes(data, size):
+    content = np.random.default_rng(size).bytes(size)
+    place = data.draw(st.integers(0, size - 1))
+    other = data.draw(st.integers(1, 255))
+    changed = content[:place] + bytes([content[place] ^ other]) + content[place + 1 :]
+    assert checksum(changed) != checksum(content) == checksum(pa.py_buffer(content))
+    assert checksum(content[:-1]) != checksum(content)
+    assert checksum(content + b"\0") != checksum(content)
+    for width in (8, 4096):  # words and blocks that changed places
+        if len(moved := content[width : 2 * width] + content[:width] + content[2 * width :]) > 2 * width:
+            assert checksum(moved) != checksum(content)
