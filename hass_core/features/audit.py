@@ -5,7 +5,7 @@ audit.json; `hass doctor data` shows it.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import pairwise
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from hass_core.data.templates import decode
+from hass_core.features.tokenised import arrays_of
 from hass_core.store import StageFolder
 
 AUDIT = "audit.json"
@@ -52,7 +53,7 @@ class Audit(BaseModel):
     samples: tuple[Sample, ...]
 
 
-Row = tuple[str, list[int], list[int]]  # id, token ids, mask
+Row = tuple[str, np.ndarray, np.ndarray]  # id, token ids, mask
 
 
 def audit_masks(folder: StageFolder, names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Audit:
@@ -63,8 +64,9 @@ def audit_masks(folder: StageFolder, names: Sequence[str], tokenizer: PreTrained
     problems, samples, shares = [], [], []
     tokens = supervised = 0
     for i, (name, ids, mask) in enumerate(_rows(folder, names)):
-        tokens, supervised = tokens + len(ids), supervised + sum(mask)
-        shares.append(sum(mask) / max(1, len(mask)))
+        asked = int(np.count_nonzero(mask))
+        tokens, supervised = tokens + len(ids), supervised + asked
+        shares.append(asked / max(1, len(mask)))
         problem = mask_problem(ids, mask, tokenizer if i % stride == 0 else None)
         if problem:
             problems.append(f"{name}: {problem}")
@@ -81,31 +83,31 @@ def audit_masks(folder: StageFolder, names: Sequence[str], tokenizer: PreTrained
     )
 
 
-def mask_problem(
-    token_ids: Sequence[int], mask: Sequence[int], tokenizer: PreTrainedTokenizerBase | None
-) -> str | None:
+def mask_problem(token_ids: np.ndarray, mask: np.ndarray, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
     """Why this mask cannot be right, or None. Borders are checked where a tokenizer is given."""
     if len(token_ids) != len(mask):
         return f"{len(token_ids)} tokens but {len(mask)} mask values"
-    if not any(mask):
+    if not np.any(mask):
         return "no token is supervised"
-    if all(mask):
+    if np.all(mask):
         return "every token is supervised, the prompt too"
     if tokenizer is not None:
         apart = sum(piece.text.count(CUT) for piece in pieces(token_ids, mask, tokenizer))
-        if apart > decode(tokenizer, list(token_ids)).count(CUT):
+        if apart > decode(tokenizer, token_ids.tolist()).count(CUT):
             return "the mask begins or ends inside a character"
     return None
 
 
-def pieces(token_ids: Sequence[int], mask: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
+def pieces(token_ids: np.ndarray, mask: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
     """The text of each unbroken run."""
-    for flag, run in groupby(zip(token_ids, mask, strict=True), key=lambda pair: bool(pair[1])):
-        yield Piece(text=decode(tokenizer, [token for token, _ in run]), supervised=flag)
+    borders = (np.flatnonzero(np.diff(mask != 0)) + 1).tolist()
+    for start, end in pairwise([0, *borders, len(token_ids)]):
+        yield Piece(text=decode(tokenizer, token_ids[start:end].tolist()), supervised=bool(mask[start:end].any()))
 
 
 def _rows(folder: StageFolder, names: Sequence[str]) -> Iterator[Row]:
     for name in names:
         with folder.open(name) as source, pq.ParquetFile(source) as shard:
             for batch in shard.iter_batches(columns=["id", "token_ids", "loss_mask"]):
-                yield from zip(*(batch[column].to_pylist() for column in batch.schema.names), strict=True)
+                ids, tokens, masks = (batch[column] for column in batch.schema.names)
+                yield from zip(ids.to_pylist(), arrays_of(tokens), arrays_of(masks), strict=True)

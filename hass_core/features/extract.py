@@ -2,15 +2,12 @@
 
 In: the responses artifact. Out: one part-NNNNN.parquet for each part of the responses and skipped.parquet (id, reason).
 A part is the unit of resumption. Four things go on at once: the next parts are tokenised, a batch is computed, the
-batch before it is encoded and written, and the part before that is hashed and put in place.
+batches before it are encoded and written, and the parts before that are hashed and put in place.
 """
 
-import queue
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -20,12 +17,13 @@ from torch import Tensor
 
 from hass_core.config import FeaturesConfig, RunConfig
 from hass_core.errors import HassError
+from hass_core.features.ahead import PartsOf, tokenising
 from hass_core.features.audit import AUDIT, audit_masks
 from hass_core.features.forecast import forecast, measure, refuse_if_too_large
+from hass_core.features.parts_writer import Batch, PartsWriter
 from hass_core.features.reader import shard_names
 from hass_core.features.schema import SKIPPED, FeatureInfo
-from hass_core.features.tokenised import Encoded, Part, encode_part, parts_ahead
-from hass_core.features.writer import FeatureWriter
+from hass_core.features.tokenised import Encoded, Part, encode_part
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, FileRecord, StageFolder, Store
 from hass_core.target.capture import Capture, batches_by_tokens
@@ -33,11 +31,8 @@ from hass_core.target.loader import Target
 
 STEP_VERSION = 3
 SAMPLE_CONVERSATIONS, SAMPLE_PARTS = 64, 8
-BATCHES_WAITING = 2
 SPEED_ONLY = {"max_tokens_per_batch", "row_group_mb"}
 
-
-Batch = tuple[list[Encoded], Callable[[], list[Tensor]]]  # conversations, and what waits for their features
 Spread = Callable[[list[str]], Iterable[str]]
 """Has `extract_part` run for each of these parts, anywhere, and gives each name once its part is in the store."""
 
@@ -62,8 +57,13 @@ def extract_features(
     finished = folder.finished().keys()
     unfinished = [name for name in rows if name not in finished]
     run = _Extraction(config, source, folder, target, progress, rows)
-    run.forecast(unfinished)
-    speed = run.follow(unfinished, spread) if spread else run.complete(unfinished)
+    if spread:
+        run.forecast(unfinished)
+        speed = run.follow(unfinished, spread)
+    else:
+        with tokenising(target.tokenizer, config.features, sum(rows[name] for name in unfinished)) as parts_of:
+            run.forecast(unfinished)
+            speed = run.complete(unfinished, parts_of)
     summary = _finish(folder, sum(rows.values()), speed)
     audit = audit_masks(folder, [name for name in rows if folder.record(name).rows], target.tokenizer)
     folder.write_text(AUDIT, audit.model_dump_json(indent=1))
@@ -77,7 +77,8 @@ def extract_part(config: RunConfig, responses: Artifact, store: Store, target: T
     """
     folder, source = store.stage("features", _key(config, responses, target)), store.open(responses)
     rows = {name: source.record(name).rows or 0}
-    _Extraction(config, source, folder, target, no_progress, rows).complete([name])
+    with tokenising(target.tokenizer, config.features, rows[name]) as parts_of:
+        _Extraction(config, source, folder, target, no_progress, rows).complete([name], parts_of)
     return name
 
 
@@ -103,22 +104,14 @@ class _Extraction:
             template_hash=target.template_hash,
         )
 
-    def complete(self, names: list[str]) -> float:
+    def complete(self, names: list[str], parts_of: PartsOf) -> float:
         """Extract these parts; tokens per second."""
         if not names:
             return 0.0
         self._start(names)
-        publishing: Future[None] | None = None
-        tokenizer, settings = self._target.tokenizer, self._config.features
-        conversations = sum(self._rows[name] for name in names)
-        with ThreadPoolExecutor(2) as writing:
-            for part in parts_ahead(names, self._source.local_path, tokenizer, settings, conversations):
-                written = self._capture(part, writing)
-                if publishing is not None:
-                    publishing.result()
-                publishing = written
-            if publishing is not None:
-                publishing.result()
+        with PartsWriter(self._folder, self._info, self._config.features.row_group_mb) as writers:
+            for part in parts_of(names, self._source.local_path):
+                self._capture(part, writers)
         return self._speed()
 
     def follow(self, names: list[str], spread: Spread) -> float:
@@ -147,35 +140,13 @@ class _Extraction:
         refuse_if_too_large(expected, self._folder.store)
         self._progress(0, sum(self._rows.values()), f"expecting {expected}")
 
-    def _capture(self, part: Part, writing: ThreadPoolExecutor) -> Future[None]:
+    def _capture(self, part: Part, writers: PartsWriter) -> None:
         """Compute a part's features while a thread writes them; the thread still has to put the file in place."""
-        batches: queue.Queue[Batch | BaseException | None] = queue.Queue(BATCHES_WAITING)
-        written = writing.submit(self._write, part, batches)
-        try:
+        with writers.part(part) as hand_over:
             for batch in _captured(part.conversations, self._target, self._config.features):
-                _hand_over(batches, batch, written)
+                hand_over(batch)
                 self._report(batch[0])
-        except BaseException as error:
-            with suppress(BaseException):  # the first error is the one to tell
-                _hand_over(batches, error, written)
-            raise
-        _hand_over(batches, None, written)
         self._done += len(part.skipped)
-        return written
-
-    def _write(self, part: Part, batches: "queue.Queue[Batch | BaseException | None]") -> None:
-        """Runs in a thread: write what is handed over, and publish it at the end."""
-        supervised = sum(sum(c.loss_mask) for c in part.conversations)
-        notes = {"skipped": part.skipped, "tokens": part.tokens, "supervised_tokens": supervised}
-        with self._folder.writing(part.name, **notes) as file:
-            with FeatureWriter(file.path, self._info, self._config.features.row_group_mb) as writer:
-                while (item := batches.get()) is not None:
-                    if isinstance(item, BaseException):
-                        raise item
-                    conversations, features_of = item
-                    for c, features in zip(conversations, features_of(), strict=True):
-                        writer.add(c.id, c.split, c.token_ids, c.loss_mask, features)
-            file.rows = writer.num_rows
 
     def _report(self, batch: list[Encoded]) -> None:
         self._done += len(batch)
@@ -189,16 +160,6 @@ class _Extraction:
 
     def _speed(self) -> float:
         return self._tokens / (time.perf_counter() - self._started)
-
-
-def _hand_over(batches: "queue.Queue[Any]", item: Any, written: Future[None]) -> None:
-    """Wait for room; raise the writer's error when it has ended instead."""
-    while True:
-        with suppress(queue.Full):
-            batches.put(item, timeout=0.2)
-            return
-        if written.done():
-            written.result()
 
 
 def _key(config: RunConfig, responses: Artifact, target: Target) -> dict[str, Any]:

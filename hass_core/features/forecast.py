@@ -8,7 +8,7 @@ from hass_core.errors import StoreError
 from hass_core.features.encoding import encode
 from hass_core.features.schema import Encoding
 from hass_core.store import Store
-from hass_core.target.capture import batches_by_tokens, capture_features
+from hass_core.target.capture import TokenIds, batches_by_tokens, capture_features
 from hass_core.target.loader import Target
 
 OTHER_BYTES_PER_TOKEN = 6  # token ids, mask and the rest, before compression
@@ -36,7 +36,7 @@ class Measured:
     tokens_per_second: float
 
 
-def measure(target: Target, sample: Sequence[Sequence[int]], max_tokens: int, encoding: Encoding) -> Measured:
+def measure(target: Target, sample: Sequence[TokenIds], max_tokens: int, encoding: Encoding) -> Measured:
     """Capture and encode a few batches of the sample's token ids; the first pass, which warms up, is not timed."""
     batches = list(batches_by_tokens([len(ids) for ids in sample], max_tokens))[:TIMED_BATCHES]
     size = tokens = 0

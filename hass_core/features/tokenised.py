@@ -1,43 +1,31 @@
-"""Parts of the responses, tokenised and masked ahead of the target's passes.
-
-Tokenising is Python's work, and so is launching the target's kernels: in one process they would wait for each other.
-Where there is much to do and the machine has cores to spare, other processes tokenise; else, and until they are up, a
-thread does.
-"""
+"""One part of the responses, tokenised and masked: what the target reads."""
 
 import hashlib
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from hass_core.config import FeaturesConfig
 from hass_core.data.templates import SkippedConversation, encode_conversation
+from hass_core.features.schema import COLUMNS, SKIPPED
 
-MANY_CONVERSATIONS = 8192  # below, starting processes takes longer than what they save
-CORES_PER_PROCESS, MOST_PROCESSES = 4, 4
+_CONVERSATIONS = pa.schema([COLUMNS.field(name) for name in ("id", "split", "token_ids", "loss_mask")])
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation, ready for the target."""
+    """One conversation of L tokens, ready for the target."""
 
     id: str
     split: str
-    token_ids: list[int]
-    loss_mask: list[int]
+    token_ids: np.ndarray  # [L] int32
+    loss_mask: np.ndarray  # [L] uint8
 
 
 @dataclass(frozen=True)
@@ -46,63 +34,43 @@ class Part:
 
     name: str
     conversations: list[Encoded]
-    skipped: list[list[str]]  # id and reason
+    skipped: list[tuple[str, str]]  # id and reason
 
     @property
     def tokens(self) -> int:
         return sum(len(c.token_ids) for c in self.conversations)
 
+    @property
+    def supervised_tokens(self) -> int:
+        return sum(int(c.loss_mask.sum()) for c in self.conversations)
 
-def parts_ahead(
-    names: list[str],
-    fetch: Callable[[str], Path],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: FeaturesConfig,
-    conversations: int,
-) -> Iterator[Part]:
-    """The named parts in order, each ready by the time it is asked for; `conversations` are in all of them.
+    def to_bytes(self) -> bytes:
+        """Two Arrow streams, conversations and skipped ones; no number becomes an object of Python's on the way."""
+        found = self.conversations
+        columns = (
+            pa.array([c.id for c in found], pa.string()),
+            pa.array([c.split for c in found], pa.string()),
+            _lists([c.token_ids for c in found], np.int32),
+            _lists([c.loss_mask for c in found], np.uint8),
+        )
+        sink = pa.BufferOutputStream()
+        for table in (
+            pa.Table.from_arrays(list(columns), schema=_CONVERSATIONS),
+            pa.Table.from_pylist([{"id": name, "reason": reason} for name, reason in self.skipped], SKIPPED),
+        ):
+            with pa.ipc.new_stream(sink, table.schema) as stream:
+                stream.write_table(table)
+        return sink.getvalue().to_pybytes()
 
-    `fetch` gives a part's file.
-    """
-    processes = min(MOST_PROCESSES, (os.cpu_count() or 1) // CORES_PER_PROCESS)
-    many = conversations >= MANY_CONVERSATIONS and processes > 0 and isinstance(tokenizer, PreTrainedTokenizerFast)
-    with ThreadPoolExecutor(1) as thread, _started(processes, tokenizer) if many else nullcontext() as started:
-
-        def submit(name: str) -> Future[Part]:
-            if started and started.ready():
-                return started.pool.submit(_encode, name, fetch(name), settings)
-            return thread.submit(lambda: encode_part(name, fetch(name), tokenizer, settings))
-
-        yield from _ahead(names, 1 + processes if many else 1, submit)
-
-
-class _Started(NamedTuple):
-    pool: ProcessPoolExecutor
-    up: list[Future[int]]
-
-    def ready(self) -> bool:
-        """Whether all processes are up, which takes seconds; never where one could not start."""
-        return all(future.done() and future.exception() is None for future in self.up)
-
-
-@contextmanager
-def _started(processes: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Started]:
-    # not forked: a copy of a process that uses a GPU or threads may hang
-    spawn = multiprocessing.get_context("spawn")
-    with TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)  # handed over by name: a pipe would hold up whoever fills it
-        with ProcessPoolExecutor(processes, spawn, initializer=_begin, initargs=(folder,)) as pool:
-            yield _Started(pool, [pool.submit(int) for _ in range(processes)])
-
-
-def _ahead(names: list[str], count: int, submit: Callable[[str], Future[Part]]) -> Iterator[Part]:
-    """The parts, `count` of them submitted beyond the one that is waited for."""
-    coming = iter(names)
-    waiting = deque(submit(name) for name in islice(coming, count))
-    while waiting:
-        part = waiting.popleft().result()
-        waiting.extend(submit(name) for name in islice(coming, 1))
-        yield part
+    @classmethod
+    def from_bytes(cls, name: str, data: bytes) -> "Part":
+        """Read it back; the arrays are views of `data`."""
+        source = pa.BufferReader(data)
+        conversations, skipped = (pa.ipc.open_stream(source).read_all() for _ in range(2))
+        columns = (conversations[column].combine_chunks() for column in _CONVERSATIONS.names)
+        ids, splits, tokens, masks = columns
+        rows = zip(ids.to_pylist(), splits.to_pylist(), arrays_of(tokens), arrays_of(masks), strict=True)
+        return cls(name, [Encoded(*row) for row in rows], [(row["id"], row["reason"]) for row in skipped.to_pylist()])
 
 
 def encode_part(
@@ -114,13 +82,14 @@ def encode_part(
         try:
             found = encode_conversation(tokenizer, row["messages"], row["answer_token_ids"])
         except SkippedConversation as problem:
-            part.skipped.append([row["id"], problem.reason])
+            part.skipped.append((row["id"], problem.reason))
             continue
         ids, mask = (x[: settings.max_tokens_per_conversation] for x in (found.token_ids, found.loss_mask))
         if not any(mask):
-            part.skipped.append([row["id"], "no answer within max_tokens_per_conversation"])
+            part.skipped.append((row["id"], "no answer within max_tokens_per_conversation"))
         else:
-            part.conversations.append(Encoded(row["id"], split_of(row["id"], settings.validation_fraction), ids, mask))
+            split = split_of(row["id"], settings.validation_fraction)
+            part.conversations.append(Encoded(row["id"], split, np.array(ids, np.int32), np.array(mask, np.uint8)))
     return part
 
 
@@ -130,19 +99,12 @@ def split_of(name: str, validation_fraction: float) -> str:
     return "validation" if position < validation_fraction else "train"
 
 
-_tokenizer: PreTrainedTokenizerBase | None = None  # of a process that does nothing but tokenise
+def arrays_of(lists: pa.ListArray) -> Iterable[np.ndarray]:
+    """Each list as a view of the values."""
+    offsets, flat = lists.offsets.to_numpy(), lists.values.to_numpy()
+    return (flat[start:end] for start, end in pairwise(offsets))
 
 
-def _begin(folder: str) -> None:
-    global _tokenizer
-    # by its file as it is: a model's own class may build the cutting anew
-    _tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
-    parent = multiprocessing.parent_process()
-    if parent is not None:  # a parent that was killed closes nothing, and its pool would wait for ever
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def _encode(name: str, path: Path, settings: FeaturesConfig) -> Part:
-    assert _tokenizer is not None
-    return encode_part(name, path, _tokenizer, settings)
+def _lists(values: list[np.ndarray], dtype: type) -> pa.ListArray:
+    offsets = np.cumsum([0, *(len(value) for value in values)], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, np.concatenate([np.empty(0, dtype), *values]))

@@ -3,7 +3,7 @@
 A row group holds rows of one split, so that validation reads its few rows and nothing else.
 """
 
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -16,12 +16,14 @@ from torch import Tensor
 from hass_core.features.encoding import checksum, encode
 from hass_core.features.schema import FeatureInfo
 
+Numbers = Sequence[int] | np.ndarray
+
 
 class _Row(NamedTuple):
     id: str
     split: str
-    token_ids: list[int]
-    loss_mask: list[int]
+    token_ids: Numbers
+    loss_mask: Numbers
     checksum: int
     features: bytes | memoryview
 
@@ -41,9 +43,10 @@ class FeatureWriter:
         }
         self._file = pq.ParquetWriter(path, self._schema, **options)
         self._pending: dict[str, list[_Row]] = {}
+        self._space = np.empty(0, np.uint8)  # of one row group's features; new memory would cost more than filling it
         self.num_rows = 0
 
-    def add(self, name: str, split: str, token_ids: list[int], loss_mask: list[int], features: Tensor) -> None:
+    def add(self, name: str, split: str, token_ids: Numbers, loss_mask: Numbers, features: Tensor) -> None:
         """Append one conversation: L token ids, L mask flags, features [L, H]."""
         if not len(token_ids) == len(loss_mask) == len(features):
             raise ValueError(f"{name}: {len(token_ids)} tokens, {len(loss_mask)} flags, {len(features)} features")
@@ -56,7 +59,10 @@ class FeatureWriter:
 
     def _flush(self, split: str) -> None:
         rows = self._pending.pop(split)
-        self._file.write_table(table_of(rows, self._schema), row_group_size=len(rows))
+        size = sum(len(row.features) for row in rows)
+        if len(self._space) < size:
+            self._space = np.empty(size, np.uint8)
+        self._file.write_table(_table(rows, self._schema, self._space), row_group_size=len(rows))
 
     def __enter__(self) -> "FeatureWriter":
         return self
@@ -70,8 +76,9 @@ class FeatureWriter:
         self._file.close()
 
 
-def table_of(rows: list[_Row], schema: pa.Schema) -> pa.Table:
-    """The rows as columns. Lists and bytes are laid end to end, so that no element becomes an object of Python's."""
+def _table(rows: list[_Row], schema: pa.Schema, space: np.ndarray) -> pa.Table:
+    """The rows as columns, their features in `space`. Lists and bytes are laid end to end, so that no element becomes
+    an object of Python's."""
     lengths = [len(row.token_ids) for row in rows]
     columns = {
         "id": [row.id for row in rows],
@@ -80,23 +87,24 @@ def table_of(rows: list[_Row], schema: pa.Schema) -> pa.Table:
         "token_ids": _lists([row.token_ids for row in rows], lengths, np.int32),
         "loss_mask": _lists([row.loss_mask for row in rows], lengths, np.uint8),
         "checksum": [row.checksum for row in rows],
-        "features": _joined([row.features for row in rows]),
+        "features": _joined([row.features for row in rows], space),
     }
     arrays = (pa.array(c, schema.field(name).type) if isinstance(c, list) else c for name, c in columns.items())
     return pa.Table.from_arrays(list(arrays), schema=schema)
 
 
-def _lists(values: list[list[int]], lengths: list[int], dtype: type) -> pa.ListArray:
-    flat = np.fromiter(chain.from_iterable(values), dtype, sum(lengths))
+def _lists(values: list[Numbers], lengths: list[int], dtype: type) -> pa.ListArray:
+    flat = np.concatenate([np.asarray(value, dtype) for value in values])
     return pa.ListArray.from_arrays(_offsets(lengths, np.int32), flat)
 
 
-def _joined(parts: list[bytes | memoryview]) -> pa.LargeBinaryArray:
+def _joined(parts: list[bytes | memoryview], whole: np.ndarray) -> pa.LargeBinaryArray:
     offsets = _offsets([len(part) for part in parts], np.int64)
-    whole = np.empty(offsets[-1], np.uint8)
     for part, start, end in zip(parts, offsets[:-1], offsets[1:], strict=True):
         whole[start:end] = np.frombuffer(part, np.uint8)
-    return pa.Array.from_buffers(pa.large_binary(), len(parts), [None, pa.py_buffer(offsets), pa.py_buffer(whole)])
+    return pa.Array.from_buffers(
+        pa.large_binary(), len(parts), [None, pa.py_buffer(offsets), pa.py_buffer(whole[: offsets[-1]])]
+    )
 
 
 def _offsets(lengths: list[int], dtype: type) -> np.ndarray:

@@ -3,11 +3,14 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hass_core.errors import NonFinite
 from hass_core.target.loader import Target
+
+TokenIds = Sequence[int] | np.ndarray  # of one row
 
 
 def batches_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
@@ -24,9 +27,7 @@ def batches_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[list[
         yield batch
 
 
-def capture_features(
-    target: Target, token_ids: Sequence[Sequence[int]], names: Sequence[str] | None = None
-) -> list[Tensor]:
+def capture_features(target: Target, token_ids: Sequence[TokenIds], names: Sequence[str] | None = None) -> list[Tensor]:
     """Features [L_i, H] of each row, bfloat16 on the CPU; row t is what the head turns into the next token of x_{≤t}.
 
     Rows are padded on the right. Attention is causal, so padding reaches no real token and needs no mask.
@@ -39,13 +40,13 @@ class Capture:
     """`capture_features` under way: on a GPU, work for the next rows can be started before these are fetched."""
 
     @torch.no_grad()
-    def __init__(self, target: Target, token_ids: Sequence[Sequence[int]], names: Sequence[str] | None = None):
+    def __init__(self, target: Target, token_ids: Sequence[TokenIds], names: Sequence[str] | None = None):
         self._lengths, self._names = [len(ids) for ids in token_ids], names
-        padded = torch.zeros(len(token_ids), max(self._lengths), dtype=torch.long)
+        padded = np.zeros((len(token_ids), max(self._lengths)), np.int64)
         for row, ids in zip(padded, token_ids, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
+            row[: len(ids)] = ids
         decoder = cast(Any, target.model).base_model
-        hidden = decoder(input_ids=padded.to(target.device), use_cache=False).last_hidden_state
+        hidden = decoder(input_ids=torch.from_numpy(padded).to(target.device), use_cache=False).last_hidden_state
         self._finite, self._features = _fetched(hidden.isfinite().all(-1)), _fetched(hidden.to(torch.bfloat16))
         self._copied = torch.cuda.Event() if hidden.is_cuda else None
         if self._copied is not None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,13 +43,13 @@ def test_extraction_stores_what_is_supervised(tiny_target, store, rows):
 
 def test_masks_that_cannot_be_right_are_named(tiny_target):
     tokenizer = tiny_target.tokenizer
-    ids = tokenizer("aé", add_special_tokens=False)["input_ids"]
+    ids = np.array(tokenizer("aé", add_special_tokens=False)["input_ids"])
     assert len(ids) == 3  # the second letter is two tokens
-    assert mask_problem(ids, [0, 1, 1], tokenizer) is None
-    assert mask_problem(ids, [0, 0, 1], tokenizer) == "the mask begins or ends inside a character"
-    assert mask_problem(ids, [0, 0, 0], tokenizer) == "no token is supervised"
-    assert mask_problem(ids, [1, 1, 1], tokenizer) == "every token is supervised, the prompt too"
-    assert mask_problem(ids, [1, 1], tokenizer) == "3 tokens but 2 mask values"
+    assert mask_problem(ids, np.array([0, 1, 1]), tokenizer) is None
+    assert mask_problem(ids, np.array([0, 0, 1]), tokenizer) == "the mask begins or ends inside a character"
+    assert mask_problem(ids, np.array([0, 0, 0]), tokenizer) == "no token is supervised"
+    assert mask_problem(ids, np.array([1, 1, 1]), tokenizer) == "every token is supervised, the prompt too"
+    assert mask_problem(ids, np.array([1, 1]), tokenizer) == "3 tokens but 2 mask values"
 
 
 @pytest.fixture
