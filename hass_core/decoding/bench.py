@@ -26,6 +26,8 @@ from hass_core.model.checkpoint import Draft, load_draft
 from hass_core.target.loader import Target, load_target
 from hass_core.target.runner import make_runner
 
+PLANNED_ON = 8  # prompts
+
 
 class DecodeBench(BaseModel):
     """Speeds in tokens per second over all rows, times in milliseconds."""
@@ -148,13 +150,26 @@ def _transformers_speed(target: Target, prompt: list[int], max_new_tokens: int) 
     return max_new_tokens / best
 
 
+def _prompts(target: Target, count: int) -> tuple[list[list[int]], list[list[int]]]:
+    """`count` held-out prompts to measure on, and a few others to plan on."""
+    encoded = [encode_prompt(target.tokenizer, record.messages[:1]) for record in heldout_prompts()]
+    planned = min(count, PLANNED_ON)
+    spread = encoded[:: max(1, len(encoded) // (count + planned))]
+    others = spread[1 : 2 * planned : 2]
+    return [prompt for prompt in spread if prompt not in others][:count], others
+
+
 def main() -> None:
     """Parse the command line, measure, print the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default=TargetConfig().source)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--draft", type=Path, default=None, help="draft folder; without one, plain decoding only")
-    parser.add_argument("--plan", action="store_true", help="choose the tree by measuring, on other prompts")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="choose the tree by measuring, on other prompts; where none wins, decode plainly",
+    )
     tree = TreeConfig()
     for name in ("depth", "top-k", "nodes"):
         parser.add_argument(f"--{name}", type=int, default=getattr(tree, name.replace("-", "_")))
@@ -164,16 +179,14 @@ def main() -> None:
     options = parser.parse_args()
 
     target = load_target(TargetConfig(source=options.target, dtype=options.dtype))
-    encoded = [encode_prompt(target.tokenizer, record.messages[:1]) for record in heldout_prompts()]
-    spread = encoded[:: max(1, len(encoded) // (2 * options.questions))]  # half to plan on, half to measure
-    questions, others = spread[::2][: options.questions], spread[1::2][: options.questions]
+    questions, others = _prompts(target, max(options.questions, options.rows))
     draft = load_draft(options.draft, target) if options.draft else None
     tree = TreeConfig(depth=options.depth, top_k=options.top_k, nodes=options.nodes, eight_bits=options.eight_bits)
     if draft and options.plan:
         measured = replace(draft, eight_bits=options.eight_bits)
         plan = make_plan(make_runner(target), measured, others, options.rows)
         print(plan.model_dump_json(indent=1))
-        tree = plan.tree()
+        draft, tree = (draft, plan.tree()) if plan.pays else (None, tree)
     record = bench_decode(target, questions, draft, tree, options.max_new_tokens, options.rows)
     print(record.model_dump_json())
 
