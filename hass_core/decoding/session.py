@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hass_core import kernels
 from hass_core.config import SamplingConfig
+from hass_core.cuda_graphs import captured
 from hass_core.decoding.batch import Batch
 from hass_core.decoding.draws import Draws
 from hass_core.decoding.prefill import last_of, pieces, prefill
@@ -206,8 +207,7 @@ class Graphs:
             return cycle()
         if width not in self._captured:
             torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with captured(self._pool) as graph:
                 report = cycle()
             self._captured[width] = (graph, report)
         graph, report = self._captured[width]

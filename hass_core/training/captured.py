@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hass_core.cuda_graphs import captured
 from hass_core.training.batch import Batch
 
 MOST_GRAPHS = 12  # batches of still other shapes run eagerly
@@ -55,9 +56,7 @@ class Captured:
         return kept.parts.clone()
 
     def _capture(self, batch: Batch, counts: Tensor) -> _Graph:
-        graph = torch.cuda.CUDAGraph()
-        # other threads read and pin the next batches meanwhile, which the strictest mode forbids
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with captured(self._pool) as graph:
             parts = self._backward(batch, counts)
         return _Graph(batch, counts, parts, graph)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from hass_core.cuda_graphs import captured
 from hass_core.data.engines.base import Request
 from hass_core.data.engines.sampling import sample, uniform_at
 from hass_core.errors import HassError
@@ -137,9 +138,9 @@ class Batch:
         else:
             graph = self._graphs[key]
             if graph is None:
-                graph = self._graphs[key] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self._pool):
+                with captured(self._pool) as graph:
                     self._step(*key)
+                self._graphs[key] = graph
             graph.replay()
 
     def _step(self, width: int, max_top_k: int, use_top_p: bool) -> None:
