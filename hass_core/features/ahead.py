@@ -1,11 +1,13 @@
 """Tokenise the parts of the responses ahead of the target's passes.
 
 Tokenising is Python's work, and so is launching the target's kernels: in one process they would wait for each other.
-Where there is much to do and the machine has cores to spare, other processes tokenise; else a thread does.
+Where there is much to do and the machine has cores to spare, other processes tokenise; else, and until they are up, a
+thread does.
 """
 
 import os
 import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +25,7 @@ from hass_core.features.tokenising_process import TokenisingProcess
 
 MANY_CONVERSATIONS = 8192  # below, one thread is done before it matters
 CORES_PER_PROCESS, MOST_PROCESSES = 4, 4
+LOOK_AGAIN_SECONDS = 0.05
 
 PartsOf = Callable[[list[str], Callable[[str], Path]], Iterator[Part]]
 """The named parts in order, each ready by the time it is asked for; the function gives a part's file."""
@@ -40,21 +43,36 @@ def tokenising(tokenizer: PreTrainedTokenizerBase, settings: FeaturesConfig, con
         if count:
             tokenizer.save_pretrained(folder)
         processes = [stack.enter_context(TokenisingProcess(folder, settings)) for _ in range(count)]
-        encode = partial(_encode_elsewhere, _queue_of(processes), here) if processes else here
+        encode = _Elsewhere(processes, here) if processes else here
         threads = stack.enter_context(ThreadPoolExecutor(max(1, count)))
         yield partial(_ahead, threads, encode, 1 + count)
 
 
-def _encode_elsewhere(
-    idle: "queue.SimpleQueue[TokenisingProcess]", here: Callable[[str, Path], Part], name: str, path: Path
-) -> Part:
-    """By an idle process. What it can't do is done here, where an error belongs."""
-    process = idle.get()
-    try:
-        part = process.encode(name, path) if process.alive else None
-    finally:
-        idle.put(process)
-    return part or here(name, path)
+class _Elsewhere:
+    """Tokenises parts by processes; called by as many threads. What they can't do is done here, one part at a time."""
+
+    def __init__(self, processes: list[TokenisingProcess], here: Callable[[str, Path], Part]):
+        self._here, self._one = here, threading.Lock()
+        self._idle: queue.SimpleQueue[TokenisingProcess] = queue.SimpleQueue()
+        for process in processes:
+            self._idle.put(process)
+
+    def __call__(self, name: str, path: Path) -> Part:
+        process = self._idle.get()
+        try:
+            while not process.ready():
+                if self._one.acquire(timeout=LOOK_AGAIN_SECONDS):
+                    try:
+                        return self._here(name, path)
+                    finally:
+                        self._one.release()
+            part = process.encode(name, path) if process.alive else None
+        finally:
+            self._idle.put(process)
+        if part is not None:
+            return part
+        with self._one:
+            return self._here(name, path)
 
 
 def _ahead(
@@ -79,10 +97,3 @@ def _ahead(
     finally:
         for future in waiting:
             future.cancel()
-
-
-def _queue_of(processes: list[TokenisingProcess]) -> "queue.SimpleQueue[TokenisingProcess]":
-    idle: queue.SimpleQueue[TokenisingProcess] = queue.SimpleQueue()
-    for process in processes:
-        idle.put(process)
-    return idle

@@ -2,12 +2,14 @@
 
 It loads the tokenizer, and neither torch nor the program that started it, which takes it a second; processes made by
 multiprocessing import the starter's main module too. It reads names and paths of parts from its input, a line of JSON
-each, and writes tokenised parts, each behind its length, until its input ends, which it does with the parent's life.
+each, and writes a byte when it is ready, then tokenised parts, each behind its length, until its input ends, which it
+does with the parent's life.
 """
 
 import json
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from hass_core.config import FeaturesConfig
 from hass_core.features.tokenised import Part, encode_part
 
-LENGTH_BYTES = 8
+READY, LENGTH_BYTES = b"+", 8
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ class TokenisingProcess:
     """The parent's side; used by one thread at a time. Leaving the context ends the process."""
 
     def __init__(self, folder: str, settings: FeaturesConfig):
-        self.alive = True
+        self.alive, self._ready = True, False
         command = [sys.executable, "-m", __name__, folder, settings.model_dump_json()]
         variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(
@@ -42,9 +44,15 @@ class TokenisingProcess:
         """The system's number of the process."""
         return self._process.pid
 
+    def ready(self) -> bool:
+        """Whether it would begin a part at once. Starting takes a second or, on a busy machine, several."""
+        return self._ready or bool(select.select([self._answers], [], [], 0)[0])
+
     def encode(self, name: str, path: Path) -> Part | None:
-        """The part, or None where this process can't."""
+        """The part, or None where this process can't. Waits until it is ready."""
         try:
+            if not self._ready:
+                self._ready = self._read(len(READY)) == READY
             self._requests.write(json.dumps([name, str(path)]).encode() + b"\n")
             self._requests.flush()
             length = int.from_bytes(self._read(LENGTH_BYTES), "little")
@@ -79,6 +87,8 @@ def main() -> None:
     # by its file as it is: a model's own class may build the cutting anew
     tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
     settings = FeaturesConfig.model_validate_json(sys.argv[2])
+    answers.write(READY)
+    answers.flush()
     for request in requests:
         name, path = json.loads(request)
         try:

@@ -46,7 +46,7 @@ class Capture:
         for row, ids in zip(padded, token_ids, strict=True):
             row[: len(ids)] = ids
         decoder = cast(Any, target.model).base_model
-        hidden = decoder(input_ids=torch.from_numpy(padded).to(target.device), use_cache=False).last_hidden_state
+        hidden = decoder(input_ids=_sent(torch.from_numpy(padded), target.device), use_cache=False).last_hidden_state
         self._finite, self._features = _fetched(hidden.isfinite().all(-1)), _fetched(hidden.to(torch.bfloat16))
         self._copied = torch.cuda.Event() if hidden.is_cuda else None
         if self._copied is not None:
@@ -61,6 +61,11 @@ class Capture:
                 row = f"conversation {self._names[i]}" if self._names else f"row {i}"
                 raise NonFinite(f"{row}: the target's hidden states are NaN or infinite; load the target in float32")
         return [features[:length] for features, length in zip(self._features, self._lengths, strict=True)]
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; to a GPU from page-locked memory, else the copy would wait for the work given before."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _fetched(tensor: Tensor) -> Tensor:

@@ -41,10 +41,27 @@ def two_processes(monkeypatch):
     monkeypatch.setattr(ahead, "MANY_CONVERSATIONS", 1)
     monkeypatch.setattr(ahead, "CORES_PER_PROCESS", 1)
     monkeypatch.setattr(ahead, "MOST_PROCESSES", 2)
+    monkeypatch.setattr(TokenisingProcess, "ready", lambda process: True)  # to be waited for
+
+
+def test_until_the_processes_are_up_parts_are_tokenised_here(parts, two_processes, monkeypatch):
+    monkeypatch.setattr(TokenisingProcess, "ready", lambda process: False)
+    monkeypatch.setattr(TokenisingProcess, "encode", unasked)
+    assert [part.name for part in parts()] == NAMES
+
+
+@pytest.mark.timeout(60)
+def test_a_process_says_when_it_is_ready(tmp_path, config):
+    byte_tokenizer().save_pretrained(tmp_path)
+    with TokenisingProcess(str(tmp_path), config.features) as process:
+        while not process.ready():
+            time.sleep(0.05)
+        assert process.encode("part", tmp_path / "nowhere") is None
+        assert process.alive
 
 
 def unasked(*arguments, **settings):
-    raise AssertionError("the part was tokenised here")
+    raise AssertionError("not to be asked")
 
 
 def listed(parts: list[Part]) -> list:
