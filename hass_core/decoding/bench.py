@@ -22,6 +22,7 @@ from hass_core.decoding.planner import make_plan
 from hass_core.decoding.probe import bandwidth_bytes_per_second
 from hass_core.decoding.speculative import SpeculativeDecoder
 from hass_core.decoding.stop import StopRule
+from hass_core.errors import BadInput
 from hass_core.model.checkpoint import Draft, load_draft
 from hass_core.target.loader import Target, load_target
 from hass_core.target.runner import make_runner
@@ -151,9 +152,12 @@ def _transformers_speed(target: Target, prompt: list[int], max_new_tokens: int) 
 
 
 def _prompts(target: Target, count: int) -> tuple[list[list[int]], list[list[int]]]:
-    """`count` held-out prompts to measure on, and a few others to plan on."""
+    """`count` held-out prompts to measure on, and a few others to plan on. Raises BadInput when there are too few."""
     encoded = [encode_prompt(target.tokenizer, record.messages[:1]) for record in heldout_prompts()]
     planned = min(count, PLANNED_ON)
+    if count + planned > len(encoded):
+        most = len(encoded) - PLANNED_ON
+        raise BadInput(f"--rows or --questions asks for {count} prompts, and {most} are packaged; ask for fewer")
     spread = encoded[:: max(1, len(encoded) // (count + planned))]
     others = spread[1 : 2 * planned : 2]
     return [prompt for prompt in spread if prompt not in others][:count], others

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from hass_core.data.templates import decode
-from hass_core.features.tokenised import arrays_of
+from hass_core.features.lists import from_lists
 from hass_core.store import StageFolder
 
 AUDIT = "audit.json"
@@ -110,4 +110,4 @@ def _rows(folder: StageFolder, names: Sequence[str]) -> Iterator[Row]:
         with folder.open(name) as source, pq.ParquetFile(source) as shard:
             for batch in shard.iter_batches(columns=["id", "token_ids", "loss_mask"]):
                 ids, tokens, masks = (batch[column] for column in batch.schema.names)
-                yield from zip(ids.to_pylist(), arrays_of(tokens), arrays_of(masks), strict=True)
+                yield from zip(ids.to_pylist(), from_lists(tokens), from_lists(masks), strict=True)

@@ -1,9 +1,7 @@
 """One part of the responses, tokenised and masked: what the target reads."""
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hass_core.config import FeaturesConfig
 from hass_core.data.templates import SkippedConversation, encode_conversation
+from hass_core.features.lists import from_lists, to_lists
 from hass_core.features.schema import COLUMNS, SKIPPED
 
 _CONVERSATIONS = pa.schema([COLUMNS.field(name) for name in ("id", "split", "token_ids", "loss_mask")])
@@ -50,8 +49,8 @@ class Part:
         columns = (
             pa.array([c.id for c in found], pa.string()),
             pa.array([c.split for c in found], pa.string()),
-            _lists([c.token_ids for c in found], np.int32),
-            _lists([c.loss_mask for c in found], np.uint8),
+            to_lists([c.token_ids for c in found], np.int32),
+            to_lists([c.loss_mask for c in found], np.uint8),
         )
         sink = pa.BufferOutputStream()
         for table in (
@@ -69,7 +68,7 @@ class Part:
         conversations, skipped = (pa.ipc.open_stream(source).read_all() for _ in range(2))
         columns = (conversations[column].combine_chunks() for column in _CONVERSATIONS.names)
         ids, splits, tokens, masks = columns
-        rows = zip(ids.to_pylist(), splits.to_pylist(), arrays_of(tokens), arrays_of(masks), strict=True)
+        rows = zip(ids.to_pylist(), splits.to_pylist(), from_lists(tokens), from_lists(masks), strict=True)
         return cls(name, [Encoded(*row) for row in rows], [(row["id"], row["reason"]) for row in skipped.to_pylist()])
 
 
@@ -97,14 +96,3 @@ def split_of(name: str, validation_fraction: float) -> str:
     """`validation` for that fraction of the ids, the same on every run."""
     position = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") / 2**64
     return "validation" if position < validation_fraction else "train"
-
-
-def arrays_of(lists: pa.ListArray) -> Iterable[np.ndarray]:
-    """Each list as a view of the values."""
-    offsets, flat = lists.offsets.to_numpy(), lists.values.to_numpy()
-    return (flat[start:end] for start, end in pairwise(offsets))
-
-
-def _lists(values: list[np.ndarray], dtype: type) -> pa.ListArray:
-    offsets = np.cumsum([0, *(len(value) for value in values)], dtype=np.int32)
-    return pa.ListArray.from_arrays(offsets, np.concatenate([np.empty(0, dtype), *values]))

@@ -3,7 +3,6 @@
 A row group holds rows of one split, so that validation reads its few rows and nothing else.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -14,9 +13,8 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from hass_core.features.encoding import checksum, encode
+from hass_core.features.lists import Numbers, to_lists
 from hass_core.features.schema import FeatureInfo
-
-Numbers = Sequence[int] | np.ndarray
 
 
 class _Row(NamedTuple):
@@ -84,8 +82,8 @@ def _table(rows: list[_Row], schema: pa.Schema, space: np.ndarray) -> pa.Table:
         "id": [row.id for row in rows],
         "split": [row.split for row in rows],
         "num_tokens": lengths,
-        "token_ids": _lists([row.token_ids for row in rows], lengths, np.int32),
-        "loss_mask": _lists([row.loss_mask for row in rows], lengths, np.uint8),
+        "token_ids": to_lists([row.token_ids for row in rows], np.int32),
+        "loss_mask": to_lists([row.loss_mask for row in rows], np.uint8),
         "checksum": [row.checksum for row in rows],
         "features": _joined([row.features for row in rows], space),
     }
@@ -93,19 +91,10 @@ def _table(rows: list[_Row], schema: pa.Schema, space: np.ndarray) -> pa.Table:
     return pa.Table.from_arrays(list(arrays), schema=schema)
 
 
-def _lists(values: list[Numbers], lengths: list[int], dtype: type) -> pa.ListArray:
-    flat = np.concatenate([np.asarray(value, dtype) for value in values])
-    return pa.ListArray.from_arrays(_offsets(lengths, np.int32), flat)
-
-
 def _joined(parts: list[bytes | memoryview], whole: np.ndarray) -> pa.LargeBinaryArray:
-    offsets = _offsets([len(part) for part in parts], np.int64)
+    offsets = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64)
     for part, start, end in zip(parts, offsets[:-1], offsets[1:], strict=True):
         whole[start:end] = np.frombuffer(part, np.uint8)
     return pa.Array.from_buffers(
         pa.large_binary(), len(parts), [None, pa.py_buffer(offsets), pa.py_buffer(whole[: offsets[-1]])]
     )
-
-
-def _offsets(lengths: list[int], dtype: type) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(dtype)

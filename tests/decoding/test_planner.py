@@ -1,20 +1,23 @@
 """The planner's arithmetic, and a plan made by really measuring a tiny model."""
 
 import json
+import sys
 from dataclasses import replace
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
 from hass_core.cli.app import app
 from hass_core.config import SamplingConfig, TreeConfig
-from hass_core.decoding import planner
+from hass_core.decoding import bench, planner
 from hass_core.decoding.bench import bench_decode
 from hass_core.decoding.choose import choose_decoder, decoder_of
 from hass_core.decoding.plain import PlainDecoder
-from hass_core.decoding.planner import LARGEST, Costs, Plan, Record, make_plan, observe
+from hass_core.decoding.planner import LARGEST, Choice, Costs, Plan, Record, make_plan, observe
 from hass_core.decoding.probe import FixedTree, cycle_seconds
 from hass_core.decoding.speculative import SpeculativeDecoder
+from hass_core.errors import BadInput
 from hass_core.model.checkpoint import draft_info, save_draft
 from hass_core.target.runner import make_runner
 from tests.decoding.conftest import ENDLESS, random_draft
@@ -118,6 +121,36 @@ def test_the_benchmark_counts_what_was_decoded(tiny_target, prompts):
     assert record.draft_ms < record.cycle_ms
     assert record.overhead_ms is not None
     assert record.overhead_ms >= 0
+
+
+@pytest.mark.parametrize("count", [8, 16, 64, 72])
+def test_the_benchmark_measures_as_many_prompts_as_rows_and_plans_on_others(tiny_target, count):
+    measured, planned = bench._prompts(tiny_target, count)
+    assert len(measured) == count
+    assert len(planned) == bench.PLANNED_ON
+    assert not {tuple(prompt) for prompt in measured} & {tuple(prompt) for prompt in planned}
+
+
+def test_more_rows_than_prompts_are_refused(tiny_target):
+    with pytest.raises(BadInput, match="asks for 73 prompts, and 72 are packaged"):
+        bench._prompts(tiny_target, 73)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_the_benchmark_decodes_plainly_where_no_tree_wins(monkeypatch, capsys, tmp_path, tiny_target, pays):
+    draft = random_draft(tiny_target)
+    save_draft(tmp_path, draft.model, draft.head, draft_info(tiny_target))
+    choice = Choice(depth=2, top_k=2, nodes=4, tau=1.5, cycle_ms=1.0, tokens_per_second=100.0)
+    plain = 99.0 if pays else 101.0
+    plan = Plan(device="cpu", dtype="float32", rows=1, plain_tokens_per_second=plain, best=choice, curve=[choice])
+    monkeypatch.setattr(bench, "load_target", lambda config: tiny_target)
+    monkeypatch.setattr(bench, "make_plan", lambda *arguments: plan)
+    monkeypatch.setattr(sys, "argv", f"bench --draft {tmp_path} --plan --questions 2 --max-new-tokens 4".split())
+    bench.main()
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["plain_tokens_per_second"] > 0
+    assert (record["tree"] and record["tree"]["nodes"]) == (4 if pays else None)
+    assert (record["speculative_tokens_per_second"] is not None) == pays
 
 
 def test_hass_plan_prints_the_curve_and_writes_it(monkeypatch, tmp_path, tiny_target):
