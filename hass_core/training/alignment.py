@@ -12,7 +12,9 @@ rows are computed once, so a step costs one causal attention whatever its number
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from hass_core.model.draft import DraftModel
 from hass_core.target.compiling import compiled
 from hass_core.training.attention import attend
 from hass_core.training.batch import Batch
+from hass_core.training.own_again import OwnAgain
 
 
 class Alignment(nn.Module):
@@ -39,34 +42,49 @@ class Alignment(nn.Module):
 
         `features` [N, H] are the input features of all rows: the batch's, perhaps with noise.
         """
-        last = len(batch.token_ids) - 1
-        next_tokens = batch.token_ids[(torch.arange(len(features), device=features.device) + 1).clamp(max=last)]
-        enter, output = self._parts()
-        u, queries, keys, values = enter(next_tokens, features, batch.position_ids)
-        u, queries = u[batch.anchors], queries[:, batch.anchors]
-        attended = attend(queries, keys, values, [], [], batch.documents)
-        outputs = [output(u, attended)]
-
-        own_keys: list[Tensor] = []
-        own_values: list[Tensor] = []
-        positions = batch.position_ids[batch.anchors]
+        output, keys, values = self._maybe_again(self._first, batch, features)
+        outputs, own = [output], []
+        again = OwnAgain(partial(self._own_of, batch, outputs), features.device.type)
         for step in range(2, self.align_steps + 1):
-            previous = outputs[-1].detach() if self.detach_features else outputs[-1]
-            tokens = batch.token_ids[(batch.anchors + step).clamp(max=last)]
-            u, queries, key, value = enter(tokens, previous, positions + step - 1)
-            own_keys.append(key)
-            own_values.append(value)
-            attended = attend(queries, keys, values, own_keys, own_values, batch.documents)
-            outputs.append(output(u, attended))
+            with again.instead_of(own) if self.recompute else nullcontext():
+                output, *new = self._maybe_again(self._later, batch, step, outputs[-1], keys, values, *own)
+            outputs.append(output)
+            own += new
         return outputs
 
-    def _parts(self) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[[Tensor, Tensor], Tensor]]:
-        """What stands before and behind the attention. With `recompute` they keep their inputs only, and the backward
-        pass runs them again: a step then keeps a quarter of its activations, the attention's."""
+    def _maybe_again(self, step: Callable[..., tuple[Tensor, ...]], *inputs: Any) -> tuple[Tensor, ...]:
+        """A step's results. With `recompute` nothing else of it is kept, and the backward pass runs it again: of all
+        steps' activations only one step's are there at a time."""
         if not self.recompute:
-            return self._enter, self._output
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing in them is random
-        return partial(again, self._enter), partial(again, self._output)  # pyright: ignore[reportReturnType]
+            return step(*inputs)
+        # nothing in a step is random
+        return checkpoint(step, *inputs, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
+
+    def _first(self, batch: Batch, features: Tensor) -> tuple[Tensor, ...]:
+        """Step 1: its estimates [Q, H], and keys and values [KV, N, d] of the verified rows."""
+        next_rows = (torch.arange(len(features), device=features.device) + 1).clamp(max=len(batch.token_ids) - 1)
+        u, queries, keys, values = self._enter(batch.token_ids[next_rows], features, batch.position_ids)
+        attended = attend(queries[:, batch.anchors], keys, values, [], [], batch.documents)
+        return self._output(u[batch.anchors], attended), keys, values
+
+    def _later(
+        self, batch: Batch, step: int, previous: Tensor, keys: Tensor, values: Tensor, *own: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Step `step`: its estimates [Q, H], and its own key and value [KV, Q, d]. `own` holds those of the steps
+        before it, by turns."""
+        u, queries, key, value = self._enter(*self._chain_inputs(batch, step, previous))
+        attended = attend(queries, keys, values, [*own[::2], key], [*own[1::2], value], batch.documents)
+        return self._output(u, attended), key, value
+
+    def _own_of(self, batch: Batch, outputs: list[Tensor], step: int) -> tuple[Tensor, ...]:
+        """The own key and value [KV, Q, d] of a step, from the estimates of all steps."""
+        return self._enter(*self._chain_inputs(batch, step, outputs[step - 2].detach()))[2:]
+
+    def _chain_inputs(self, batch: Batch, step: int, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [Q], features [Q, H] and positions [Q] of a step's rows."""
+        tokens = batch.token_ids[(batch.anchors + step).clamp(max=len(batch.token_ids) - 1)]
+        features = previous.detach() if self.detach_features else previous
+        return tokens, features, batch.position_ids[batch.anchors] + step - 1
 
     def compile_parts(self) -> None:
         """Compile what lies between the attentions, whose kernels are compiled already."""

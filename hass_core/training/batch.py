@@ -60,10 +60,16 @@ class Batch:
     supervised: Tensor  # [n, P] bool, False where that anchor may not be supervised
     counts: Tensor  # [n] supervised rows of each step
     num_tokens: int  # of its conversations; there may be more rows, see `padding`
+    noisy: Tensor | None = None  # [N, H] what the draft is given in place of the features
 
     @property
     def rows(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def inputs(self) -> Tensor:
+        """[N, H] features that the draft is given; what it is to predict stays without noise."""
+        return self.features if self.noisy is None else self.noisy
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; from pinned memory the copies run in the background."""

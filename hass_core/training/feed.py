@@ -122,8 +122,6 @@ class Prefetcher(Generic[T]):
 
 def noisy(batch: Batch, half_width: float, seed: int) -> torch.Tensor:
     """The batch's features plus uniform noise; the same noise for the same seed."""
-    if half_width == 0:
-        return batch.features
     generator = torch.Generator(batch.features.device).manual_seed(seed)
     noise = torch.empty(batch.features.shape, device=batch.features.device)
     return batch.features + noise.uniform_(-half_width, half_width, generator=generator)

@@ -112,7 +112,9 @@ def train_step(run: Run, batches: list[Batch], step: int) -> tuple[Tensor, float
         seed = hash((run.seed, step, number, run.accelerator.process_index)) % 2**63
         with nullcontext() if last else unsynced(run.wrapped, run.accelerator):
             moved = batch.to(device)
-            parts += run.backward(replace(moved, features=noisy(moved, run.config.feature_noise, seed)), counts)
+            if run.config.feature_noise:
+                moved = replace(moved, noisy=noisy(moved, run.config.feature_noise, seed).to(run.dtype))
+            parts += run.backward(moved, counts)
     if run.captured:
         gradients = [p.grad for p in run.alignment.parameters() if p.grad is not None]
         average([parts, *gradients], run.accelerator)
@@ -132,7 +134,7 @@ def train_step(run: Run, batches: list[Batch], step: int) -> tuple[Tensor, float
 
 def _backward(run: Run, batch: Batch, counts: Tensor) -> Tensor:
     with torch.autocast(batch.features.device.type, run.dtype, enabled=run.dtype != torch.float32):
-        outputs = run.wrapped(batch, batch.features.to(run.alignment.draft.fc.weight.dtype))
+        outputs = run.wrapped(batch, batch.inputs.to(run.dtype))
     parts, gradients = distill(outputs, batch, run.head, run.objective, counts)
     torch.autograd.backward(outputs, gradients)
     return parts

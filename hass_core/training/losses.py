@@ -73,24 +73,23 @@ def distill(
     is not computed, and reported as 0.
     """
     device, steps = outputs[0].device, len(outputs)
+    estimates = [output.detach() for output in outputs]
     share = batch.supervised / counts.clamp(min=1)[:, None]  # [n, P]
     # a tensor made from Python's numbers would be copied from the host, which a CUDA graph cannot
     weights = torch.stack([weight * own for weight, own in zip(objective.step_weights, share, strict=True)])
     informative = head.contains(batch.token_ids[batch.targets + 1])
     parts = torch.zeros(steps, len(PARTS), device=device)
-    together = torch.stack([output.detach() for output in outputs])  # [n, Q, H]
-    gradients = torch.zeros_like(together)
-    places = batch.target_anchors + together.shape[1] * torch.arange(steps, device=device)[:, None]  # rows of n · Q
+    gradients = [torch.zeros_like(output) for output in estimates]
     rows_per_chunk = max(16, LOGITS_PER_CHUNK[device.type] // (head.size * (steps + 1)))
     for first in range(0, len(batch.targets), rows_per_chunk):
         rows = slice(first, first + rows_per_chunk)
-        features, own = batch.features[batch.targets[rows]], places[:, rows]
-        estimates = together.flatten(0, 1)[own]
-        chunk_parts, chunk_gradients = _chunk(estimates, features, informative[rows], head, objective)
+        anchors, features = batch.target_anchors[:, rows], batch.features[batch.targets[rows]]
+        chosen = torch.stack([output[own] for output, own in zip(estimates, anchors, strict=True)])
+        chunk_parts, by_estimate = _chunk(chosen, features, informative[rows], head, objective)
         parts += (chunk_parts * share[:, rows, None]).sum(1)
-        weighted = (chunk_gradients * weights[:, rows, None]).to(gradients.dtype)
-        gradients.flatten(0, 1).index_add_(0, own.flatten(), weighted.flatten(0, 1))
-    return parts, list(gradients)
+        _add_rows(gradients, anchors, (by_estimate * weights[:, rows, None]).to(chosen.dtype))
+        del chosen, by_estimate  # they would lie beside the next chunk's logits
+    return parts, gradients
 
 
 def _chunk(
@@ -106,6 +105,12 @@ def _chunk(
     by_feature = (by_logit @ head.weight).to(error.dtype) * known[:, None]
     gradient = by_feature + error.clamp(-1, 1) * (objective.regression / error.shape[-1])
     return torch.stack([regression, soft * known, top * known, right * known], dim=-1), gradient
+
+
+def _add_rows(gradients: list[Tensor], anchors: Tensor, added: Tensor) -> None:
+    """Add [n, R, H] to the gradients [Q, H] of each step at `anchors` [n, R]."""
+    for gradient, own, rows in zip(gradients, anchors, added, strict=True):
+        gradient.index_add_(0, own, rows)
 
 
 def _terms(teacher: Tensor, logits: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -46,7 +46,7 @@ from hass_core.training.tree_validation import recorded_answers
 from hass_core.training.validation import held_out
 from hass_core.training.vocabulary import frequent_tokens, ranked_tokens
 
-STEP_VERSION = 2
+STEP_VERSION = 3
 METRICS = "metrics.jsonl"
 READING_THREADS = 3
 MOST_RANKS = 32_768  # tokens whose rank is kept with a draft of the full vocabulary

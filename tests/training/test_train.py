@@ -19,10 +19,11 @@ from hass_core.features.reader import FeatureDataset
 from hass_core.model.checkpoint import load_draft
 from hass_core.store import Artifact, Store
 from hass_core.target.loader import Target
-from hass_core.training import loop
+from hass_core.training import bench, loop
+from hass_core.training.batch import collate
 from hass_core.training.metrics import read_records
 from hass_core.training.train import draft_folder, train_draft
-from tests.training.conftest import store_features
+from tests.training.conftest import make_talk, store_features
 
 MEASURED = {"train/tokens_per_second", "train/waiting_for_data"}
 SETTINGS = {
@@ -187,6 +188,23 @@ def test_a_non_finite_feature_stops_before_the_update_and_names_the_conversation
     monkeypatch.setattr(loop, "distill", poisoned)
     with pytest.raises(NonFinite, match=r"step 1: .* not finite; nothing was updated\. Conversations: talk-\d+"):
         train_draft(settings(), features, store, tiny_target)
+
+
+def test_noise_disturbs_what_the_draft_is_given_and_not_what_it_is_to_predict(talks):
+    """A draft of zeros answers the same whatever it is given: then its loss doesn't know of the noise."""
+    losses = []
+    for zero in (True, False):
+        for noise in (0.0, 1.0):
+            config = settings(feature_noise=noise).training
+            run = bench._make_run(bench.SHAPES["tiny"], config, bench.Accelerator(cpu=True), None)
+            torch.manual_seed(0)
+            for parameter in run.alignment.parameters():
+                torch.nn.init.zeros_(parameter) if zero else torch.nn.init.normal_(parameter, std=0.1)
+            same = [make_talk(talk.id, len(talk.token_ids), 1, hidden=64) for talk in talks]
+            run.head.weight = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+            losses.append(loop.train_step(run, [collate(same, config.align_steps)], 0)[0])
+    assert torch.equal(losses[0], losses[1])
+    assert not torch.equal(losses[2], losses[3])
 
 
 def test_features_of_another_target_are_refused(store, tiny_target):
