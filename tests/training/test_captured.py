@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hass_core.training import bench
+from hass_core.training.batch import collate
 from hass_core.training.captured import Captured
 from hass_core.training.loop import Run, train_step
 from hass_core.training.padding import padded
@@ -22,7 +23,7 @@ def trained(captured: bool, **settings) -> tuple[list[torch.Tensor], Run]:
         {"tokens_per_pack": 256, "packs_per_batch": 2, "lr_peak": 1e-3, "compile": captured, **settings}
     )
     run = bench._make_run(SHAPE, config, bench.Accelerator(), None)
-    batches = bench._batches(SHAPE, config, 60, count=4)
+    batches = [collate(talks, config.align_steps) for talks in bench._talks(SHAPE, config, 60, count=4)]
     batches = [padded(replace(batch, ids=()), 64 if i % 2 else 128).pin_memory() for i, batch in enumerate(batches)]
     return [train_step(run, [batches[i % 4], batches[(i + 1) % 4]], i)[0].cpu() for i in range(STEPS)], run
 
