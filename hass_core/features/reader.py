@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hass_core.errors import CorruptFile, DraftMismatch
 from hass_core.features.encoding import checksum, decode
+from hass_core.features.remote import RemoteGroups
 from hass_core.features.schema import FeatureInfo
 from hass_core.store import Artifact, StageFolder, Store
 
@@ -127,6 +128,8 @@ class FeatureDataset:
                 f"the features in {self._folder.url} are of the target {self.info.target_fingerprint}, "
                 f"this target is {target_fingerprint}; extract features with this target"
             )
+        self._remote = None if store.is_local else RemoteGroups(self._folder)
+        self._footers = {} if store.is_local else {shard.name: shard.footer for shard in shards}
         rows = [row for shard in shards for row in shard.rows(split)]
         self._places = [place for place, _ in rows]
         self.lengths = np.array([length for _, length in rows], dtype=np.int64)
@@ -202,10 +205,14 @@ class FeatureDataset:
         return group
 
     def _read_group(self, name: str, number: int) -> _Group:
-        path = self._folder.local_path(name, rows_checked=True)
+        footer = self._footers.get(name)
+        if self._remote and footer:
+            path = self._remote.path(name, footer, number)
+        else:
+            path = self._folder.local_path(name, rows_checked=True)
         with (
             _parquet_named(f"{self._folder.url}/{name}, row group {number}"),
-            pq.ParquetFile(path, memory_map=True) as file,
+            pq.ParquetFile(path, memory_map=True, metadata=footer) as file,
         ):
             return _Group.of(file.read_row_group(number))
 
@@ -246,12 +253,13 @@ class _Survey:
 
     name: str
     info: FeatureInfo
-    group_rows: list[int]
+    footer: pq.FileMetaData
     splits: list[str]
     lengths: list[int]
 
     def rows(self, split: str | None) -> Iterator[tuple[_Place, int]]:
-        places = (_Place(self.name, g, i) for g, count in enumerate(self.group_rows) for i in range(count))
+        counts = (self.footer.row_group(i).num_rows for i in range(self.footer.num_row_groups))
+        places = (_Place(self.name, g, i) for g, count in enumerate(counts) for i in range(count))
         for place, own, length in zip(places, self.splits, self.lengths, strict=True):
             if split in (None, own):
                 yield place, length
@@ -265,8 +273,8 @@ def _survey(folder: StageFolder, name: str) -> _Survey:
         except KeyError:
             raise CorruptFile(f"{where} is no feature shard: its schema says nothing of a target") from None
         table = file.read(columns=["split", "num_tokens"])
-        counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    return _Survey(name, info, counts, table["split"].to_pylist(), table["num_tokens"].to_pylist())
+        footer = file.metadata
+    return _Survey(name, info, footer, table["split"].to_pylist(), table["num_tokens"].to_pylist())
 
 
 def _common_info(infos: list[FeatureInfo], folder: StageFolder) -> FeatureInfo:

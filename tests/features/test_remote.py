@@ -1,0 +1,96 @@
+"""Features in an S3 store: row groups come by range, are kept, and are checked."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hass_core.errors import CorruptFile, StoreError
+from hass_core.features import remote
+from hass_core.features.reader import FeatureDataset
+from hass_core.features.schema import FeatureInfo
+from hass_core.features.writer import FeatureWriter
+from hass_core.store import Artifact, Store
+
+pytestmark = pytest.mark.slow
+ROWS, TOKENS, HIDDEN = 40, 150, 256  # four or five row groups of a megabyte in each of two shards
+
+
+@pytest.fixture
+def artifact(s3_store: Store) -> Artifact:
+    info = FeatureInfo(hidden_size=HIDDEN, encoding="bf16", target_fingerprint="t", template_hash="h")
+    folder = s3_store.stage("features", {"remote": 1})
+    for part in range(2):
+        with folder.writing(f"part-{part:05d}.parquet") as file, FeatureWriter(file.path, info, 1) as writer:
+            for i in range(ROWS * part, ROWS * (part + 1)):
+                features = torch.full((TOKENS, HIDDEN), float(i))
+                writer.add(f"c{i}", "train", list(range(TOKENS)), [1] * TOKENS, features)
+    return folder.finish({})
+
+
+def other_machine(store: Store, tmp_path: Path, gigabytes: float = 1.0) -> Store:
+    return Store(store.root, cache=tmp_path / "elsewhere", cache_gb=gigabytes)
+
+
+def copies(store: Store) -> list[Path]:
+    return sorted(path for path in store.files.folder.rglob("*") if path.is_file())
+
+
+def test_rows_are_those_that_were_written_and_only_their_row_groups_come(s3_store, artifact, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "PIECE_BYTES", 300_000)
+    store = other_machine(s3_store, tmp_path)
+    dataset = FeatureDataset(store, artifact)
+    assert copies(store) == []
+    assert int(dataset[ROWS].features[0, 0]) == ROWS
+    assert len(copies(store)) == 1
+    for i in torch.randperm(2 * ROWS).tolist():
+        conversation = dataset[i]
+        assert conversation.id == f"c{i}"
+        assert conversation.token_ids.tolist() == list(range(TOKENS))
+        assert (conversation.features == float(i)).all()
+    assert len(copies(store)) == len(dataset.blocks)
+
+
+def test_copies_of_an_earlier_process_are_used_if_they_are_whole(s3_store, artifact, tmp_path, monkeypatch):
+    store = other_machine(s3_store, tmp_path)
+    FeatureDataset(store, artifact).warm(range(2 * ROWS))
+    damaged, short = copies(store)[:2]
+    content = bytearray(damaged.read_bytes())
+    content[-100] ^= 1
+    damaged.write_bytes(content)
+    short.write_bytes(short.read_bytes()[:-5000])
+    fetch, fetched = remote.RemoteGroups._fetch, []
+    monkeypatch.setattr(remote.RemoteGroups, "_fetch", lambda *given: fetched.append(given[-1]) or fetch(*given))
+    again = FeatureDataset(store, artifact)
+    assert all((again[i].features == float(i)).all() for i in range(2 * ROWS))
+    assert [path.name.split(".parquet.")[1].split(".")[0] for path in fetched] == ["0", "1"]
+
+
+def test_copies_stay_within_the_caches_bound(s3_store, artifact, tmp_path):
+    store = other_machine(s3_store, tmp_path, gigabytes=0.005)
+    dataset = FeatureDataset(store, artifact, cache_bytes=1)
+    assert all((dataset[i].features == float(i)).all() for i in range(2 * ROWS))
+    assert 2 <= len(copies(store)) <= 5
+
+
+def test_a_server_that_fails_is_named_and_the_data_comes_when_it_is_back(s3_store, s3_proxy, artifact, tmp_path):
+    dataset = FeatureDataset(other_machine(s3_store, tmp_path), artifact)
+    s3_proxy.fail("500")
+    with pytest.raises(StoreError, match=r"cannot read from the store s3://"):
+        dataset[0]
+    s3_proxy.mode = "pass"
+    assert (dataset[0].features == 0.0).all()
+
+
+def test_a_missing_and_an_altered_object_are_named(s3_store, artifact, tmp_path):
+    dataset = FeatureDataset(other_machine(s3_store, tmp_path), artifact)
+    name = f"{s3_store.open(artifact).url}/part-00001.parquet"
+    content = bytearray(s3_store.fs.cat_file(name))
+    content[len(content) // 3] ^= 1
+    s3_store.fs.pipe_file(name, bytes(content))
+    with pytest.raises(CorruptFile, match=r"part-00001\.parquet, row group \d, row \d+ \(c\d+\): the checksum"):
+        [dataset[i] for i in range(ROWS, 2 * ROWS)]
+    fresh = FeatureDataset(other_machine(s3_store, tmp_path / "third"), artifact)
+    s3_store.fs.rm_file(name)
+    with pytest.raises(CorruptFile, match=r"part-00001\.parquet: missing"):
+        fresh[ROWS]
