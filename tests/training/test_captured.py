@@ -29,7 +29,15 @@ def trained(captured: bool, **settings) -> tuple[list[torch.Tensor], Run]:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"feature_noise": 0.1}, {"optimizer": "muon"}, {"align_steps": 1, "top_k_weight": 0.0}], ids=str
+    "settings",
+    [
+        {},
+        {"feature_noise": 0.1},
+        {"optimizer": "muon"},
+        {"align_steps": 1, "top_k_weight": 0.0},
+        {"align_steps": 4, "recompute": True},
+    ],
+    ids=str,
 )
 def test_graphs_give_the_losses_of_eager_steps(settings):
     expected, _ = trained(captured=False, **settings)
