@@ -105,7 +105,7 @@ class FeaturesConfig(Settings):
     """How the target's hidden states are stored."""
 
     max_tokens_per_conversation: int = Field(default=2048, ge=16, description="Longer conversations are cut")
-    max_tokens_per_batch: int = Field(default=16_384, ge=16, description="Padded tokens of one forward pass")
+    max_tokens_per_batch: int = Field(default=16_384, ge=16, description="Tokens of one forward pass, padding included")
     encoding: Literal["bf16", "bf16-planes-zstd", "fp8", "int8", "none"] = Field(
         default="bf16",
         description="bf16 and its byte planes are lossless; fp8 and int8 halve the space; "

@@ -26,7 +26,7 @@ from hass_core.features.schema import SKIPPED, FeatureInfo
 from hass_core.features.tokenised import Encoded, Part, encode_part
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, FileRecord, StageFolder, Store
-from hass_core.target.capture import Capture, batches_by_tokens
+from hass_core.target.capture import Capture, batches_for
 from hass_core.target.loader import Target
 
 STEP_VERSION = 3
@@ -174,7 +174,7 @@ def _key(config: RunConfig, responses: Artifact, target: Target) -> dict[str, An
 
 def _captured(encoded: list[Encoded], target: Target, settings: FeaturesConfig) -> Iterator[Batch]:
     nothing = target.embedding.new_zeros(1, target.embedding.shape[1])
-    for indices in batches_by_tokens([len(c.token_ids) for c in encoded], settings.max_tokens_per_batch):
+    for indices in batches_for(target, [len(c.token_ids) for c in encoded], settings.max_tokens_per_batch):
         batch = [encoded[i] for i in indices]
         if settings.encoding == "none":
             yield batch, partial(_nothing, nothing, batch)

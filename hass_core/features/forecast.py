@@ -8,7 +8,7 @@ from hass_core.errors import StoreError
 from hass_core.features.encoding import encode
 from hass_core.features.schema import Encoding
 from hass_core.store import Store
-from hass_core.target.capture import TokenIds, batches_by_tokens, capture_features
+from hass_core.target.capture import TokenIds, batches_for, capture_features
 from hass_core.target.loader import Target
 
 OTHER_BYTES_PER_TOKEN = 6  # token ids, mask and the rest, before compression
@@ -38,7 +38,7 @@ class Measured:
 
 def measure(target: Target, sample: Sequence[TokenIds], max_tokens: int, encoding: Encoding) -> Measured:
     """Capture and encode a few batches of the sample's token ids; the first pass, which warms up, is not timed."""
-    batches = list(batches_by_tokens([len(ids) for ids in sample], max_tokens))[:TIMED_BATCHES]
+    batches = list(batches_for(target, [len(ids) for ids in sample], max_tokens))[:TIMED_BATCHES]
     size = tokens = 0
     for batch in batches[:1]:
         for row in capture_features(target, [sample[i] for i in batch]):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from hass_core.features.reader import Conversation, FeatureDataset
-from hass_core.target.capture import batches_by_tokens, capture_features
+from hass_core.target.capture import batches_for, capture_features
 from hass_core.target.loader import Target
 
 
@@ -42,7 +42,7 @@ class LiveFeatures:
     def many(self, indices: Sequence[int]) -> list[Conversation]:
         """Several conversations, their features computed together. Raises NonFinite naming one of them."""
         found = self._stored.many(indices)
-        for places in batches_by_tokens([len(c.token_ids) for c in found], self._max_tokens):
+        for places in batches_for(self._target, [len(c.token_ids) for c in found], self._max_tokens):
             batch = [found[place] for place in places]
             rows = capture_features(self._target, [c.token_ids.tolist() for c in batch], [c.id for c in batch])
             for place, features in zip(places, rows, strict=True):

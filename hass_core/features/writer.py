@@ -23,7 +23,55 @@ class _Row(NamedTuple):
     token_ids: Numbers
     loss_mask: Numbers
     checksum: int
-    features: bytes | memoryview
+
+
+class _Group:
+    """The rows of a row group to come, their features end to end in space of its own.
+
+    They are copied as they come: a row kept as a view would hold its whole batch, in memory that the next batch needs.
+    """
+
+    def __init__(self, size: int):
+        self._space = np.empty(2 * size, np.uint8)  # the system gives no memory for what is not written to
+        self.clear()
+
+    def clear(self) -> None:
+        self.rows: list[_Row] = []
+        self.ends = [0]
+
+    @property
+    def size(self) -> int:
+        """Bytes of features."""
+        return self.ends[-1]
+
+    def add(self, row: _Row, features: bytes | memoryview) -> None:
+        end = self.size + len(features)
+        if end > len(self._space):
+            grown = np.empty(2 * end, np.uint8)
+            grown[: self.size] = self._space[: self.size]
+            self._space = grown
+        self._space[self.size : end] = np.frombuffer(features, np.uint8)
+        self.rows.append(row)
+        self.ends.append(end)
+
+    def table(self, schema: pa.Schema) -> pa.Table:
+        """The rows as columns; lists are laid end to end, so that no element becomes an object of Python's."""
+        columns = {
+            "id": [row.id for row in self.rows],
+            "split": [row.split for row in self.rows],
+            "num_tokens": [len(row.token_ids) for row in self.rows],
+            "token_ids": to_lists([row.token_ids for row in self.rows], np.int32),
+            "loss_mask": to_lists([row.loss_mask for row in self.rows], np.uint8),
+            "checksum": [row.checksum for row in self.rows],
+            "features": self._features(),
+        }
+        arrays = (pa.array(c, schema.field(name).type) if isinstance(c, list) else c for name, c in columns.items())
+        return pa.Table.from_arrays(list(arrays), schema=schema)
+
+    def _features(self) -> pa.LargeBinaryArray:
+        offsets = np.array(self.ends, np.int64)
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(self._space[: self.size])]
+        return pa.Array.from_buffers(pa.large_binary(), len(self.rows), buffers)
 
 
 class FeatureWriter:
@@ -40,8 +88,7 @@ class FeatureWriter:
             "write_statistics": ["id", "num_tokens", "split"],
         }
         self._file = pq.ParquetWriter(path, self._schema, **options)
-        self._pending: dict[str, list[_Row]] = {}
-        self._space = np.empty(0, np.uint8)  # of one row group's features; new memory would cost more than filling it
+        self._groups: dict[str, _Group] = {}
         self.num_rows = 0
 
     def add(self, name: str, split: str, token_ids: Numbers, loss_mask: Numbers, features: Tensor) -> None:
@@ -49,18 +96,17 @@ class FeatureWriter:
         if not len(token_ids) == len(loss_mask) == len(features):
             raise ValueError(f"{name}: {len(token_ids)} tokens, {len(loss_mask)} flags, {len(features)} features")
         data = encode(features, self._info.encoding)
-        rows = self._pending.setdefault(split, [])
-        rows.append(_Row(name, split, token_ids, loss_mask, checksum(data), data))
+        if split not in self._groups:
+            self._groups[split] = _Group(self._row_group_bytes)
+        group = self._groups[split]
+        group.add(_Row(name, split, token_ids, loss_mask, checksum(data)), data)
         self.num_rows += 1
-        if sum(len(row.features) for row in rows) >= self._row_group_bytes:
-            self._flush(split)
+        if group.size >= self._row_group_bytes:
+            self._flush(group)
 
-    def _flush(self, split: str) -> None:
-        rows = self._pending.pop(split)
-        size = sum(len(row.features) for row in rows)
-        if len(self._space) < size:
-            self._space = np.empty(size, np.uint8)
-        self._file.write_table(_table(rows, self._schema, self._space), row_group_size=len(rows))
+    def _flush(self, group: _Group) -> None:
+        self._file.write_table(group.table(self._schema), row_group_size=len(group.rows))
+        group.clear()
 
     def __enter__(self) -> "FeatureWriter":
         return self
@@ -69,32 +115,7 @@ class FeatureWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            for split in list(self._pending):
-                self._flush(split)
+            for group in self._groups.values():
+                if group.rows:
+                    self._flush(group)
         self._file.close()
-
-
-def _table(rows: list[_Row], schema: pa.Schema, space: np.ndarray) -> pa.Table:
-    """The rows as columns, their features in `space`. Lists and bytes are laid end to end, so that no element becomes
-    an object of Python's."""
-    lengths = [len(row.token_ids) for row in rows]
-    columns = {
-        "id": [row.id for row in rows],
-        "split": [row.split for row in rows],
-        "num_tokens": lengths,
-        "token_ids": to_lists([row.token_ids for row in rows], np.int32),
-        "loss_mask": to_lists([row.loss_mask for row in rows], np.uint8),
-        "checksum": [row.checksum for row in rows],
-        "features": _joined([row.features for row in rows], space),
-    }
-    arrays = (pa.array(c, schema.field(name).type) if isinstance(c, list) else c for name, c in columns.items())
-    return pa.Table.from_arrays(list(arrays), schema=schema)
-
-
-def _joined(parts: list[bytes | memoryview], whole: np.ndarray) -> pa.LargeBinaryArray:
-    offsets = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64)
-    for part, start, end in zip(parts, offsets[:-1], offsets[1:], strict=True):
-        whole[start:end] = np.frombuffer(part, np.uint8)
-    return pa.Array.from_buffers(
-        pa.large_binary(), len(parts), [None, pa.py_buffer(offsets), pa.py_buffer(whole[: offsets[-1]])]
-    )
