@@ -96,7 +96,7 @@ def measured(config: RunConfig, features: Artifact, store: Store, target: Target
     return {"seconds": round(seconds, 1), "passes": {number: _summary(rows) for number, rows in passes.items()}}
 
 
-def _summary(records: list[dict]) -> dict[str, float]:
+def _summary(records: list[dict]) -> dict[str, Any]:
     waits = [record["train/waiting_for_data"] for record in records]
     rate = len(records) / sum(1 / record["train/tokens_per_second"] for record in records)
     waiting = {"waiting": round(sum(waits) / len(waits), 4), "worst_ten_steps": round(max(waits), 4)}
