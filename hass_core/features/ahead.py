@@ -24,17 +24,17 @@ from hass_core.features.tokenised import Part, encode_part
 from hass_core.features.tokenising_process import TokenisingProcess
 
 MANY_CONVERSATIONS = 8192  # below, one thread is done before it matters
-CORES_PER_PROCESS, MOST_PROCESSES = 4, 4
+CORES_FOR_OTHERS, CORES_PER_PROCESS, MOST_PROCESSES = 2, 2, 8
 LOOK_AGAIN_SECONDS = 0.05
 
 PartsOf = Callable[[list[str], Callable[[str], Path]], Iterator[Part]]
-"""The named parts in order, each ready by the time it is asked for; the function gives a part's file."""
+"""The named parts in order, begun at once, each ready by the time it is asked for; the function gives a part's file."""
 
 
 @contextmanager
 def tokenising(tokenizer: PreTrainedTokenizerBase, settings: FeaturesConfig, conversations: int) -> Iterator[PartsOf]:
     """What tokenises so many conversations. Entered early, its processes are up when they are needed."""
-    count = min(MOST_PROCESSES, (os.cpu_count() or 1) // CORES_PER_PROCESS)
+    count = min(MOST_PROCESSES, ((os.cpu_count() or 1) - CORES_FOR_OTHERS) // CORES_PER_PROCESS)
     if conversations < MANY_CONVERSATIONS or not isinstance(tokenizer, PreTrainedTokenizerFast):
         count = 0
     here = partial(encode_part, tokenizer=tokenizer, settings=settings)
@@ -44,7 +44,8 @@ def tokenising(tokenizer: PreTrainedTokenizerBase, settings: FeaturesConfig, con
             tokenizer.save_pretrained(folder)
         processes = [stack.enter_context(TokenisingProcess(folder, settings)) for _ in range(count)]
         encode = _Elsewhere(processes, here) if processes else here
-        threads = stack.enter_context(ThreadPoolExecutor(max(1, count)))
+        threads = ThreadPoolExecutor(max(1, count))
+        stack.callback(threads.shutdown, cancel_futures=True)
         yield partial(_ahead, threads, encode, 1 + count)
 
 
@@ -82,18 +83,18 @@ def _ahead(
     names: list[str],
     fetch: Callable[[str], Path],
 ) -> Iterator[Part]:
-    """The parts, `count` of them submitted beyond the one that is waited for."""
+    """The parts, `count` of them submitted now, and always so many beyond the one that is waited for."""
 
     def submit(name: str) -> Future[Part]:
         return threads.submit(lambda: encode(name, fetch(name)))
 
     coming = iter(names)
     waiting = deque(submit(name) for name in islice(coming, count))
-    try:
+
+    def parts() -> Iterator[Part]:
         while waiting:
             part = waiting.popleft().result()
             waiting.extend(submit(name) for name in islice(coming, 1))
             yield part
-    finally:
-        for future in waiting:
-            future.cancel()
+
+    return parts()

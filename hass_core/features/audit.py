@@ -21,6 +21,7 @@ SAMPLES = 4  # conversations shown
 DECODED = 2000  # conversations whose mask borders are checked by decoding
 KEPT_PROBLEMS = 100
 QUANTILES = (0, 25, 50, 75, 100)
+AROUND = 8  # tokens on each side of a border; a character is of four bytes at most
 CUT = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
 
 
@@ -87,21 +88,31 @@ def mask_problem(token_ids: np.ndarray, mask: np.ndarray, tokenizer: PreTrainedT
     """Why this mask cannot be right, or None. Borders are checked where a tokenizer is given."""
     if len(token_ids) != len(mask):
         return f"{len(token_ids)} tokens but {len(mask)} mask values"
-    if not np.any(mask):
+    asked = np.count_nonzero(mask)
+    if not asked:
         return "no token is supervised"
-    if np.all(mask):
+    if asked == len(mask):
         return "every token is supervised, the prompt too"
-    if tokenizer is not None:
-        apart = sum(piece.text.count(CUT) for piece in pieces(token_ids, mask, tokenizer))
-        if apart > decode(tokenizer, token_ids.tolist()).count(CUT):
-            return "the mask begins or ends inside a character"
+    if tokenizer is not None and any(_cuts(token_ids, border, tokenizer) for border in _borders(mask)):
+        return "the mask begins or ends inside a character"
     return None
+
+
+def _borders(mask: np.ndarray) -> list[int]:
+    """Where unbroken runs begin, except the first."""
+    return (np.flatnonzero(np.diff(mask != 0)) + 1).tolist()
+
+
+def _cuts(token_ids: np.ndarray, border: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokens around the border, decoded apart, give more halves of characters than together."""
+    before, after = token_ids[max(0, border - AROUND) : border].tolist(), token_ids[border : border + AROUND].tolist()
+    apart = sum(decode(tokenizer, half).count(CUT) for half in (before, after))
+    return apart > 0 and apart > decode(tokenizer, before + after).count(CUT)
 
 
 def pieces(token_ids: np.ndarray, mask: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
     """The text of each unbroken run."""
-    borders = (np.flatnonzero(np.diff(mask != 0)) + 1).tolist()
-    for start, end in pairwise([0, *borders, len(token_ids)]):
+    for start, end in pairwise([0, *_borders(mask), len(token_ids)]):
         yield Piece(text=decode(tokenizer, token_ids[start:end].tolist()), supervised=bool(mask[start:end].any()))
 
 

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
 from hass_core.config import FeaturesConfig, RunConfig
 from hass_core.errors import HassError
-from hass_core.features.ahead import PartsOf, tokenising
+from hass_core.features.ahead import tokenising
 from hass_core.features.audit import AUDIT, audit_masks
 from hass_core.features.forecast import forecast, measure, refuse_if_too_large
 from hass_core.features.parts_writer import Batch, PartsWriter
@@ -58,12 +59,16 @@ def extract_features(
     unfinished = [name for name in rows if name not in finished]
     run = _Extraction(config, source, folder, target, progress, rows)
     if spread:
-        run.forecast(unfinished)
+        run.forecast(run.sample(unfinished), unfinished)
         speed = run.follow(unfinished, spread)
     else:
         with tokenising(target.tokenizer, config.features, sum(rows[name] for name in unfinished)) as parts_of:
-            run.forecast(unfinished)
-            speed = run.complete(unfinished, parts_of)
+            sample = run.sample(unfinished)
+            parts = parts_of(
+                unfinished, source.local_path
+            )  # a GPU's first pass, which loads its kernels, takes seconds
+            run.forecast(sample, unfinished)
+            speed = run.complete(unfinished, parts)
     summary = _finish(folder, sum(rows.values()), speed)
     audit = audit_masks(folder, [name for name in rows if folder.record(name).rows], target.tokenizer)
     folder.write_text(AUDIT, audit.model_dump_json(indent=1))
@@ -78,7 +83,8 @@ def extract_part(config: RunConfig, responses: Artifact, store: Store, target: T
     folder, source = store.stage("features", _key(config, responses, target)), store.open(responses)
     rows = {name: source.record(name).rows or 0}
     with tokenising(target.tokenizer, config.features, rows[name]) as parts_of:
-        _Extraction(config, source, folder, target, no_progress, rows).complete([name], parts_of)
+        parts = parts_of([name], source.local_path)
+        _Extraction(config, source, folder, target, no_progress, rows).complete([name], parts)
     return name
 
 
@@ -104,13 +110,13 @@ class _Extraction:
             template_hash=target.template_hash,
         )
 
-    def complete(self, names: list[str], parts_of: PartsOf) -> float:
-        """Extract these parts; tokens per second."""
+    def complete(self, names: list[str], parts: Iterator[Part]) -> float:
+        """Extract these parts, tokenised; tokens per second."""
         if not names:
             return 0.0
         self._start(names)
         with PartsWriter(self._folder, self._info, self._config.features.row_group_mb) as writers:
-            for part in parts_of(names, self._source.local_path):
+            for part in parts:
                 self._capture(part, writers)
         return self._speed()
 
@@ -125,14 +131,16 @@ class _Extraction:
             self._progress(self._done, self._total, f"{self._speed():,.0f} tokens/s")
         return self._speed()
 
-    def forecast(self, names: list[str]) -> None:
-        """Refuse what the disk will not hold, judged by conversations from all over the parts."""
-        if not names:
-            return
-        chosen, settings = names[:: -(-len(names) // SAMPLE_PARTS)], self._config.features
-        limit, tokenizer = SAMPLE_CONVERSATIONS // len(chosen), self._target.tokenizer
+    def sample(self, names: list[str]) -> list[np.ndarray]:
+        """Token ids of some conversations from all over these parts."""
+        chosen, settings = names[:: -(-len(names) // SAMPLE_PARTS) or 1], self._config.features
+        limit, tokenizer = SAMPLE_CONVERSATIONS // (len(chosen) or 1), self._target.tokenizer
         parts = [encode_part(name, self._source.local_path(name), tokenizer, settings, limit) for name in chosen]
-        sample = [c.token_ids for part in parts for c in part.conversations]
+        return [c.token_ids for part in parts for c in part.conversations]
+
+    def forecast(self, sample: list[np.ndarray], names: list[str]) -> None:
+        """Refuse what the disk will not hold, judged by these conversations."""
+        settings = self._config.features
         if not sample or settings.encoding == "none":
             return  # there is nothing to store, or next to nothing
         measured = measure(self._target, sample, settings.max_tokens_per_batch, settings.encoding)

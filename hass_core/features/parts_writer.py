@@ -15,7 +15,7 @@ from hass_core.features.tokenised import Encoded, Part
 from hass_core.features.writer import FeatureWriter
 from hass_core.store import StageFolder
 
-WRITERS = 4  # parts at once
+WRITERS = 6  # parts at once
 BATCHES_HELD = 4  # computed but not yet written, of all parts together
 
 Batch = tuple[list[Encoded], Callable[[], list[Tensor]]]  # conversations, and what waits for their features

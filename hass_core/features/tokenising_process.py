@@ -1,9 +1,9 @@
-"""A process that tokenises parts of the responses: `python -m hass_core.features.tokenising_process FOLDER SETTINGS`.
+"""A process that tokenises parts of the responses.
 
 It loads the tokenizer, and neither torch nor the program that started it, which takes it a second; processes made by
-multiprocessing import the starter's main module too. It reads names and paths of parts from its input, a line of JSON
-each, and writes a byte when it is ready, then tokenised parts, each behind its length, until its input ends, which it
-does with the parent's life.
+multiprocessing import the starter's main module too. It is given the tokenizer's folder and the settings, reads names
+and paths of parts from its input, a line of JSON each, and writes a byte when it is ready, then tokenised parts, each
+behind its length, until its input ends, which it does with the parent's life.
 """
 
 import json
@@ -23,6 +23,8 @@ from hass_core.config import FeaturesConfig
 from hass_core.features.tokenised import Part, encode_part
 
 READY, LENGTH_BYTES = b"+", 8
+# some versions of transformers import torch for any tokenizer, which takes seconds, unless it is not to be had
+START = f"import sys; sys.modules['torch'] = None; from {__name__} import main; main()"
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ class TokenisingProcess:
 
     def __init__(self, folder: str, settings: FeaturesConfig):
         self.alive, self._ready = True, False
-        command = [sys.executable, "-m", __name__, folder, settings.model_dump_json()]
+        command = [sys.executable, "-c", START, folder, settings.model_dump_json()]
         variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=variables
@@ -97,7 +99,3 @@ def main() -> None:
             data = b""  # the parent tries it too and meets the error
         answers.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
         answers.flush()
-
-
-if __name__ == "__main__":
-    main()

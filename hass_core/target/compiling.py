@@ -1,6 +1,7 @@
 """torch.compile as this project uses it."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -28,8 +29,15 @@ class Compiled(Generic[P, R]):
     """`function` compiled twice: for a single token, and once for all other numbers of rows and tokens."""
 
     def __init__(self, function: Callable[P, R]):
-        self._single = compiled(function, tune=True)
-        self._several = compiled(function, any_shape=True)
+        self._function = function
+
+    @cached_property  # torch.compile's first call imports its compiler, which takes seconds
+    def _single(self) -> Callable[P, R]:
+        return compiled(self._function, tune=True)
+
+    @cached_property
+    def _several(self) -> Callable[P, R]:
+        return compiled(self._function, any_shape=True)
 
     def for_tokens(self, count: int) -> Callable[P, R]:
         """What to call with `count` tokens in all."""

@@ -14,7 +14,7 @@ from hass_core.errors import CorruptFile
 from hass_core.features import ahead
 from hass_core.features.ahead import tokenising
 from hass_core.features.tokenised import Part
-from hass_core.features.tokenising_process import TokenisingProcess
+from hass_core.features.tokenising_process import START, TokenisingProcess
 from tests.conftest import byte_tokenizer
 from tests.features.conftest import conversation, responses_artifact
 
@@ -39,6 +39,7 @@ def parts(source, tiny_target, config):
 @pytest.fixture
 def two_processes(monkeypatch):
     monkeypatch.setattr(ahead, "MANY_CONVERSATIONS", 1)
+    monkeypatch.setattr(ahead, "CORES_FOR_OTHERS", 0)
     monkeypatch.setattr(ahead, "CORES_PER_PROCESS", 1)
     monkeypatch.setattr(ahead, "MOST_PROCESSES", 2)
     monkeypatch.setattr(TokenisingProcess, "ready", lambda process: True)  # to be waited for
@@ -135,6 +136,23 @@ def test_processes_end_when_their_parent_is_killed(tmp_path):
         time.sleep(0.1)
 
 
-def test_a_process_needs_no_torch():
-    check = "import sys, hass_core.features.tokenising_process; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+@pytest.mark.timeout(60)
+def test_a_process_loads_no_torch_whatever_asks_for_it():
+    asking = START.replace("main()", "import torch")
+    ran = subprocess.run([sys.executable, "-c", asking], capture_output=True, text=True, check=False)
+    assert "import of torch halted" in ran.stderr
+
+
+@pytest.mark.timeout(60)
+def test_parts_are_begun_before_they_are_asked_for_and_dropped_when_they_are_not(source, tiny_target, config):
+    fetched = []
+
+    def fetch(name):
+        fetched.append(name)
+        return source.local_path(name)
+
+    with tokenising(tiny_target.tokenizer, config.features, 31) as parts_of:
+        parts_of(NAMES, fetch)
+        while not fetched:
+            time.sleep(0.01)
+    assert fetched == NAMES[:1]
