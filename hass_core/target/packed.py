@@ -8,6 +8,7 @@ Shapes: B rows, T tokens of all rows together, H hidden, A heads, KV key-value h
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import ModuleType
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hass_core import kernels
 from hass_core.target.fused import FusedRunner
+from hass_core.target.linear import Linear
 from hass_core.target.loader import Target
 from hass_core.target.rope import rotated
 
@@ -62,19 +65,48 @@ class PackedPass(FusedRunner):
             numbers = numbers.pin_memory().to(self.device, non_blocking=True)
         ids, places, borders = numbers.split([len(positions), len(positions), len(starts)])
         self.rope.grow(max(lengths))
-        turns = self.rope.at(places[None])
+        turns = torch.cat(self.rope.at(places[None]), dim=2)[0]
         rows = Rows(borders, max(lengths))
-        x = F.embedding(ids[None], self.embedding)
+        x = F.embedding(ids, self.embedding)
         for weights in self.layers:
-            x = self._after(x, self._attended(self._before(x, weights), turns, rows), weights)
-        return self._normed(x, self.final_norm)[0]
+            mixed = self._before(x[None], weights)[0]
+            x = added_product(self._attended(mixed, turns, rows), weights.o, x)
+            x = added_product(gate(weights.gate_up(self._normed(x, weights.mlp_norm))), weights.down, x)
+        return self._normed(x, self.final_norm)
 
-    def _attended(self, mixed: Tensor, turns: tuple[Tensor, Tensor], rows: Rows) -> Tensor:
-        """[1, T, A·d] from queries, keys and values [1, T, A + 2·KV, d]."""
+    def _attended(self, mixed: Tensor, turns: Tensor, rows: Rows) -> Tensor:
+        """[T, A·d] from queries, keys and values [T, A + 2·KV, d]."""
         kv = self.shape.num_key_value_heads
-        turning, values = mixed[0].split([self.heads + kv, kv], dim=1)
-        queries, keys = rotated(turning[None], *turns)[0].split([self.heads, kv], dim=1)
-        return attention(queries, keys, values, rows)[None].flatten(-2)
+        queries, keys = turn(mixed, turns, self.heads + kv).split([self.heads, kv], dim=1)
+        return attention(queries, keys, mixed[:, -kv:], rows).flatten(1)
+
+
+def gate(mixed: Tensor) -> Tensor:
+    """SiLU(gate) · up [T, I] from the gates and what they gate, side by side [T, 2·I]."""
+    if kernels.usable(mixed):
+        return _many_rows().gate(mixed)
+    gates, gated = mixed.chunk(2, dim=-1)
+    return F.silu(gates) * gated
+
+
+def turn(mixed: Tensor, turns: Tensor, heads: int) -> Tensor:
+    """The first heads of mixed [T, A + 2·KV, d], turned by cosines and signed sines [T, 2, d]."""
+    if kernels.usable(mixed):
+        return _many_rows().turn(mixed, turns, heads)
+    return rotated(mixed[:, :heads], turns[:, :1], turns[:, 1:])
+
+
+def added_product(x: Tensor, layer: Linear, residual: Tensor) -> Tensor:
+    """residual [T, O] + layer(x [T, I]), on a GPU in one launch."""
+    if x.is_cuda and layer.bias is None and layer.scale is None:
+        return torch.addmm(residual, x, layer.weight.t())
+    return residual + layer(x)
+
+
+def _many_rows() -> ModuleType:
+    from hass_core.kernels import many_rows  # Triton is there on a GPU only
+
+    return many_rows
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
