@@ -3,7 +3,7 @@
     python infra/evidence/features.py CONVERSATIONS.jsonl.gz --store DIR [--repeat 4] [--config smollm2-gpu] [--set …]
 
 Prints one JSON line: tokens, seconds of the whole stage from the loaded target to the manifest, tokens a second, beside
-those of the target's pass alone (`hass bench features`) in the same process. The file has one conversation a line, with
+those of the target's own pass alone and of capturing alone (`hass bench features`) in the same process. The file has one conversation a line, with
 a list of messages under "conversations".
 """
 
@@ -67,12 +67,14 @@ def main() -> None:
     features = extract_features(config, responses, store, target)
     seconds = time.perf_counter() - started
     tokens = features.summary["tokens"]
-    alone = bench_features(target=target, folder=Path(options.store)).prefill_tokens_per_second or 0.0
+    speed = bench_features(target=target, folder=Path(options.store))
+    alone, capture = speed.prefill_tokens_per_second or 0.0, speed.capture_tokens_per_second or 0.0
     record = {
         "conversations": features.summary["conversations"], "tokens": tokens,
         "gigabytes": round(features.summary["bytes"] / 1e9, 2),
         "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds),
         "prefill_tokens_per_second": round(alone), "share_of_prefill": round(tokens / seconds / alone, 3),
+        "capture_tokens_per_second": round(capture),
         "max_tokens_per_batch": config.features.max_tokens_per_batch,
     }  # fmt: skip
     print(json.dumps(record | provenance()))

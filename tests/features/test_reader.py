@@ -13,7 +13,7 @@ from hass_core.config import parse_config
 from hass_core.errors import CorruptFile, DraftMismatch
 from hass_core.features.encoding import bytes_per_token
 from hass_core.features.extract import extract_features
-from hass_core.features.reader import FeatureDataset
+from hass_core.features.reader import FeatureDataset, _is_finite
 from hass_core.features.schema import FeatureInfo
 from hass_core.features.writer import FeatureWriter
 from tests.features.conftest import responses_artifact
@@ -67,6 +67,13 @@ def test_a_row_with_nan_is_named(store):
     assert dataset[0].id == "good"
     with pytest.raises(CorruptFile, match=r"row 1 \(bad\): the features hold NaN"):
         dataset[1]
+
+
+def test_every_bfloat16_that_is_not_finite_is_seen():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    finite = every.isfinite()
+    assert _is_finite(every[finite])
+    assert not any(_is_finite(torch.stack([torch.tensor(-1.0).bfloat16(), number])) for number in every[~finite])
 
 
 @pytest.mark.parametrize("encoding", LOSSLESS + LOSSY)
@@ -131,7 +138,7 @@ def test_threads_read_a_row_group_once(store, monkeypatch):
     assert len(read) == 1
 
 
-def test_stream_gives_what_random_access_gives_and_both_can_run_in_threads(store):
+def test_stream_gives_what_random_access_gives_and_both_can_run_in_threads(store, monkeypatch):
     info = FeatureInfo(hidden_size=256, encoding="bf16", target_fingerprint="t", template_hash="h")
     folder = store.stage("features", {"stream": 1})
     for part in range(3):
@@ -142,8 +149,11 @@ def test_stream_gives_what_random_access_gives_and_both_can_run_in_threads(store
             for i in range(30):
                 split = "validation" if i % 5 == 0 else "train"
                 writer.add(f"{part}-{i}", split, [i] * 100, [1] * 100, torch.full((100, 256), float(part * 30 + i)))
-    dataset = FeatureDataset(store, folder.finish({}), "train", cache_bytes=2 << 20)
+    dataset, read = FeatureDataset(store, folder.finish({}), "train", cache_bytes=1), []
+    read_group = dataset._read_group
+    monkeypatch.setattr(dataset, "_read_group", lambda *place: (read.append(place), read_group(*place))[1])
     streamed = list(dataset.stream())
+    assert len(read) == len(set(read)) == len(dataset.blocks) > 3
     with ThreadPoolExecutor(4) as threads:
         picked = list(threads.map(dataset.__getitem__, range(len(dataset))))
     assert (
