@@ -3,8 +3,8 @@
     python infra/evidence/features.py CONVERSATIONS.jsonl.gz --store DIR [--repeat 4] [--config smollm2-gpu] [--set …]
 
 Prints one JSON line: tokens, seconds of the whole stage from the loaded target to the manifest, tokens a second, beside
-those of the target's own pass alone and of capturing alone (`hass bench features`) in the same process. The file has one conversation a line, with
-a list of messages under "conversations".
+those of the target's own pass alone and of capturing alone (`hass bench features`) in the same process. The file has
+one conversation a line, with a list of messages under "conversations".
 """
 
 import argparse
