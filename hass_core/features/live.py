@@ -29,6 +29,11 @@ class LiveFeatures:
         """As the stored dataset's."""
         return self._stored.blocks
 
+    @property
+    def groups_in_memory(self) -> int:
+        """As the stored dataset's."""
+        return self._stored.groups_in_memory
+
     def warm(self, indices: Sequence[int]) -> None:
         """As the stored dataset's; features are made when they are asked for."""
         self._stored.warm(indices)

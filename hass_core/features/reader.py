@@ -29,6 +29,7 @@ from hass_core.store import Artifact, StageFolder, Store
 
 SMALLEST_CACHE_BYTES = 2 << 30  # what training mixes, and what it mixes next
 CACHE_SHARE = 1 / 8  # of the machine's memory
+ROW_GROUP_BYTES = 64 << 20  # as the settings have it unless they are changed
 OPENING_THREADS, MOST_GROUPS_AHEAD = 8, 4
 
 
@@ -170,6 +171,11 @@ class FeatureDataset:
         """Have the row groups of these conversations in memory before they are asked for."""
         for file, row_group in dict.fromkeys(self._places[i][:2] for i in indices):
             self._group(file, row_group)
+
+    @property
+    def groups_in_memory(self) -> int:
+        """Row groups, of the usual size, that are kept in memory."""
+        return self._cache_bytes // ROW_GROUP_BYTES
 
     @property
     def blocks(self) -> np.ndarray:

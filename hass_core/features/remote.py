@@ -6,12 +6,14 @@ finds it there. Behind it stand the four bytes of its checksum: a copy that an e
 """
 
 import os
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
@@ -40,29 +42,50 @@ class RemoteGroups:
         """A file that holds row group `number` of a shard at its place. Raises StoreError, CorruptFile."""
         start, end = extent(footer, number)
         key = f"{self._folder.stage}/{self._folder.digest}/{name}.{number}"
+        fetch = partial(self._fetch, key, name, start, end)
         with self._folder.store.named_failures("read from"):
-            path = self._cache.get(key, None, partial(self._fetch, name, start, end))
+            path = self._cache.get(key, None, fetch)
             if key not in self._known and not _is_whole(path, start, end):
                 path.unlink()
-                path = self._cache.get(key, None, partial(self._fetch, name, start, end))
+                path = self._cache.get(key, None, fetch)
         self._known.add(key)
         return path
 
-    def _fetch(self, name: str, start: int, end: int, path: Path) -> None:
+    def _fetch(self, key: str, name: str, start: int, end: int, path: Path) -> None:
         url = f"{self._folder.url}/{name}"
         try:
             read = self._opened(url)
-            borders = [*range(start, end, PIECE_BYTES), end]
-            pieces = list(self._threads.map(read, borders[:-1], borders[1:]))
+            with path.open("wb", buffering=0) as file:
+                pieces = self._threads.map(partial(_copy_piece, read, file.fileno()), *pieces_of(start, end))
+                os.pwrite(file.fileno(), mark(pieces), end)
         except FileNotFoundError:
             raise CorruptFile(f"{url}: missing; remove {self._folder.url} and extract again") from None
-        if sum(map(len, pieces)) != end - start:
-            raise CorruptFile(f"{url}: truncated; remove {self._folder.url} and extract again")
-        with path.open("wb", buffering=0) as file:
-            file.seek(start)
-            for piece in pieces:
-                _write(file.fileno(), piece)
-            _write(file.fileno(), _mark(path, start, end))
+        except EOFError:
+            raise CorruptFile(f"{url}: truncated; remove {self._folder.url} and extract again") from None
+        self._known.add(key)
+
+
+def pieces_of(start: int, end: int) -> tuple[list[int], list[int]]:
+    """Where the pieces of a range begin, and where they end."""
+    borders = [*range(start, end, PIECE_BYTES), end]
+    return borders[:-1], borders[1:]
+
+
+def mark(checksums: Iterable[int]) -> bytes:
+    """Four bytes from the checksums of all pieces."""
+    return zlib.crc32(np.fromiter(checksums, np.uint32).tobytes()).to_bytes(MARK_BYTES, "little")
+
+
+def _copy_piece(read: ReadRange, handle: int, start: int, end: int) -> int:
+    """Put a piece in place; its checksum."""
+    data = read(start, end)
+    if len(data) != end - start:
+        raise EOFError
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(handle, view, start)
+        view, start = view[written:], start + written
+    return checksum(data)
 
 
 def extent(footer: pq.FileMetaData, number: int) -> tuple[int, int]:
@@ -97,21 +120,9 @@ def _arrow_s3(store: Store) -> pyarrow.fs.S3FileSystem:
 
 
 def _is_whole(path: Path, start: int, end: int) -> bool:
-    with path.open("rb") as file:
-        file.seek(end)
-        return file.read() == _mark(path, start, end)
-
-
-def _mark(path: Path, start: int, end: int) -> bytes:
-    """The checksum of what lies in the file, four bytes; of all zeros where less lies there."""
-    if path.stat().st_size < end:
-        return bytes(MARK_BYTES)
+    """Whether an earlier process's copy is what it was: such a process may have been killed, or the machine."""
+    if path.stat().st_size != end + MARK_BYTES:
+        return False
     with pa.memory_map(str(path)) as file:
-        file.seek(start)
-        return checksum(file.read_buffer(end - start)).to_bytes(MARK_BYTES, "little")
-
-
-def _write(handle: int, data: "bytes | pa.Buffer") -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(handle, view) :]
+        sums = (checksum(file.read_at(last - first, first)) for first, last in zip(*pieces_of(start, end), strict=True))
+        return mark(sums) == file.read_at(MARK_BYTES, end)

@@ -15,17 +15,22 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from hass_core.training.batch import Batch, Conversation, collate
-from hass_core.training.packing import PackStream
+from hass_core.training.packing import WINDOW_BLOCKS, PackStream
 from hass_core.training.padding import padded
 
 T = TypeVar("T")
-READERS = 2
+READERS = 4
 
 
 class Dataset(Protocol):
     """Random access to conversations."""
 
     def many(self, indices: Sequence[int]) -> Sequence[Conversation]: ...
+
+    @property
+    def groups_in_memory(self) -> int:
+        """Row groups that are kept in memory."""
+        ...
 
     def warm(self, indices: Sequence[int]) -> None:
         """Have in memory what these conversations need."""
@@ -75,8 +80,15 @@ def micro_batches(
     """For each optimizer step from `start_step` on, what makes this process's micro-batches."""
     packs = stream.passes(start_step * division.packs_per_step)
     steps = (division.mine(list(islice(packs, division.packs_per_step))) for _ in count())
-    for step in read_ahead(steps, feed.dataset, 3 * stream.window // 4):
+    ahead = int(windows_ahead(feed.dataset.groups_in_memory) * stream.window)
+    for step in read_ahead(steps, feed.dataset, ahead):
         yield partial(list, map(feed, step))
+
+
+def windows_ahead(groups_in_memory: int) -> float:
+    """How much to read before it is trained on. The window that is trained on has to stay in memory as well; and a
+    window's row groups are wanted all at once, so with less than a window they must come faster than they are used."""
+    return min(2.0, max(0.75, groups_in_memory / WINDOW_BLOCKS - 1.25))
 
 
 def read_ahead(steps: Iterator[list[list[int]]], dataset: Dataset, conversations: int) -> Iterator[list[list[int]]]:

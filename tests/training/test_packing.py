@@ -2,10 +2,11 @@
 
 from itertools import islice
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hass_core.training.feed import Division, read_ahead
+from hass_core.training.feed import Division, read_ahead, windows_ahead
 from hass_core.training.packing import WINDOW_BLOCKS, PackStream, packs_of_pass, sample_order
 
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=300)
@@ -98,3 +99,8 @@ def test_a_sample_is_drawn_from_all_over_and_goes_on_to_everything(count, seed):
     blocks = max(1, count // 64)
     if count >= 64:
         assert len({i * blocks // count for i in order[: 8 * blocks]}) == blocks
+
+
+@pytest.mark.parametrize(("groups", "windows"), [(0, 0.75), (32, 0.75), (40, 1.25), (52, 2.0), (500, 2.0)])
+def test_what_is_read_ahead_fits_the_memory_beside_what_is_trained_on(groups, windows):
+    assert windows_ahead(groups) == windows
