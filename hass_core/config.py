@@ -42,7 +42,11 @@ class TargetConfig(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Weights' type; auto = bfloat16 where the device computes it natively, else float32"
     )
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1 …")
+    device: str = Field(
+        default="auto",
+        description="auto, cpu, cuda, cuda:1 …; balanced spreads the layers of a target larger than one GPU over all, "
+        "which gives features only",
+    )
     trust_remote_code: bool = Field(default=False, description="Run Python code that ships with the model")
     license: str | None = Field(default=None, description="Its licence, for model cards; None = what its own card says")
 

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from hass_core.config import TargetConfig
 from hass_core.errors import TargetError, TemplateError
 
+SPREAD = "balanced"  # as accelerate calls it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,11 +47,16 @@ class Target:
     @property
     def head(self) -> Tensor:
         """Output projection [V, H]; takes the hidden state after the final norm."""
-        return cast(nn.Linear, self.model.get_output_embeddings()).weight
+        return cast(nn.Linear, self.model.get_output_embeddings()).weight.to(self.device)
 
     @property
     def device(self) -> torch.device:
         return self.embedding.device
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether its layers lie on several devices; its own pass takes care of that."""
+        return len({weight.device for weight in self.model.parameters()}) > 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +87,8 @@ def load_target(config: TargetConfig) -> Target:
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=str(device), **options)
+        placed = SPREAD if config.device == SPREAD and device.type == "cuda" else str(device)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=placed, **options)
     except (OSError, ValueError) as error:
         raise TargetError(f"cannot load the target {config.source!r}: {error}") from error
     if not tokenizer.chat_template:
@@ -117,8 +124,8 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU."""
-    if name == "auto":
+    """`auto` is the first GPU, or the CPU; a spread target begins there too."""
+    if name in ("auto", SPREAD):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
 

@@ -37,7 +37,7 @@ def packed_pass(target: Target) -> "PackedPass | None":
 def _made(target: Target) -> "PackedPass | None":
     if target.device.type != "cuda" or target.dtype not in FLASH_DTYPES or not FusedRunner.supports(target.model):
         return None
-    if len({weight.device for weight in target.model.parameters()}) > 1:
+    if target.is_spread:
         return None
     made = PackedPass(target)
     return made if made.rope.fixed and made.head_dim <= FLASH_HEAD_DIM and made.head_dim % 8 == 0 else None

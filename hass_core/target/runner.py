@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hass_core.errors import TargetError
 from hass_core.target.fused import FusedRunner
 from hass_core.target.generic import HFRunner
 from hass_core.target.kv_cache import KVCache
@@ -43,5 +44,10 @@ class Runner(Protocol):
 
 
 def make_runner(target: Target) -> Runner:
-    """The fastest runner that computes this target exactly."""
+    """The fastest runner that computes this target exactly. Raises TargetError for one on several GPUs."""
+    if target.is_spread:
+        raise TargetError(
+            f"the target {target.name} lies on several GPUs, which gives features only: load it on one to decode, or "
+            'have a server answer (responses.engine="openai")'
+        )
     return FusedRunner(target) if FusedRunner.supports(target.model) else HFRunner(target)
