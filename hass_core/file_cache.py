@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,18 +24,12 @@ class FileCache:
         self.folder, self.limit_bytes = folder, limit_bytes
         self._checked: set[tuple[str, str]] = set()
 
-    def get(self, key: str, sha256: str | None, download: Callable[[Path], None]) -> Path:
+    def get(self, key: str, sha256: str, download: Callable[[Path], None]) -> Path:
         """The copy named `key` whose content has this checksum; `download` fills a local path when there is none.
 
         A copy made by an earlier process is hashed once. Raises ValueError when the download's checksum differs.
-        With None for it the caller checks the content.
         """
         path = self.folder / key
-        if sha256 is None:
-            if not path.exists():
-                self._fetch(path, None, download)
-            os.utime(path)
-            return path
         known = (key, sha256) in self._checked and path.exists()
         if not known and not (path.exists() and sha256_of(path) == sha256):
             self._fetch(path, sha256, download)
@@ -42,9 +37,22 @@ class FileCache:
         os.utime(path)
         return path
 
+    def existing(self, key: str) -> Path | None:
+        """The copy named `key`, whose content the caller trusts or checks, if there is one."""
+        path = self.folder / key
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        return path
+
+    def put(self, key: str, write: Callable[[Path], None]) -> None:
+        """Have the copy named `key`: what `write` makes of a local path."""
+        self._fetch(self.folder / key, None, write)
+
     def _fetch(self, path: Path, sha256: str | None, download: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+        partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL}")
         try:
             download(partial)
             if sha256 is not None and sha256_of(partial) != sha256:
@@ -56,16 +64,11 @@ class FileCache:
 
     def _evict(self, keep: Path) -> None:
         files = [(path, path.stat()) for path in self.folder.rglob("*") if path.is_file()]
-        total = sum(_bytes_on_disk(stat) for _, stat in files)
+        total = sum(stat.st_size for _, stat in files)
         for path, stat in sorted(files, key=lambda item: item[1].st_mtime):
             if total <= self.limit_bytes:
                 return
             in_progress = path.suffix == PARTIAL and time.time() - stat.st_mtime < PARTIAL_SECONDS
             if path != keep and not in_progress:
                 path.unlink(missing_ok=True)  # whoever has it open reads on
-                total -= _bytes_on_disk(stat)
-
-
-def _bytes_on_disk(stat: os.stat_result) -> int:
-    """A sparse file takes less than its size."""
-    return min(stat.st_size, 512 * stat.st_blocks)
+                total -= stat.st_size

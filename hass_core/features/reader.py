@@ -156,6 +156,8 @@ class FeatureDataset:
         where = f"{self._folder.url}/{place.file}, row group {place.row_group}, row {row} ({group.ids[row]})"
         data, unchecked = group.features(row), row not in group.checked
         if unchecked and checksum(data) != group.checksums[row]:
+            if self._remote:  # perhaps only the local copy is bad
+                self._remote.forget(place.file, place.row_group)
             raise CorruptFile(f"{where}: the checksum of the features differs; remove the stage and extract again")
         try:
             features = decode(data, int(self.lengths[index]), self.info.hidden_size, self.info.encoding)
@@ -217,14 +219,12 @@ class FeatureDataset:
         return group
 
     def _read_group(self, name: str, number: int) -> _Group:
-        footer = self._footers.get(name)
-        if self._remote and footer:
-            path = self._remote.path(name, footer, number)
-        else:
-            path = self._folder.local_path(name, rows_checked=True)
+        if self._remote:
+            return _Group.of(self._remote.read(name, self._footers[name], number))
+        path = self._folder.local_path(name, rows_checked=True)
         with (
             _parquet_named(f"{self._folder.url}/{name}, row group {number}"),
-            pq.ParquetFile(path, memory_map=True, metadata=footer) as file,
+            pq.ParquetFile(path, memory_map=True) as file,
         ):
             return _Group.of(file.read_row_group(number))
 

@@ -1,5 +1,7 @@
 """Features in an S3 store: row groups come by range, are kept, and are checked."""
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -33,44 +35,78 @@ def other_machine(store: Store, tmp_path: Path, gigabytes: float = 1.0) -> Store
 
 
 def copies(store: Store) -> list[Path]:
-    return sorted(path for path in store.files.folder.rglob("*") if path.is_file())
+    return sorted(path for path in store.files.folder.rglob("*.arrow"))
 
 
-def test_rows_are_those_that_were_written_and_only_their_row_groups_come(s3_store, artifact, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "PIECE_BYTES", 300_000)
+def wait_for_copies(store: Store, count: int) -> None:
+    """They are written behind."""
+    deadline = time.monotonic() + 20
+    while len(copies(store)) < count:
+        assert time.monotonic() < deadline, copies(store)
+        time.sleep(0.01)
+
+
+def test_rows_are_those_that_were_written_and_only_their_row_groups_come(s3_store, artifact, tmp_path):
     store = other_machine(s3_store, tmp_path)
     dataset = FeatureDataset(store, artifact)
-    assert copies(store) == []
     assert int(dataset[ROWS].features[0, 0]) == ROWS
-    assert len(copies(store)) == 1
+    wait_for_copies(store, 1)
     for i in torch.randperm(2 * ROWS).tolist():
         conversation = dataset[i]
         assert conversation.id == f"c{i}"
         assert conversation.token_ids.tolist() == list(range(TOKENS))
         assert (conversation.features == float(i)).all()
-    assert len(copies(store)) == len(dataset.blocks)
+    assert list(store.files.folder.rglob("*.parquet")) == []
 
 
-def test_copies_of_an_earlier_process_are_used_if_they_are_whole(s3_store, artifact, tmp_path, monkeypatch):
+def test_copies_of_an_earlier_process_are_used_where_they_are_whole(s3_store, s3_proxy, artifact, tmp_path):
     store = other_machine(s3_store, tmp_path)
-    FeatureDataset(store, artifact).warm(range(2 * ROWS))
-    damaged, short = copies(store)[:2]
-    content = bytearray(damaged.read_bytes())
-    content[-100] ^= 1
-    damaged.write_bytes(content)
-    short.write_bytes(short.read_bytes()[:-5000])
-    fetch, fetched = remote.RemoteGroups._fetch, []
-    monkeypatch.setattr(remote.RemoteGroups, "_fetch", lambda *given: fetched.append(given[-1]) or fetch(*given))
-    again = FeatureDataset(store, artifact)
+    dataset = FeatureDataset(store, artifact)
+    for i, first in enumerate(dataset.blocks):
+        dataset.warm([first])
+        wait_for_copies(store, i + 1)
+    again = FeatureDataset(store, artifact, cache_bytes=1)
+    s3_proxy.fail("500")
     assert all((again[i].features == float(i)).all() for i in range(2 * ROWS))
-    assert [path.name.split(".parquet.")[1].split(".")[0] for path in fetched] == ["0", "1"]
+    short = copies(store)[0]
+    short.write_bytes(short.read_bytes()[:-5000])
+    with pytest.raises(StoreError, match="cannot read from the store"):
+        again[0]
+    s3_proxy.mode = "pass"
+    assert (again[0].features == 0.0).all()
 
 
-def test_copies_stay_within_the_caches_bound(s3_store, artifact, tmp_path):
-    store = other_machine(s3_store, tmp_path, gigabytes=0.005)
+def test_a_damaged_copy_is_found_and_forgotten(s3_store, artifact, tmp_path):
+    store = other_machine(s3_store, tmp_path)
+    FeatureDataset(store, artifact).warm([0])
+    wait_for_copies(store, 1)
+    (copy,) = copies(store)
+    content = bytearray(copy.read_bytes())
+    content[len(content) // 2] ^= 1
+    copy.write_bytes(content)
+    rows = range(int(FeatureDataset(store, artifact).blocks[1]))
+    with pytest.raises(CorruptFile, match="the checksum of the features differs"):
+        [FeatureDataset(store, artifact)[i] for i in rows]
+    again = FeatureDataset(store, artifact)
+    assert all((again[i].features == float(i)).all() for i in rows)
+
+
+def test_copies_stay_within_the_caches_bound_and_a_slow_disk_holds_nothing_up(
+    s3_store, artifact, tmp_path, monkeypatch
+):
+    store = other_machine(s3_store, tmp_path, gigabytes=0.004)
     dataset = FeatureDataset(store, artifact, cache_bytes=1)
-    assert all((dataset[i].features == float(i)).all() for i in range(2 * ROWS))
-    assert 2 <= len(copies(store)) <= 5
+    for _ in range(2):
+        for first in dataset.blocks:
+            dataset.warm([first])
+            time.sleep(0.05)
+    wait_for_copies(store, 2)
+    assert sum(path.stat().st_size for path in copies(store)) <= 4e6
+    stopped, write = threading.Event(), remote._write
+    monkeypatch.setattr(remote, "_write", lambda *given: stopped.wait(60) and write(*given))
+    other = FeatureDataset(other_machine(s3_store, tmp_path / "slow"), artifact, cache_bytes=1)
+    assert all((other[i].features == float(i)).all() for i in range(2 * ROWS))
+    stopped.set()
 
 
 def test_a_server_that_fails_is_named_and_the_data_comes_when_it_is_back(s3_store, s3_proxy, artifact, tmp_path):
