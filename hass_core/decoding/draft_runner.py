@@ -3,17 +3,24 @@
 Shapes: B batch, T rows, A heads, KV key-value heads, d head size, H hidden.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hass_core import kernels
 from hass_core.model.draft import DraftModel
 from hass_core.target.compiling import Compiled, compiled
 from hass_core.target.fused import joined
 from hass_core.target.kv_cache import KVCache, LayerShape
 from hass_core.target.linear import Linear, few_rows
 from hass_core.target.placement import Placement, place
+from hass_core.target.quickest import Quickest
 from hass_core.target.rope import RopeTable
+
+if TYPE_CHECKING:  # Triton is there on a GPU only
+    from hass_core.kernels.layer_pass import LayerPass
 
 
 class DraftRunner:
@@ -38,6 +45,10 @@ class DraftRunner:
         self.rope = RopeTable(model.rotary, self.device, self.dtype)
         self._compiled = (Compiled(self._before), Compiled(self._after)) if self.device.type == "cuda" else None
         self._paired = compiled(self._pair, any_shape=True)
+        self._pass: LayerPass | None = None
+        normless = isinstance(self._q_norm, nn.Identity)
+        self._may_be_one_launch = self.rope.fixed and normless and kernels.roomy(self._norm)
+        self._quickest = Quickest()
 
     def new_cache(self, batch_size: int, slots: int) -> KVCache:
         """An empty cache of one layer."""
@@ -57,11 +68,15 @@ class DraftRunner:
 
         They are written `offset` slots behind the live lengths, and see what `hass_core.target.placement.place` says.
         """
-        where = place(token_ids.shape[1], cache, visible, self.group, self.dtype, offset)
         turns = self.rope.at(position_ids)
         count = token_ids.numel()
+        where = place(token_ids.shape[1], cache, visible, self.group, self.dtype, offset)
         if cache.steady and self._silu and count >= self._fewest and few_rows(features, count):
-            return self._few_rows(self._paired(token_ids, features), turns, where, cache)
+            pairs = self._paired(token_ids, features)
+            ways = {"several launches": lambda: self._few_rows(pairs, turns, where, cache)}
+            if self._may_be_one_launch:
+                ways["one launch"] = lambda: self._in_one_launch(pairs, turns, cache, visible, offset)
+            return self._quickest((count, visible is None), ways)
         before, after = self._before, self._after
         if self._compiled and cache.steady:
             before, after = self._compiled[0].for_tokens(count), self._compiled[1].for_tokens(count)
@@ -81,6 +96,19 @@ class DraftRunner:
         attended = where.attention(self._heads(product(u, self._qkv)), *turns, *cache.layers[0])
         y, ready = added_product_to_norm(attended, self._o, u, Norm(self._norm, self._eps))
         return added_product(product(ready, self._gate_up, gated=True), self._down, y)
+
+    def _in_one_launch(
+        self, pairs: Tensor, turns: tuple[Tensor, Tensor], cache: KVCache, visible: Tensor | None, offset: int
+    ) -> Tensor:
+        """The same in a single launch, which knows no norms of queries and keys."""
+        if self._pass is None:
+            from hass_core.kernels.layer_pass import LayerParts, LayerPass, Sizes  # Triton is there on a GPU only
+
+            parts = LayerParts(self._qkv, self._o, self._gate_up, self._down, self._norm, self._norm)
+            hidden, inner = self._down.weight.shape
+            sizes = Sizes(hidden, self.heads, self.shape.num_key_value_heads, self.head_dim, inner)
+            self._pass = LayerPass([parts], sizes, self._eps, self._fc)
+        return self._pass(pairs, None, turns, cache, offset, visible)
 
     def _pair(self, token_ids: Tensor, features: Tensor) -> Tensor:
         """[B, T, 2H]: the tokens' embeddings and the features."""

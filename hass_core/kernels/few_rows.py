@@ -104,9 +104,9 @@ def _launch(
         x, scaled and scaled.squares, layer.weight, layer.scale, layer.bias, residual, norm and norm.weight, out,
         values, squares, scaled.eps if scaled else 0.0, made_by, rows, outputs, INPUTS=inputs,
         ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=tiles.columns, STEP=tiles.step,
-        SHRUNK=triton.next_power_of_2(made_by) if scaled else 0, SCALE=layer.scale is not None,
+        STAGES=tiles.stages, SHRUNK=triton.next_power_of_2(made_by) if scaled else 0, SCALE=layer.scale is not None,
         BIAS=layer.bias is not None, GATED=gated, RESIDUAL=residual is not None, NORM=norm is not None,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps,
     )  # fmt: skip
     return out, values, squares
 
@@ -114,23 +114,21 @@ def _launch(
 @triton.jit
 def _product(
     x, x_squares, weight, scale, bias, residual, norm, out, values, squares, eps, made_by, rows, outputs,
-    INPUTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, SHRUNK: tl.constexpr,
-    SCALE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+    INPUTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    SHRUNK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
     """Program: COLUMNS outputs of all rows."""
     row = tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     real, inside = row < rows, column < outputs
-    summed, ungated = _sums(x, weight, rows, outputs, row, column, INPUTS, ROWS, COLUMNS, STEP, GATED)
+    summed, ungated = sums(x, weight, rows, outputs, outputs, row, column, INPUTS, ROWS, COLUMNS, STEP, STAGES, GATED)
     if SCALE:
         summed *= tl.load(scale + column, mask=inside, other=0.0)[None, :]
         if GATED:
             ungated *= tl.load(scale + outputs + column, mask=inside, other=0.0)[None, :]
     if SHRUNK:
-        maker = tl.arange(0, SHRUNK)
-        held = (maker < made_by)[:, None] & real[None, :]
-        made = tl.load(x_squares + maker[:, None] * rows + row[None, :], mask=held, other=0.0)
-        shrink = tl.rsqrt(tl.sum(made, 0) / INPUTS + eps)[:, None]
+        shrink = norm_left(squares_made(x_squares, made_by, rows, row, SHRUNK), eps, INPUTS)[:, None]
         summed *= shrink
         ungated *= shrink
     if BIAS:
@@ -152,24 +150,38 @@ def _product(
 
 
 @triton.jit
-def _sums(
-    x, weight, rows, outputs, row, column,
-    INPUTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GATED: tl.constexpr,
+def squares_made(squares, made_by, rows, row, SHRUNK: tl.constexpr):
+    """[SHRUNK, ROWS]: the sums of squares that `made_by` programs left of the inputs' rows `row`."""
+    maker = tl.arange(0, SHRUNK)
+    held = (maker < made_by)[:, None] & (row < rows)[None, :]
+    return tl.load(squares + maker[:, None] * rows + row[None, :], mask=held, other=0.0)
+
+
+@triton.jit
+def norm_left(made, eps, INPUTS: tl.constexpr):
+    """1 / rms of the inputs' rows, from what `squares_made` returned."""
+    return tl.rsqrt(tl.sum(made, 0) / INPUTS + eps)
+
+
+@triton.jit
+def sums(
+    x, weight, rows, outputs, apart, row, column, INPUTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
-    """x · weightᵀ at the rows and columns, and of what they gate."""
+    """x · weightᵀ at the rows and columns, and if PAIRED at the columns `apart` behind those."""
     real, inside, step = row < rows, column < outputs, tl.arange(0, STEP)
     own_rows = x + row[:, None] * INPUTS
     own_weight = weight + column[None, :].to(tl.int64) * INPUTS
-    gated_weight = own_weight + outputs.to(tl.int64) * INPUTS
+    other_weight = weight + (column + apart)[None, :].to(tl.int64) * INPUTS
     summed = tl.zeros([ROWS, COLUMNS], tl.float32)
-    ungated = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, INPUTS, STEP):
+    other = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in tl.range(0, INPUTS, STEP, num_stages=STAGES):
         place = first + step
         held = (place < INPUTS) | (INPUTS % STEP == 0)
         part = tl.load(own_rows + place[None, :], mask=real[:, None] & held[None, :], other=0.0)
         columns = tl.load(own_weight + place[:, None], mask=inside[None, :] & held[:, None], other=0.0)
         summed = tl.dot(part, columns.to(part.dtype), summed, input_precision="ieee")
-        if GATED:
-            columns = tl.load(gated_weight + place[:, None], mask=inside[None, :] & held[:, None], other=0.0)
-            ungated = tl.dot(part, columns.to(part.dtype), ungated, input_precision="ieee")
-    return summed, ungated
+        if PAIRED:
+            columns = tl.load(other_weight + place[:, None], mask=inside[None, :] & held[:, None], other=0.0)
+            other = tl.dot(part, columns.to(part.dtype), other, input_precision="ieee")
+    return summed, other

@@ -17,9 +17,7 @@ def check_gate() -> None:
         torch.testing.assert_close(gate(mixed), expected, atol=1e-5, rtol=1e-5)
     exact = torch.randn(4, 2 * COLUMNS, device=DEVICE).bfloat16()
     expected = F.silu(exact[:, :COLUMNS]) * exact[:, COLUMNS:]
-    torch.testing.assert_close(
-        gate(exact), expected, atol=0.0, rtol=0.016
-    )  # two bits: the interpreter rounds down
+    torch.testing.assert_close(gate(exact), expected, atol=0.0, rtol=0.016)  # two bits: the interpreter rounds down
 
 
 def check_turn() -> None:

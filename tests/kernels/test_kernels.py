@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("program", ["check_decoding.py", "check_distill.py", "check_many_rows.py"])
+@pytest.mark.parametrize("program", ["decoding", "distill", "layer_pass", "many_rows"])
 def test_kernels_compute_what_pytorch_computes(program):
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name(program))],
+        [sys.executable, str(Path(__file__).with_name(f"check_{program}.py"))],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", **interpreted},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
