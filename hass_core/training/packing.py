@@ -9,6 +9,7 @@ window is mixed: whatever the data's size, what is read is used before it is for
 
 import bisect
 from collections.abc import Iterator, Sequence
+from itertools import count
 
 import numpy as np
 
@@ -29,15 +30,20 @@ def packs_of_pass(
 
     `blocks`: the first conversation of each row group, ascending.
     """
+    return list(_packs_by_window(np.asarray(lengths), tokens_per_pack, seed, number, blocks))
+
+
+def _packs_by_window(
+    lengths: np.ndarray, tokens_per_pack: int, seed: int, number: int, blocks: Sequence[int] | np.ndarray | None
+) -> Iterator[list[int]]:
+    """As `packs_of_pass`, each window packed when it is reached: a whole pass would hold a training step up."""
     generator = np.random.default_rng((seed, number))
     parts = divided(len(lengths), blocks)
     drawn = [parts[i] for i in generator.permutation(len(parts))]
-    packs: list[list[int]] = []
     for window in _windows(drawn):
         mixed = generator.permutation(window)
-        filled = best_fit(mixed, np.asarray(lengths)[mixed], tokens_per_pack)
-        packs += [filled[i] for i in generator.permutation(len(filled))]
-    return packs
+        filled = best_fit(mixed, lengths[mixed], tokens_per_pack)
+        yield from (filled[i] for i in generator.permutation(len(filled)))
 
 
 def _windows(blocks: list[np.ndarray]) -> Iterator[np.ndarray]:
@@ -98,18 +104,19 @@ class PackStream:
 
     def passes(self, start: int = 0) -> Iterator[list[int]]:
         """Packs from number `start` on, counted from the first pass."""
-        number = 0
-        while True:
-            packs = self._packs(number)
-            yield from packs[start:]
-            start, number = max(0, start - len(packs)), number + 1
+        for number in count():
+            for pack in self._packs(number):
+                if start:
+                    start -= 1
+                else:
+                    yield pack
 
     def packs_in(self, passes: float) -> int:
         """Packs of so many passes; a part of a pass counts in proportion, rounded up."""
         total, number = 0, 0
         while passes > 0:
-            count = len(self._packs(number))
-            total += int(np.ceil(count * min(1.0, passes)))
+            packs = sum(1 for _ in self._packs(number))
+            total += int(np.ceil(packs * min(1.0, passes)))
             passes, number = passes - 1, number + 1
         return total
 
@@ -119,5 +126,5 @@ class PackStream:
         blocks = len(divided(len(self.lengths), self.blocks))
         return min(WINDOW, WINDOW_BLOCKS * len(self.lengths) // max(1, blocks))
 
-    def _packs(self, number: int) -> list[list[int]]:
-        return packs_of_pass(self.lengths, self.tokens_per_pack, self.seed, number, self.blocks)
+    def _packs(self, number: int) -> Iterator[list[int]]:
+        return _packs_by_window(self.lengths, self.tokens_per_pack, self.seed, number, self.blocks)
