@@ -35,6 +35,8 @@ target = freeze(tiny_llama(), byte_tokenizer(), name="tiny")
 with PartialState().main_process_first():
     features = store_features(store, target)
 config = division(1, 2, sys.argv[2])
+if os.environ.get("RECOMPUTE"):
+    config = config.model_copy(update={"training": config.training.model_copy(update={"recompute": True})})
 if os.environ.get("AS_CAPTURED"):  # all that surrounds a CUDA graph, without the graph
     config = config.model_copy(update={"training": config.training.model_copy(update={"compile": True})})
     train.Alignment.compile_parts = lambda alignment: None
@@ -81,7 +83,9 @@ def test_four_micro_batches_of_one_pack_equal_one_of_four(tmp_path, tiny_target)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variables", [{}, {"AS_CAPTURED": "1"}], ids=["DDP", "as captured"])
+@pytest.mark.parametrize(
+    "variables", [{}, {"AS_CAPTURED": "1"}, {"RECOMPUTE": "1"}], ids=["DDP", "as captured", "DDP, layers again"]
+)
 def test_two_processes_equal_one(tmp_path, tiny_target, variables):
     assert two_processes(tmp_path / "two", **variables) == [0, 0]
     (weights,) = (tmp_path / "two" / "draft").glob("*/model.safetensors")
@@ -89,9 +93,13 @@ def test_two_processes_equal_one(tmp_path, tiny_target, variables):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_weights_divided_between_two_processes_give_the_losses_of_one(tmp_path, tiny_target, optimizer):
-    assert two_processes(tmp_path / "two", optimizer, ACCELERATE_USE_FSDP="true") == [0, 0]
+@pytest.mark.parametrize(
+    ("optimizer", "variables"),
+    [("adamw", {}), ("muon", {}), ("adamw", {"RECOMPUTE": "1"})],
+    ids=["adamw", "muon", "layers again"],
+)
+def test_weights_divided_between_two_processes_give_the_losses_of_one(tmp_path, tiny_target, optimizer, variables):
+    assert two_processes(tmp_path / "two", optimizer, ACCELERATE_USE_FSDP="true", **variables) == [0, 0]
     (two,) = (tmp_path / "two" / "draft").glob("*/")
     store = Store(tmp_path / "one")
     artifact = train_draft(division(4, 1, optimizer), store_features(store, tiny_target), store, tiny_target)
