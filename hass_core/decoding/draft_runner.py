@@ -48,7 +48,7 @@ class DraftRunner:
         self._pass: LayerPass | None = None
         normless = isinstance(self._q_norm, nn.Identity)
         self._may_be_one_launch = self.rope.fixed and normless and kernels.roomy(self._norm)
-        self._quickest = Quickest()
+        self.quickest = Quickest()
 
     def new_cache(self, batch_size: int, slots: int) -> KVCache:
         """An empty cache of one layer."""
@@ -76,7 +76,7 @@ class DraftRunner:
             ways = {"several launches": lambda: self._few_rows(pairs, turns, where, cache)}
             if self._may_be_one_launch:
                 ways["one launch"] = lambda: self._in_one_launch(pairs, turns, cache, visible, offset)
-            return self._quickest((count, visible is None), ways)
+            return self.quickest((count, visible is None), ways)
         before, after = self._before, self._after
         if self._compiled and cache.steady:
             before, after = self._compiled[0].for_tokens(count), self._compiled[1].for_tokens(count)

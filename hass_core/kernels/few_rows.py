@@ -7,14 +7,17 @@ w ⊙ x and its sums of squares, and the next one divides its result. A decoder 
 
 The sums of squares are kept one per program and added in order: the same input gives the same bits.
 
-Weights may be of 8 bits with a scale per output: half the reading; the products are those of 16-bit numbers.
+Weights may be of 8 bits with a scale per output: half the reading. Their products are those of float16, to which fp8
+numbers turn exactly and in one instruction. So little is read then that some programs share an output's inputs; the
+last of them adds up. A single row has a kernel of its own, `hass_core.kernels.one_row`.
 
 Shapes: R rows, I inputs, O outputs, P programs that made the inputs.
 """
 
 # where Triton is installed, a type checker takes its language for Python
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
-# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,7 +25,12 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from hass_core.kernels.grid import is_last
+from hass_core.kernels.one_row import one_row_product
+
 MOST_ROWS = 64
+MOST_SHARED = 4096  # tiles of a product whose inputs are shared among programs
+MOST_HALF = tl.constexpr(65504.0)  # of float16
 
 
 class Layer(Protocol):
@@ -49,12 +57,13 @@ class Norm(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """How a product is cut: outputs a program, inputs a step; and Triton's launch settings."""
+    """How a product is cut: outputs a program, inputs a step, programs that share the inputs; and Triton's settings."""
 
     columns: int
     step: int
     warps: int
     stages: int
+    splits: int = 1
 
 
 def product(x: Tensor | Scaled, layer: Layer, gated: bool = False, tiles: Tiles | None = None) -> Tensor:
@@ -79,13 +88,27 @@ def added_product_to_norm(
     return out, Scaled(values, squares, norm.eps)
 
 
-def tiles_for(inputs: int, outputs: int) -> Tiles:
+def tiles_for(inputs: int, outputs: int, rows: int = MOST_ROWS, eight_bits: bool = False) -> Tiles:
     """The cut that measured fastest, or nearly so, on an H100 for products of about this size."""
+    if rows == 1:
+        return _tiles_for_one_row(inputs, outputs)
+    if eight_bits and rows <= 16 and inputs >= 2048 and outputs >= 2048:
+        if outputs >= 8192:
+            return Tiles(64, 256, 4, 3)
+        return Tiles(64, 256, 4, 4, 2) if outputs > 4096 else Tiles(32, 256, 4, 6, 2)
     if outputs >= 8192:
         return Tiles(64, 128 if inputs >= 2048 else 64, 4, 4)
     if outputs >= 2048:
         return Tiles(32, 128, 4, 4 if outputs > 4096 else 6)
     return Tiles(16, 128, 4, 5)
+
+
+def _tiles_for_one_row(inputs: int, outputs: int) -> Tiles:
+    """Stages mean nothing to it."""
+    step = min(2048, triton.next_power_of_2(inputs))
+    if inputs >= 8192 or outputs >= 32768:
+        return Tiles(4, step, 4 if inputs >= 8192 else 8, 1)
+    return Tiles(2, step, 4 if outputs >= 8192 else 8, 1) if inputs >= 2048 else Tiles(4, step, 4, 1)
 
 
 def _launch(
@@ -95,34 +118,87 @@ def _launch(
     scaled, x = (x, x.values) if isinstance(x, Scaled) else (None, x)
     inputs, outputs = x.shape[-1], len(layer.weight) // 2 if gated else len(layer.weight)
     x, rows = x.contiguous(), x.numel() // inputs
-    tiles = tiles or tiles_for(inputs, outputs)
+    tiles = tiles or tiles_for(inputs, outputs, rows, layer.scale is not None)
     programs, made_by = triton.cdiv(outputs, tiles.columns), len(scaled.squares) if scaled else 1
     out = x.new_empty(*x.shape[:-1], outputs)
     values = torch.empty_like(out) if norm else out
     squares = x.new_empty(programs if norm else 0, rows, dtype=torch.float32)
-    _product[(programs,)](
+    flags = {
+        "SHRUNK": triton.next_power_of_2(made_by) if scaled else 0, "SCALE": layer.scale is not None,
+        "BIAS": layer.bias is not None, "GATED": gated, "RESIDUAL": residual is not None, "NORM": norm is not None,
+    }  # fmt: skip
+    common = (
         x, scaled and scaled.squares, layer.weight, layer.scale, layer.bias, residual, norm and norm.weight, out,
-        values, squares, scaled.eps if scaled else 0.0, made_by, rows, outputs, INPUTS=inputs,
-        ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=tiles.columns, STEP=tiles.step,
-        STAGES=tiles.stages, SHRUNK=triton.next_power_of_2(made_by) if scaled else 0, SCALE=layer.scale is not None,
-        BIAS=layer.bias is not None, GATED=gated, RESIDUAL=residual is not None, NORM=norm is not None,
-        num_warps=tiles.warps,
+        values, squares, scaled.eps if scaled else 0.0, made_by,
+    )  # fmt: skip
+    if rows == 1:
+        one_row_product[(programs,)](
+            *common, outputs, INPUTS=inputs, COLUMNS=tiles.columns, STEP=tiles.step, **flags, num_warps=tiles.warps
+        )
+        return out, values, squares
+    shared = tiles.splits > 1
+    partial = x.new_empty(tiles.splits, rows, len(layer.weight), dtype=torch.float32) if shared else None
+    _product[(programs, tiles.splits)](
+        *common, partial, _arrivals(x.device) if shared else None, rows, outputs, INPUTS=inputs,
+        ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=tiles.columns, STEP=tiles.step, STAGES=tiles.stages,
+        SPLITS=tiles.splits, **flags, num_warps=tiles.warps,
     )  # fmt: skip
     return out, values, squares
 
 
+@cache
+def _arrivals(device: torch.device) -> Tensor:
+    """Zero between launches: what programs that share inputs count with."""
+    return torch.zeros(MOST_SHARED, dtype=torch.int32, device=device)
+
+
 @triton.jit
 def _product(
-    x, x_squares, weight, scale, bias, residual, norm, out, values, squares, eps, made_by, rows, outputs,
-    INPUTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
-    SHRUNK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-    NORM: tl.constexpr,
+    x, x_squares, weight, scale, bias, residual, norm, out, values, squares, eps, made_by, partial, arrivals, rows,
+    outputs, INPUTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, SHRUNK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Program: COLUMNS outputs of all rows."""
-    row = tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    """Program: COLUMNS outputs of all rows, over its part of the inputs."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    row, column = tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
+    summed, ungated = sums(
+        x, weight, rows, outputs, outputs, row, column, INPUTS, ROWS, COLUMNS, STEP, STAGES, GATED, SPLITS, split
+    )
+    if SPLITS == 1:
+        _finish(
+            summed, ungated, x_squares, scale, bias, residual, norm, out, values, squares, eps, made_by, rows, outputs,
+            row, column, tile, INPUTS, SHRUNK, SCALE, BIAS, GATED, RESIDUAL, NORM,
+        )  # fmt: skip
+    else:
+        WIDE: tl.constexpr = 2 if GATED else 1
+        mask = (row < rows)[:, None] & (column < outputs)[None, :]
+        place = row[:, None] * outputs * WIDE + column[None, :]
+        tl.store(partial + split * rows * outputs * WIDE + place, summed, mask=mask)
+        if GATED:
+            tl.store(partial + split * rows * outputs * WIDE + place + outputs, ungated, mask=mask)
+        if is_last(arrivals + tile, SPLITS):
+            summed = tl.zeros([ROWS, COLUMNS], tl.float32)
+            ungated = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for part in tl.static_range(SPLITS):
+                there = partial + part * rows * outputs * WIDE + place
+                summed += tl.load(there, mask=mask, other=0.0, cache_modifier=".cg")
+                if GATED:
+                    ungated += tl.load(there + outputs, mask=mask, other=0.0, cache_modifier=".cg")
+            _finish(
+                summed, ungated, x_squares, scale, bias, residual, norm, out, values, squares, eps, made_by, rows,
+                outputs, row, column, tile, INPUTS, SHRUNK, SCALE, BIAS, GATED, RESIDUAL, NORM,
+            )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    summed, ungated, x_squares, scale, bias, residual, norm, out, values, squares, eps, made_by, rows, outputs, row,
+    column, tile, INPUTS: tl.constexpr, SHRUNK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+    GATED: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """What comes behind a product, and writing it."""
     real, inside = row < rows, column < outputs
-    summed, ungated = sums(x, weight, rows, outputs, outputs, row, column, INPUTS, ROWS, COLUMNS, STEP, STAGES, GATED)
     if SCALE:
         summed *= tl.load(scale + column, mask=inside, other=0.0)[None, :]
         if GATED:
@@ -145,8 +221,7 @@ def _product(
         wide = result.to(tl.float32)
         weights = tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(values + goal, (wide * weights[None, :]).to(out.dtype.element_ty), mask=mask)
-        own = tl.sum(tl.where(mask, wide * wide, 0.0), 1)
-        tl.store(squares + tl.program_id(0) * rows + row, own, mask=real)
+        tl.store(squares + tile * rows + row, tl.sum(tl.where(mask, wide * wide, 0.0), 1), mask=real)
 
 
 @triton.jit
@@ -166,22 +241,35 @@ def norm_left(made, eps, INPUTS: tl.constexpr):
 @triton.jit
 def sums(
     x, weight, rows, outputs, apart, row, column, INPUTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STEP: tl.constexpr, STAGES: tl.constexpr, PAIRED: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr, PAIRED: tl.constexpr, SPLITS: tl.constexpr = 1, split=0,
 ):  # fmt: skip
-    """x · weightᵀ at the rows and columns, and if PAIRED at the columns `apart` behind those."""
+    """x · weightᵀ at the rows and columns, and if PAIRED at the columns `apart` behind those; over every SPLITS-th part
+    of the inputs."""
+    SHARE: tl.constexpr = (INPUTS + SPLITS * STEP - 1) // (SPLITS * STEP) * STEP
+    EVEN: tl.constexpr = INPUTS % (SPLITS * STEP) == 0
     real, inside, step = row < rows, column < outputs, tl.arange(0, STEP)
     own_rows = x + row[:, None] * INPUTS
     own_weight = weight + column[None, :].to(tl.int64) * INPUTS
     other_weight = weight + (column + apart)[None, :].to(tl.int64) * INPUTS
     summed = tl.zeros([ROWS, COLUMNS], tl.float32)
     other = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in tl.range(0, INPUTS, STEP, num_stages=STAGES):
-        place = first + step
-        held = (place < INPUTS) | (INPUTS % STEP == 0)
+    for first in tl.range(0, SHARE, STEP, num_stages=STAGES):
+        place = split * SHARE + first + step
+        held = (place < INPUTS) | EVEN
         part = tl.load(own_rows + place[None, :], mask=real[:, None] & held[None, :], other=0.0)
         columns = tl.load(own_weight + place[:, None], mask=inside[None, :] & held[:, None], other=0.0)
+        part = as_factor(part, columns)
         summed = tl.dot(part, columns.to(part.dtype), summed, input_precision="ieee")
         if PAIRED:
             columns = tl.load(other_weight + place[:, None], mask=inside[None, :] & held[:, None], other=0.0)
             other = tl.dot(part, columns.to(part.dtype), other, input_precision="ieee")
     return summed, other
+
+
+@triton.jit
+def as_factor(x, weights):
+    """Inputs in the type that products with these weights are taken in."""
+    if weights.dtype == tl.float8e4nv and x.dtype == tl.bfloat16:
+        return tl.clamp(x.to(tl.float32), -MOST_HALF, MOST_HALF).to(tl.float16)
+    else:
+        return x

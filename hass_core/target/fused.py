@@ -66,7 +66,7 @@ class FusedRunner:
         self._compiled = (Compiled(self._before), Compiled(self._after)) if self.device.type == "cuda" else None
         self._pass: LayerPass | None = None
         self._may_be_one_launch = self.capturable and self.layers[0].q_norm is None and kernels.roomy(self.embedding)
-        self._quickest = Quickest()
+        self.quickest = Quickest()
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
@@ -92,19 +92,19 @@ class FusedRunner:
         count, group = token_ids.numel(), self.heads // self.shape.num_key_value_heads
         turns = self.rope.at(position_ids)
         where = place(token_ids.shape[1], cache, visible, group, self.dtype)
-        few = cache.steady and few_rows(self.embedding, count)
 
-        def in_several_launches() -> Tensor:
-            x = F.embedding(token_ids, self.embedding)
-            return self._few_rows(x, turns, where, cache) if few and count > 1 else self._layers(x, turns, where, cache)
+        def embedded() -> Tensor:
+            return F.embedding(token_ids, self.embedding)
 
-        def in_one_launch() -> Tensor:
-            return self._in_one_launch(F.embedding(token_ids, self.embedding), turns, cache, visible)
-
-        if few and self._may_be_one_launch:
-            ways = {"several launches": in_several_launches, "one launch": in_one_launch}
-            return self._normed(self._quickest((count, visible is None), ways), self.final_norm)
-        return self._normed(in_several_launches(), self.final_norm)
+        if not (cache.steady and few_rows(self.embedding, count)):
+            return self._normed(self._layers(embedded(), turns, where, cache), self.final_norm)
+        ways = {"few rows": lambda: self._few_rows(embedded(), turns, where, cache)}
+        if count == 1:
+            compiled = {"compiled": lambda: self._layers(embedded(), turns, where, cache)}
+            ways = compiled | (ways if self.capturable else {})
+        if self._may_be_one_launch:
+            ways["one launch"] = lambda: self._in_one_launch(embedded(), turns, cache, visible)
+        return self._normed(self.quickest((count, visible is None), ways), self.final_norm)
 
     def _layers(self, x: Tensor, turns: tuple[Tensor, Tensor], where: Placement, cache: KVCache) -> Tensor:
         """The last layer's output [B, T, H]."""

@@ -45,10 +45,8 @@ def random_target(shape: str, device: torch.device) -> Target:
     return Target(shape, "", model, cast(Any, None), "", "")
 
 
-def timed(shape: str, contexts: list[int], device: torch.device) -> dict[str, Any]:
-    """Microseconds by context length and kind of cycle."""
-    target = random_target(shape, device)
-    runner = make_runner(target)
+def drafters_of(target: Target) -> dict[str, TreeDrafter]:
+    """What to time by name: no draft, nodes that cost nothing, and the tree by vocabulary and bits of the weights."""
     model = DraftModel(DraftArchitecture.from_target_config(target.model.config), target.embedding).to(target.dtype)
     whole = DraftHead.from_target(target.head)
     small = DraftHead.from_target(target.head, torch.arange(min(SMALL_VOCABULARY, whole.size)))
@@ -56,6 +54,13 @@ def timed(shape: str, contexts: list[int], device: torch.device) -> dict[str, An
     for bits in ("", "_eight_bits"):
         for name, head in (("tree", whole), ("tree_vocabulary_32000", small)):
             drafters[name + bits] = Drafter(Draft(model, head, {}, eight_bits=bool(bits)), TREE)
+    return drafters
+
+
+def timed(shape: str, contexts: list[int], device: torch.device) -> dict[str, Any]:
+    """Microseconds by context length and kind of cycle."""
+    target = random_target(shape, device)
+    runner, drafters = make_runner(target), drafters_of(target)
     return {
         str(context): {
             name: round(1e6 * cycle_seconds(runner, drafter, cycles=CYCLES, context=context))

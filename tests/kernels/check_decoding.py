@@ -1,9 +1,11 @@
 """The decoding kernels beside PyTorch, on a GPU or in Triton's interpreter; run by test_kernels.py as a program."""
 
+from copy import copy
+
 import torch
 import torch.nn.functional as F
 
-from hass_core.kernels.few_rows import Norm, added_product, added_product_to_norm, product
+from hass_core.kernels.few_rows import Norm, Tiles, added_product, added_product_to_norm, product
 from hass_core.kernels.top_k import row_top_k
 from hass_core.kernels.tree_attention import tree_attention
 from hass_core.target.kv_cache import KVCache, LayerShape
@@ -52,24 +54,30 @@ def check_top_k(rows: int, size: int, k: int) -> None:
     assert row_top_k(logits, k)[2][0].isnan(), "a logit that is no number shows in the log-sum-exp"
 
 
+def layer_of(weight: torch.Tensor, bias: torch.Tensor | None = None, eight_bits: bool = False):
+    """A layer with the weights as the kernels take them, also on a CPU, and the weights that it stands for."""
+    own = Linear(weight, bias)
+    own.weight = weight
+    if not eight_bits:
+        return own, weight
+    own.weight, own.scale = rounded = in_eight_bits(weight)
+    return own, restored(*rounded, torch.float32)
+
+
+def random_layer(outputs: int, inputs: int, bias: torch.Tensor | None = None, eight_bits: bool = False):
+    return layer_of(torch.randn(outputs, inputs, device=DEVICE) / inputs**0.5, bias, eight_bits)
+
+
 def check_few_rows(rows: int, hidden: int, between: int, eight_bits: bool) -> None:
     """A residual, the norm behind it, a gated product of that, and back: as the second half of a decoder layer."""
-
-    def layer(weight, bias=None):
-        own = Linear(weight, bias)
-        own.weight = weight
-        if not eight_bits:
-            return own, weight
-        own.weight, own.scale = rounded = in_eight_bits(weight)
-        return own, restored(*rounded, torch.float32)
-
     x, residual = torch.randn(2, 1, rows, hidden, device=DEVICE)
     weight, bias = torch.rand(2, hidden, device=DEVICE)
     wide_bias = torch.rand(2 * between, device=DEVICE)
-    own_out, out = layer(torch.randn(hidden, hidden, device=DEVICE) / hidden**0.5, bias)
-    own_down, down = layer(torch.randn(hidden, between, device=DEVICE) / between**0.5)
-    own_gate_up, gate_up = layer(torch.randn(2 * between, hidden, device=DEVICE) / hidden**0.5)
-    own_biased, _ = layer(gate_up, wide_bias)
+    own_out, out = random_layer(hidden, hidden, bias, eight_bits)
+    own_down, down = random_layer(hidden, between, None, eight_bits)
+    own_gate_up, gate_up = random_layer(2 * between, hidden, None, eight_bits)
+    own_biased = copy(own_gate_up)
+    own_biased.bias = wide_bias
     y, ready = added_product_to_norm(x, own_out, residual, Norm(weight, 1e-5))
     plain = residual + F.linear(x, out, bias)
     torch.testing.assert_close(y, plain, atol=1e-4, rtol=1e-4)
@@ -83,11 +91,38 @@ def check_few_rows(rows: int, hidden: int, between: int, eight_bits: bool) -> No
     assert torch.equal(added_product_to_norm(x, own_out, residual, Norm(weight, 1e-5))[1].squares, ready.squares)
 
 
+def check_shared_inputs(rows: int, hidden: int, between: int, splits: int) -> None:
+    """Programs that share a product's inputs give what one gives; twice, since they count with what they leave."""
+    norm, residual = Norm(torch.rand(hidden, device=DEVICE), 1e-5), torch.randn(rows, hidden, device=DEVICE)
+    x = torch.randn(rows, between, device=DEVICE)
+    (down, _), (gate_up, _) = random_layer(hidden, between), random_layer(2 * between, hidden)
+    y, ready = added_product_to_norm(x, down, residual, norm)
+    gated = product(ready, gate_up, gated=True)
+    shared = Tiles(16, 16, 4, 2, splits)
+    for _ in range(2):
+        shared_y, shared_ready = added_product_to_norm(x, down, residual, norm, shared)
+        torch.testing.assert_close(shared_y, y, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(product(shared_ready, gate_up, True, shared), gated, atol=1e-5, rtol=1e-5)
+
+
+def check_half_precision(rows: int, hidden: int, outputs: int) -> None:
+    """Numbers beyond float16 are cut off there; the others are as exact as in bfloat16."""
+    layer, weight = random_layer(outputs, hidden, eight_bits=True)
+    x = torch.randn(rows, hidden, device=DEVICE).bfloat16()
+    expected = (x.float() @ weight.T).bfloat16()
+    torch.testing.assert_close(product(x, layer), expected, atol=1e-2, rtol=2e-2)
+    x[0, 0] = 1e30
+    assert product(x, layer).isfinite().all()
+
+
 torch.manual_seed(0)
 torch.backends.cuda.matmul.allow_tf32 = False
-for sizes in ((2, 64, 96), (10, 80, 128), (60, 576, 40), (17, 200, 33)):
+for sizes in ((1, 64, 96), (1, 200, 33), (2, 64, 96), (10, 80, 128), (60, 576, 40), (17, 200, 33)):
     for bits in (False, True):
         check_few_rows(*sizes, eight_bits=bits)
+for sizes in ((10, 80, 128, 2), (3, 64, 100, 3), (40, 576, 96, 4)):
+    check_shared_inputs(*sizes)
+check_half_precision(10, 128, 80)
 for case, sizes in ATTENTION.items():
     check_attention(case, *sizes)
 for sizes in ((3, 5000, 10), (2, 49152, 10), (1, 1024, 1), (4, 100, 7)):

@@ -1,0 +1,75 @@
+"""A linear layer for a single row, with what `hass_core.kernels.few_rows` puts around it.
+
+Matrix units want 16 rows; for one, each weight is multiplied where it arrives, and nothing but weights passes through.
+
+Shapes: I inputs, O outputs, P programs that made the inputs.
+"""
+
+# where Triton is installed, a type checker takes its language for Python
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+
+@triton.jit
+def one_row_product(
+    x, x_squares, weight, scale, bias, residual, norm, out, values, squares, eps, made_by, outputs,
+    INPUTS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, SHRUNK: tl.constexpr, SCALE: tl.constexpr,
+    BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Program: COLUMNS outputs. The arguments are those of `hass_core.kernels.few_rows`."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < outputs
+    summed, ungated = _sums(x, weight, column, outputs, inside, INPUTS, COLUMNS, STEP, GATED)
+    if SCALE:
+        summed *= tl.load(scale + column, mask=inside, other=0.0)
+        if GATED:
+            ungated *= tl.load(scale + outputs + column, mask=inside, other=0.0)
+    if SHRUNK:
+        maker = tl.arange(0, SHRUNK)
+        made = tl.load(x_squares + maker, mask=maker < made_by, other=0.0)
+        shrink = tl.rsqrt(tl.sum(made, 0) / INPUTS + eps)
+        summed *= shrink
+        ungated *= shrink
+    if BIAS:
+        summed += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        summed = summed * tl.sigmoid(summed) * ungated
+    if RESIDUAL:
+        summed += tl.load(residual + column, mask=inside, other=0.0).to(tl.float32)
+    result = summed.to(out.dtype.element_ty)
+    tl.store(out + column, result, mask=inside)
+    if NORM:
+        _to_norm(result.to(tl.float32), norm, values, squares, column, inside)
+
+
+@triton.jit
+def _to_norm(result, norm, values, squares, column, inside):
+    """The result times the norm's weight, and the sum of its squares."""
+    weights = tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(values + column, (result * weights).to(values.dtype.element_ty), mask=inside)
+    tl.store(squares + tl.program_id(0), tl.sum(tl.where(inside, result * result, 0.0), 0))
+
+
+@triton.jit
+def _sums(
+    x, weight, column, apart, inside, INPUTS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    PAIRED: tl.constexpr,
+):  # fmt: skip
+    """x · weightᵀ at the columns, and if PAIRED at the columns `apart` behind those."""
+    start = weight + column[:, None].to(tl.int64) * INPUTS
+    other_start = weight + (column + apart)[:, None].to(tl.int64) * INPUTS
+    summed = tl.zeros([COLUMNS, STEP], tl.float32)
+    other = tl.zeros([COLUMNS, STEP], tl.float32)
+    for first in range(0, INPUTS, STEP):
+        place = first + tl.arange(0, STEP)
+        held = (place < INPUTS) | (INPUTS % STEP == 0)
+        mask = inside[:, None] & held[None, :]
+        part = tl.load(x + place, mask=held, other=0.0).to(tl.float32)[None, :]
+        weights = tl.load(start + place[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+        summed += weights.to(tl.float32) * part
+        if PAIRED:
+            weights = tl.load(other_start + place[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+            other += weights.to(tl.float32) * part
+    return tl.sum(summed, 1), tl.sum(other, 1)
