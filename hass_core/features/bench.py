@@ -13,15 +13,14 @@ from typing import Any, cast, get_args
 import torch
 
 from hass_core.config import TargetConfig
+from hass_core.features.bench_store import bench_store
 from hass_core.features.reader import FeatureDataset
-from hass_core.features.schema import Encoding, FeatureInfo
-from hass_core.features.writer import FeatureWriter
-from hass_core.store import Artifact, Store
+from hass_core.features.schema import Encoding
+from hass_core.features.written import random_features
+from hass_core.store import Store
 from hass_core.target.capture import Capture
 from hass_core.target.loader import Target, load_target
 
-TOKENS_PER_CONVERSATION = 300
-CONVERSATIONS_PER_SHARD = 256
 REPEATS = 3
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65_536}
 
@@ -52,10 +51,8 @@ def bench_features(
     with tempfile.TemporaryDirectory(prefix="hass-bench-", dir=folder) as place:
         store = Store(place)
         disk = f"{os.major(os.stat(place).st_dev)}:{os.minor(os.stat(place).st_dev)}"
-        conversations = max(1, round(gigabytes * 1e9 / (2 * hidden_size * TOKENS_PER_CONVERSATION)))
-        size = conversations * TOKENS_PER_CONVERSATION * hidden_size * 2 / 1e9
         started = time.perf_counter()
-        artifact = _write(store, conversations, hidden_size, encoding)
+        artifact, conversations, size = random_features(store, hidden_size, gigabytes, encoding)
         write = size / (time.perf_counter() - started)
         cached = FeatureDataset(store, artifact, cache_bytes=int(size * 2e9) + 1)
         seconds = _best(lambda: sum(1 for _ in FeatureDataset(store, artifact, cache_bytes=1).stream()))
@@ -65,18 +62,6 @@ def bench_features(
         again = _best(lambda: [cached[i] for i in order])
     prefill, capture = _target_speed(target) if target else (None, None)
     return FeaturesSpeed(conversations, size, disk, write, size / seconds, size / again, prefill, capture)
-
-
-def _write(store: Store, conversations: int, hidden_size: int, encoding: Encoding) -> Artifact:
-    info = FeatureInfo(hidden_size=hidden_size, encoding=encoding, target_fingerprint="bench", template_hash="bench")
-    folder = store.stage("features", info.model_dump())
-    features = torch.randn(TOKENS_PER_CONVERSATION, hidden_size).bfloat16()
-    ids, mask = list(range(TOKENS_PER_CONVERSATION)), [1] * TOKENS_PER_CONVERSATION
-    for start in range(0, conversations, CONVERSATIONS_PER_SHARD):
-        with folder.writing(f"part-{start:08d}.parquet") as file, FeatureWriter(file.path, info) as writer:
-            for i in range(start, min(conversations, start + CONVERSATIONS_PER_SHARD)):
-                writer.add(f"c{i}", "train", ids, mask, features)
-    return folder.finish({})
 
 
 def _target_speed(target: Target, batches: int = 4, length: int = 256) -> tuple[float, float]:
@@ -122,10 +107,14 @@ def main() -> None:
     parser.add_argument("--encoding", choices=get_args(Encoding), default="bf16")
     parser.add_argument("--folder", type=Path, default=None, help="where to write (default: the temporary folder)")
     parser.add_argument("--target", default=None, help="measure extraction beside plain prefill with this target")
+    parser.add_argument("--store", default=None, help="measure a store elsewhere instead: s3://BUCKET/FOLDER")
     options = vars(parser.parse_args())
-    source = options.pop("target")
+    source, folder, url = (options.pop(name) for name in ("target", "folder", "store"))
+    if url:
+        print(json.dumps(asdict(bench_store(url, **options))))
+        return
     target = load_target(TargetConfig(source=source)) if source else None
-    print(json.dumps(asdict(bench_features(target=target, **options))))
+    print(json.dumps(asdict(bench_features(target=target, folder=folder, **options))))
 
 
 if __name__ == "__main__":

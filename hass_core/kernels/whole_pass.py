@@ -80,22 +80,9 @@ def whole_pass(
         wait_for_all(arrivals, passed, PTX)
 
         _residual_stage(
-            attended,
-            weight,
-            bias,
-            factor,
-            x,
-            norm,
-            normed,
-            squares,
-            rows,
-            HEADS * DIM,
-            HIDDEN,
-            ROWS,
-            OUT_CUT,
-            HAS_OUT_BIAS,
-            EIGHT,
-        )
+            attended, weight, bias, factor, x, norm, normed, squares, rows, HEADS * DIM, HIDDEN, ROWS, OUT_CUT,
+            HAS_OUT_BIAS, EIGHT,
+        )  # fmt: skip
         weight, factor = _weight(own, GATE_UP, x, EIGHT), _floats(own, GATE_UP_SCALE)
         _fetch_tile(own, GATE_UP, INNER, HIDDEN, UP_CUT, 2, x, EIGHT, PTX)
         passed += programs

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hass_core.errors import CorruptFile, StoreError
+from hass_core.errors import BadInput, CorruptFile, StoreError
 from hass_core.features import remote
+from hass_core.features.bench_store import bench_store
 from hass_core.features.reader import FeatureDataset
 from hass_core.features.schema import FeatureInfo
 from hass_core.features.writer import FeatureWriter
@@ -130,3 +131,17 @@ def test_a_missing_and_an_altered_object_are_named(s3_store, artifact, tmp_path)
     s3_store.fs.rm_file(name)
     with pytest.raises(CorruptFile, match=r"part-00001\.parquet: missing"):
         fresh[ROWS]
+
+
+def test_the_benchmark_reads_what_it_wrote_and_leaves_nothing(s3_store):
+    speed = bench_store(s3_store.root, hidden_size=64, gigabytes=0.02)
+    assert speed.gigabytes == pytest.approx(0.02, rel=0.05)
+    assert min(speed.write_gb_per_second, speed.link_gb_per_second, speed.read_gb_per_second) > 0
+    s3_store.fs.invalidate_cache()
+    left = s3_store.fs.find(s3_store.root.removeprefix("s3://"))  # this server shows the empty folder above it
+    assert [path for path in left if "/hass-bench-" in path] == []
+
+
+def test_the_benchmark_of_a_store_elsewhere_refuses_this_disk(tmp_path):
+    with pytest.raises(BadInput, match="--folder"):
+        bench_store(str(tmp_path))
