@@ -66,4 +66,6 @@ def _seconds(dataset: FeatureDataset) -> float:
     started = time.perf_counter()
     for _ in dataset.stream():
         pass
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    dataset.close()
+    return seconds

@@ -174,6 +174,11 @@ class FeatureDataset:
         for file, row_group in dict.fromkeys(self._places[i][:2] for i in indices):
             self._group(file, row_group)
 
+    def close(self) -> None:
+        """Wait for what is still written to the local cache. The rows can be read on."""
+        if self._remote:
+            self._remote.finish()
+
     @property
     def groups_in_memory(self) -> int:
         """Row groups, of the usual size, that are kept in memory."""

@@ -41,13 +41,18 @@ class RemoteGroups:
         with self._folder.store.named_failures("read from"):
             table = self._fetched(f"{self._folder.url}/{name}", footer, number)
         if self._room.acquire(blocking=False):
-            self._writer.submit(self._keep, key, table)
+            with suppress(RuntimeError):  # finished
+                self._writer.submit(self._keep, key, table)
         return table
 
     def forget(self, name: str, number: int) -> None:
         """Remove the copy, in which something was found wrong."""
         if path := self._cache.existing(self._key(name, number)):
             path.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Wait for the copies that are being written; no more are."""
+        self._writer.shutdown()
 
     def _key(self, name: str, number: int) -> str:
         return f"{self._folder.stage}/{self._folder.digest}/{name}.{number}.arrow"
