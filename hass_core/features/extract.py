@@ -64,9 +64,8 @@ def extract_features(
     else:
         with tokenising(target.tokenizer, config.features, sum(rows[name] for name in unfinished)) as parts_of:
             sample = run.sample(unfinished)
-            parts = parts_of(
-                unfinished, source.local_path
-            )  # a GPU's first pass, which loads its kernels, takes seconds
+            # begun now: the forecast is a GPU's first pass, which loads its kernels and takes seconds
+            parts = parts_of(unfinished, source.local_path)
             run.forecast(sample, unfinished)
             speed = run.complete(unfinished, parts)
     summary = _finish(folder, sum(rows.values()), speed)

@@ -128,13 +128,11 @@ class LayerPass:
 
     def _attention_cut(self, batch: int, tokens: int) -> tuple[int, int, int]:
         """Queries a block, blocks, and splits of the slots: as many units as there are programs, or fewer."""
-        sizes = self._sizes
-        wanted = tokens * sizes.heads // sizes.kv_heads
-        queries = next(
-            q for q in (16, 32, 64, 128) if q >= 128 or batch * sizes.kv_heads * wanted <= q * self._programs
-        )
+        wanted = tokens * self._sizes.heads // self._sizes.kv_heads
+        heads, programs = batch * self._sizes.kv_heads, max(self._programs, FEWEST_UNITS)
+        queries = next((q for q in (16, 32, 64) if heads * wanted <= q * programs), 128)
         blocks = triton.cdiv(wanted, queries)
-        return queries, blocks, max(1, min(MOST_SPLITS, self._programs // (batch * sizes.kv_heads * blocks)))
+        return queries, blocks, max(1, min(MOST_SPLITS, programs // (heads * blocks)))
 
 
 def cuts_for(sizes: Sizes, rows: int, eight_bits: bool, bytes_each: int) -> Cuts:
