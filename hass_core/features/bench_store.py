@@ -36,6 +36,7 @@ def bench_store(url: str, hidden_size: int = 4096, gigabytes: float = 1.0, encod
         store = Store(root, cache=Path(cache), cache_gb=2 * gigabytes + 1)
         if store.is_local:
             raise BadInput(f"{url} is on this machine's disk; --folder says where to write there")
+        store.check_writable()  # else the first word would be of what cannot be removed
         try:
             started = time.perf_counter()
             artifact, rows, size = random_features(store, hidden_size, gigabytes, encoding)
