@@ -3,24 +3,17 @@
 Shapes: B batch, T rows, A heads, KV key-value heads, d head size, H hidden.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hass_core import kernels
 from hass_core.model.draft import DraftModel
 from hass_core.target.compiling import Compiled, compiled
 from hass_core.target.fused import joined
 from hass_core.target.kv_cache import KVCache, LayerShape
 from hass_core.target.linear import Linear, few_rows
 from hass_core.target.placement import Placement, place
-from hass_core.target.quickest import Quickest
 from hass_core.target.rope import RopeTable
-
-if TYPE_CHECKING:  # Triton is there on a GPU only
-    from hass_core.kernels.layer_pass import LayerPass
 
 
 class DraftRunner:
@@ -33,8 +26,8 @@ class DraftRunner:
         self.heads, self.head_dim = architecture.num_attention_heads, architecture.head_dim
         self.shape = LayerShape(architecture.num_key_value_heads, architecture.head_dim)
         self.group = self.heads // self.shape.num_key_value_heads
-        self._embedding, self._eps, self._act = model.embedding, architecture.rms_norm_eps, mlp.activation
-        self._silu, self._fewest = architecture.hidden_act == "silu", 1 if eight_bits else 2
+        self.embedding, self._eps, self._act = model.embedding, architecture.rms_norm_eps, mlp.activation
+        self._silu = architecture.hidden_act == "silu"
         self._fc = Linear(model.fc.weight, model.fc.bias, eight_bits)
         self._qkv = joined([attention.q_proj, attention.k_proj, attention.v_proj], eight_bits)
         self._q_norm, self._k_norm = attention.q_norm, attention.k_norm
@@ -44,43 +37,37 @@ class DraftRunner:
         self._norm = layer.post_attention_layernorm.weight
         self.rope = RopeTable(model.rotary, self.device, self.dtype)
         self._compiled = (Compiled(self._before), Compiled(self._after)) if self.device.type == "cuda" else None
-        self._paired = compiled(self._pair, any_shape=True)
-        self._pass: LayerPass | None = None
-        normless = isinstance(self._q_norm, nn.Identity)
-        self._may_be_one_launch = self.rope.fixed and normless and kernels.roomy(self._norm)
-        self.quickest = Quickest()
+        self._paired = compiled(self._pair, any_shape=True) if self.device.type == "cuda" else self._pair
 
     def new_cache(self, batch_size: int, slots: int) -> KVCache:
         """An empty cache of one layer."""
         self.rope.grow(slots)
         return KVCache.allocate([self.shape], batch_size, slots, self.device, self.dtype)
 
+    def pairs(self, token_ids: Tensor, features: Tensor) -> Tensor:
+        """A row's input [B, T, 2H]: the token's embedding and the feature before it [B, T, H]."""
+        return self._paired(token_ids, features)
+
     def forward(
         self,
-        token_ids: Tensor,
-        features: Tensor,
-        position_ids: Tensor,
+        pairs: Tensor,
+        turns: tuple[Tensor, Tensor],
         cache: KVCache,
         visible: Tensor | None = None,
         offset: int = 0,
     ) -> Tensor:
-        """Estimated next features [B, T, H] of rows (feature [B, T, H], next token [B, T]).
+        """Estimated next features [B, T, H] of rows `pairs` [B, T, 2H], at positions with the `turns` of `rope`.
 
         They are written `offset` slots behind the live lengths, and see what `hass_core.target.placement.place` says.
         """
-        turns = self.rope.at(position_ids)
-        count = token_ids.numel()
-        where = place(token_ids.shape[1], cache, visible, self.group, self.dtype, offset)
-        if cache.steady and self._silu and count >= self._fewest and few_rows(features, count):
-            pairs = self._paired(token_ids, features)
-            ways = {"several launches": lambda: self._few_rows(pairs, turns, where, cache)}
-            if self._may_be_one_launch:
-                ways["one launch"] = lambda: self._in_one_launch(pairs, turns, cache, visible, offset)
-            return self.quickest((count, visible is None), ways)
+        count = pairs.shape[0] * pairs.shape[1]
+        where = place(pairs.shape[1], cache, visible, self.group, self.dtype, offset)
+        if cache.steady and self._silu and few_rows(pairs, count):
+            return self._few_rows(pairs, turns, where, cache)
         before, after = self._before, self._after
         if self._compiled and cache.steady:
             before, after = self._compiled[0].for_tokens(count), self._compiled[1].for_tokens(count)
-        u, mixed = before(token_ids, features)
+        u, mixed = before(pairs)
         return after(u, where.attention(mixed, *turns, *cache.layers[0]))
 
     def _few_rows(self, pairs: Tensor, turns: tuple[Tensor, Tensor], where: Placement, cache: KVCache) -> Tensor:
@@ -97,26 +84,12 @@ class DraftRunner:
         y, ready = added_product_to_norm(attended, self._o, u, Norm(self._norm, self._eps))
         return added_product(product(ready, self._gate_up, gated=True), self._down, y)
 
-    def _in_one_launch(
-        self, pairs: Tensor, turns: tuple[Tensor, Tensor], cache: KVCache, visible: Tensor | None, offset: int
-    ) -> Tensor:
-        """The same in a single launch, which knows no norms of queries and keys."""
-        if self._pass is None:
-            from hass_core.kernels.layer_pass import LayerParts, LayerPass, Sizes  # Triton is there on a GPU only
-
-            parts = LayerParts(self._qkv, self._o, self._gate_up, self._down, self._norm, self._norm)
-            hidden, inner = self._down.weight.shape
-            sizes = Sizes(hidden, self.heads, self.shape.num_key_value_heads, self.head_dim, inner)
-            self._pass = LayerPass([parts], sizes, self._eps, self._fc)
-        return self._pass(pairs, None, turns, cache, offset, visible)
-
     def _pair(self, token_ids: Tensor, features: Tensor) -> Tensor:
-        """[B, T, 2H]: the tokens' embeddings and the features."""
-        return torch.cat([F.embedding(token_ids, self._embedding), features], -1)
+        return torch.cat([F.embedding(token_ids, self.embedding), features], -1)
 
-    def _before(self, token_ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    def _before(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """The fused input [B, T, H], and its queries, keys and values [B, T, A + 2·KV, d]."""
-        u = self._fc(self._pair(token_ids, features))
+        u = self._fc(pairs)
         return u, self._heads(self._qkv(u))
 
     def _heads(self, mixed: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ the cache.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from hass_core import kernels
 from hass_core.decoding.draft_runner import DraftRunner
 from hass_core.decoding.prefill import last_of
 from hass_core.decoding.top_tokens import top_tokens
@@ -30,15 +32,13 @@ class Children(NamedTuple):
 
 
 class Frontier(NamedTuple):
-    """The K nodes of a level that are drafted from, and where their children go."""
+    """The K nodes of a level that are drafted from."""
 
     token_ids: Tensor  # [B, K]
-    features: Tensor  # [B, K, H] estimated feature of each node's predecessor
+    pairs: Tensor  # [B, K, 2H] the draft's input: the nodes' embeddings, and the features estimated before them
     scores: Tensor  # [B, K]
     pool_index: Tensor  # [B, K]
     seen: Tensor  # [B, K, C] tree rows in the cache that the node sees, itself included
-    children_from: Tensor  # [] pool index of the first child
-    rows_from: Tensor  # [] tree row of the first child that is drafted from
 
 
 class Level(NamedTuple):
@@ -65,9 +65,8 @@ class Drafter:
         self._by_rank = static_scores(shape.top_k).to(draft.head.weight.device) if shape.static else None
         self.capturable = self._runner.rope.fixed
         self.scratch_slots = (shape.depth - 1) * shape.top_k
-        self._steps = first_frontier, next_frontier, tree_of
-        steady = compiled(first_frontier), compiled(next_frontier), compiled(tree_of)
-        self._steady_steps = steady if draft.head.weight.is_cuda else self._steps
+        cuda = draft.head.weight.is_cuda
+        self._begin, self._finish = (compiled(first_frontier), compiled(tree_of)) if cuda else (first_frontier, tree_of)
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         return self._runner.new_cache(batch_size, max_tokens)
@@ -82,59 +81,74 @@ class Drafter:
         Returns the estimated feature [B, H] behind each batch row's last live row.
         """
         positions = cache.lengths[:, None] + torch.arange(token_ids.shape[1], device=token_ids.device)
-        outputs = self._runner.forward(token_ids, features, positions, cache)
+        pairs = self._runner.pairs(token_ids, features)
+        outputs = self._runner.forward(pairs, self._runner.rope.at(positions), cache)
         cache.lengthen(counts)
         return last_of(outputs, counts.clamp(min=1))
 
     def grow(self, cache: KVCache, root: Tensor, estimate: Tensor) -> Tree:
         """The tree over root tokens [B], whose predecessor's estimated feature behind the root is `estimate` [B, H]."""
-        shape = self.shape
-        begin, deepen, finish = self._steady_steps if cache.steady else self._steps
+        shape, runner = self.shape, self._runner
+        begin, finish = (self._begin, self._finish) if cache.steady else (first_frontier, tree_of)
         first, levels = self._children(estimate[:, None]), []
+        turns = self._turns(cache)
         features = estimate
-        for number in range(1, shape.depth):
-            frontier = deepen(levels[-1], features) if levels else begin(first, estimate, self.scratch_slots)
-            positions = (cache.lengths + (number - 1))[:, None].expand_as(frontier.token_ids)
-            offset = (number - 1) * shape.top_k
-            features = self._runner.forward(
-                frontier.token_ids, frontier.features, positions, cache, frontier.seen, offset
-            )
+        for number in range(shape.depth - 1):
+            if number == 0:
+                frontier = begin(first, estimate, runner.embedding, self.scratch_slots)
+            else:
+                frontier = next_frontier(levels[-1], features, runner.embedding, number)
+            features = runner.forward(frontier.pairs, turns[number], cache, frontier.seen, number * shape.top_k)
             levels.append(Level(frontier, self._children(features)))
         return finish(root, first, levels, shape)
 
+    def _turns(self, cache: KVCache) -> list[tuple[Tensor, Tensor]]:
+        """Of each level that is drafted from, what its K nodes are rotated by: all of a level stand at one position."""
+        depths = torch.arange(self.shape.depth - 1, device=cache.lengths.device)
+        positions = (depths[:, None] + cache.lengths).flatten()[:, None].expand(-1, self.shape.top_k)
+        cos, sin = self._runner.rope.at(positions)
+        return list(zip(cos.split(cache.batch_size), sin.split(cache.batch_size), strict=True))
+
     def _children(self, features: Tensor) -> Children:
         """The K likeliest next tokens behind features [B, n, H]."""
-        scores, index = top_tokens(self._product.of_few_rows(features), self.shape.top_k)
-        own = scores.clamp(max=0) if self._by_rank is None else self._by_rank.expand(scores.shape)
-        return Children(own, self._head.to_target_ids(index))
+        scores, token_ids = top_tokens(self._product.of_few_rows(features), self.shape.top_k, self._head.token_ids)
+        return Children(scores if self._by_rank is None else self._by_rank.expand(scores.shape), token_ids)
 
 
-def first_frontier(children: Children, estimate: Tensor, tree_rows: int) -> Frontier:
+def first_frontier(children: Children, estimate: Tensor, embedding: Tensor, tree_rows: int) -> Frontier:
     """All of the root's children [B, 1, K], behind the estimated feature [B, H]; C = `tree_rows`."""
     scores, token_ids = children.scores[:, 0], children.token_ids[:, 0]
     batch, top_k = token_ids.shape
     index = torch.arange(top_k, device=token_ids.device).expand(batch, -1)
     seen = index[:, :, None] == torch.arange(tree_rows, device=token_ids.device)
-    after = torch.full((), top_k, device=token_ids.device)
-    return Frontier(token_ids, estimate[:, None].expand(-1, top_k, -1), scores, index, seen, after, after)
+    pairs = torch.cat([F.embedding(token_ids, embedding), estimate[:, None].expand(-1, top_k, -1)], -1)
+    return Frontier(token_ids, pairs, scores, index, seen)
 
 
-def next_frontier(level: Level, features: Tensor) -> Frontier:
-    """The K best of a level's candidates; `features` [B, K, H] were estimated at its frontier."""
-    frontier, pool = level.frontier, level.pool
+def next_frontier(level: Level, features: Tensor, embedding: Tensor, number: int) -> Frontier:
+    """The K best of a level's candidates, as level `number` that is drafted from, the root's children being level 0;
+    `features` [B, K, H] were estimated at the frontier before."""
+    frontier, children = level
     top_k = frontier.token_ids.shape[1]
+    rows_from, candidates_from = number * top_k, top_k + (number - 1) * top_k * top_k
+    if kernels.usable(features):
+        from hass_core.kernels.frontier import best_candidates  # Triton is there on a GPU only
+
+        scores, seen = frontier.scores, frontier.seen
+        return Frontier(*best_candidates(scores, *children, seen, features, embedding, rows_from, candidates_from))
+    pool = level.pool
     chosen = best(pool.scores, top_k)
     parent = (chosen // top_k)[:, :, None]
+    token_ids = pool.token_ids.gather(1, chosen)
+    before = features.gather(1, parent.expand(-1, -1, features.shape[2]))
     rows = torch.arange(frontier.seen.shape[2], device=chosen.device)
-    itself = frontier.rows_from + torch.arange(top_k, device=chosen.device)[:, None] == rows
+    itself = rows_from + torch.arange(top_k, device=chosen.device)[:, None] == rows
     return Frontier(
-        pool.token_ids.gather(1, chosen),
-        features.gather(1, parent.expand(-1, -1, features.shape[2])),
+        token_ids,
+        torch.cat([F.embedding(token_ids, embedding), before], -1),
         pool.scores.gather(1, chosen),
-        frontier.children_from + chosen,
+        candidates_from + chosen,
         frontier.seen.gather(1, parent.expand(-1, -1, frontier.seen.shape[2])) | itself,
-        frontier.children_from + top_k * top_k,
-        frontier.rows_from + top_k,
     )
 
 

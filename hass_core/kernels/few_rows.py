@@ -25,6 +25,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from hass_core.kernels.chain import chained, fetch, wait_for_inputs
 from hass_core.kernels.grid import is_last
 from hass_core.kernels.one_row import one_row_product
 
@@ -92,23 +93,43 @@ def tiles_for(inputs: int, outputs: int, rows: int = MOST_ROWS, eight_bits: bool
     """The cut that measured fastest, or nearly so, on an H100 for products of about this size."""
     if rows == 1:
         return _tiles_for_one_row(inputs, outputs)
-    if eight_bits and rows <= 16 and inputs >= 2048 and outputs >= 2048:
+    few = rows <= 16
+    if inputs < 2048:
         if outputs >= 8192:
-            return Tiles(64, 256, 4, 3)
-        return Tiles(64, 256, 4, 4, 2) if outputs > 4096 else Tiles(32, 256, 4, 6, 2)
+            return Tiles(32, 128, 4, 6) if few else Tiles(32, 64, 4, 4)
+        if inputs > 1.5 * outputs:
+            return Tiles(32, 128, 4, 4, 4) if few else Tiles(16, 128, 4, 4, 2)
+        return Tiles(16, 64, 4, 6)
+    if few:
+        return _tiles_for_eight_bits(inputs, outputs) if eight_bits else _tiles_for_sixteen_bits(outputs)
+    if outputs >= 32768:
+        return Tiles(128, 128, 8, 3)
     if outputs >= 8192:
-        return Tiles(64, 128 if inputs >= 2048 else 64, 4, 4)
-    if outputs >= 2048:
-        return Tiles(32, 128, 4, 4 if outputs > 4096 else 6)
-    return Tiles(16, 128, 4, 5)
+        return Tiles(64, 128, 4, 4)
+    return Tiles(32, 128, 4, 4 if outputs > 4096 else 6)
+
+
+def _tiles_for_eight_bits(inputs: int, outputs: int) -> Tiles:
+    """For at most 16 rows."""
+    if outputs >= 8192:
+        return Tiles(128 if outputs >= 16384 else 64, 256, 4, 4)
+    if outputs > 4096:
+        return Tiles(128, 256, 4, 4, 2)
+    return Tiles(128, 256, 4, 4, 4) if inputs > 4096 else Tiles(64, 128, 4, 4, 4)
+
+
+def _tiles_for_sixteen_bits(outputs: int) -> Tiles:
+    """For at most 16 rows."""
+    if outputs >= 8192:
+        return Tiles(64 if outputs >= 16384 else 32, 256, 4, 4)
+    return Tiles(64, 256, 4, 4, 2)
 
 
 def _tiles_for_one_row(inputs: int, outputs: int) -> Tiles:
     """Stages mean nothing to it."""
-    step = min(2048, triton.next_power_of_2(inputs))
-    if inputs >= 8192 or outputs >= 32768:
-        return Tiles(4, step, 4 if inputs >= 8192 else 8, 1)
-    return Tiles(2, step, 4 if outputs >= 8192 else 8, 1) if inputs >= 2048 else Tiles(4, step, 4, 1)
+    if inputs < 2048:
+        return Tiles(4, triton.next_power_of_2(inputs), 4, 1)
+    return Tiles(1 if inputs >= 8192 or 8192 <= outputs < 32768 else 2, 2048, 8, 1)
 
 
 def _launch(
@@ -126,6 +147,7 @@ def _launch(
     flags = {
         "SHRUNK": triton.next_power_of_2(made_by) if scaled else 0, "SCALE": layer.scale is not None,
         "BIAS": layer.bias is not None, "GATED": gated, "RESIDUAL": residual is not None, "NORM": norm is not None,
+        "num_warps": tiles.warps, **chained(x),
     }  # fmt: skip
     common = (
         x, scaled and scaled.squares, layer.weight, layer.scale, layer.bias, residual, norm and norm.weight, out,
@@ -133,7 +155,7 @@ def _launch(
     )  # fmt: skip
     if rows == 1:
         one_row_product[(programs,)](
-            *common, outputs, INPUTS=inputs, COLUMNS=tiles.columns, STEP=tiles.step, **flags, num_warps=tiles.warps
+            *common, outputs, INPUTS=inputs, COLUMNS=tiles.columns, STEP=tiles.step, **flags
         )
         return out, values, squares
     shared = tiles.splits > 1
@@ -141,9 +163,15 @@ def _launch(
     _product[(programs, tiles.splits)](
         *common, partial, _arrivals(x.device) if shared else None, rows, outputs, INPUTS=inputs,
         ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=tiles.columns, STEP=tiles.step, STAGES=tiles.stages,
-        SPLITS=tiles.splits, **flags, num_warps=tiles.warps,
+        SPLITS=tiles.splits, LINES=_lines_ahead(tiles, layer.weight), **flags,
     )  # fmt: skip
     return out, values, squares
+
+
+def _lines_ahead(tiles: Tiles, weight: Tensor) -> int:
+    """Lines of 128 bytes of each output's weights that are fetched before the inputs are there; a power of 2."""
+    under_way = min(weight.shape[1], tiles.step * tiles.stages) * weight.element_size()
+    return triton.next_power_of_2(max(1, under_way // 128))
 
 
 @cache
@@ -157,11 +185,20 @@ def _product(
     x, x_squares, weight, scale, bias, residual, norm, out, values, squares, eps, made_by, partial, arrivals, rows,
     outputs, INPUTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
     SPLITS: tl.constexpr, SHRUNK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
-    RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr, NORM: tl.constexpr, LINES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Program: COLUMNS outputs of all rows, over its part of the inputs."""
     tile, split = tl.program_id(0), tl.program_id(1)
     row, column = tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
+    if LINES:
+        SHARE: tl.constexpr = (INPUTS + SPLITS * STEP - 1) // (SPLITS * STEP) * STEP
+        EACH: tl.constexpr = 128 // (weight.dtype.element_ty.primitive_bitwidth // 8)  # weights a line
+        own = tl.minimum(column, outputs - 1)[:, None].to(tl.int64) * INPUTS
+        line = tl.minimum(split * SHARE + tl.arange(0, LINES) * EACH, INPUTS - 1)[None, :]
+        fetch(weight + own + line, CHAINED)
+        if GATED:
+            fetch(weight + outputs * INPUTS + own + line, CHAINED)
+    wait_for_inputs(CHAINED)
     summed, ungated = sums(
         x, weight, rows, outputs, outputs, row, column, INPUTS, ROWS, COLUMNS, STEP, STAGES, GATED, SPLITS, split
     )

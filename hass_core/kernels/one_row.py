@@ -11,17 +11,20 @@ Shapes: I inputs, O outputs, P programs that made the inputs.
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
+from hass_core.kernels.chain import wait_for_inputs
+
 
 @triton.jit
 def one_row_product(
     x, x_squares, weight, scale, bias, residual, norm, out, values, squares, eps, made_by, outputs,
     INPUTS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, SHRUNK: tl.constexpr, SCALE: tl.constexpr,
     BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Program: COLUMNS outputs. The arguments are those of `hass_core.kernels.few_rows`."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < outputs
-    summed, ungated = _sums(x, weight, column, outputs, inside, INPUTS, COLUMNS, STEP, GATED)
+    summed, ungated = _sums(x, weight, column, outputs, inside, INPUTS, COLUMNS, STEP, GATED, CHAINED)
     if SCALE:
         summed *= tl.load(scale + column, mask=inside, other=0.0)
         if GATED:
@@ -55,21 +58,35 @@ def _to_norm(result, norm, values, squares, column, inside):
 @triton.jit
 def _sums(
     x, weight, column, apart, inside, INPUTS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-    PAIRED: tl.constexpr,
+    PAIRED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """x · weightᵀ at the columns, and if PAIRED at the columns `apart` behind those."""
     start = weight + column[:, None].to(tl.int64) * INPUTS
     other_start = weight + (column + apart)[:, None].to(tl.int64) * INPUTS
-    summed = tl.zeros([COLUMNS, STEP], tl.float32)
-    other = tl.zeros([COLUMNS, STEP], tl.float32)
-    for first in range(0, INPUTS, STEP):
-        place = first + tl.arange(0, STEP)
-        held = (place < INPUTS) | (INPUTS % STEP == 0)
-        mask = inside[:, None] & held[None, :]
-        part = tl.load(x + place, mask=held, other=0.0).to(tl.float32)[None, :]
-        weights = tl.load(start + place[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-        summed += weights.to(tl.float32) * part
+    first = _weights(start, 0, inside, INPUTS, STEP)
+    other_first = _weights(other_start, 0, inside, INPUTS, STEP) if PAIRED else first
+    wait_for_inputs(CHAINED)
+    part = _inputs(x, 0, INPUTS, STEP)
+    summed = first.to(tl.float32) * part
+    other = other_first.to(tl.float32) * part if PAIRED else summed
+    for place in range(STEP, INPUTS, STEP):
+        part = _inputs(x, place, INPUTS, STEP)
+        summed += _weights(start, place, inside, INPUTS, STEP).to(tl.float32) * part
         if PAIRED:
-            weights = tl.load(other_start + place[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-            other += weights.to(tl.float32) * part
+            other += _weights(other_start, place, inside, INPUTS, STEP).to(tl.float32) * part
     return tl.sum(summed, 1), tl.sum(other, 1)
+
+
+@triton.jit
+def _weights(start, first, inside, INPUTS: tl.constexpr, STEP: tl.constexpr):
+    """[columns, STEP] weights of the inputs from `first` on."""
+    place = first + tl.arange(0, STEP)
+    mask = inside[:, None] & ((place < INPUTS) | (INPUTS % STEP == 0))[None, :]
+    return tl.load(start + place[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _inputs(x, first, INPUTS: tl.constexpr, STEP: tl.constexpr):
+    """[1, STEP] inputs from `first` on, in float32."""
+    place = first + tl.arange(0, STEP)
+    return tl.load(x + place, mask=(place < INPUTS) | (INPUTS % STEP == 0), other=0.0).to(tl.float32)[None, :]

@@ -1,7 +1,10 @@
-"""The few largest of many logits and the log-sum-exp of all, for a handful of rows: one read of the logits.
+"""The likeliest tokens of many distributions, for a handful of rows: one read of the logits.
 
 Two kernels: each program looks at one piece of one row, the second looks at what the pieces found. torch.topk sorts
 by radix in ten launches, and a log-sum-exp takes six more.
+
+A logit and its place are compared as one integer: its bits, in the order of the numbers, above the place's, reversed,
+so that ties go to the lower index. For 16 bits a GPU has an instruction that finds the largest of a warp.
 
 Shapes: R rows, D logits a row, P pieces of a row.
 """
@@ -14,62 +17,136 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from hass_core.kernels.chain import chained, wait_for_inputs
+
 PIECE = 1024
+MANY = 1024  # candidates that one warp would look at for long
 
 
-def row_top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest of each row of [R, D], best first, ties to the lower index: values [R, k] in float32, indices
-    [R, k]; and the rows' log-sum-exp [R] in float32."""
+def row_top_k(logits: Tensor, k: int, token_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [R, k] in float32, at most 0, and indices [R, k] of the k largest of each row of [R, D], best
+    first, ties to the lower index; with `token_ids` [D], those instead of the indices.
+
+    A log-probability is NaN where a logit of its row is NaN or +infinite.
+    """
     rows, size = logits.shape
-    pieces = triton.cdiv(size, PIECE)
-    found = torch.empty(rows, pieces, k, device=logits.device, dtype=torch.float32)
-    where = torch.empty(rows, pieces, k, device=logits.device, dtype=torch.int32)
+    pieces, wide = triton.cdiv(size, PIECE), torch.int32 if logits.element_size() == 2 else torch.int64
+    found = torch.empty(rows, pieces, k, device=logits.device, dtype=wide)
     mass = torch.empty(rows, pieces, 2, device=logits.device, dtype=torch.float32)
-    _piece[(rows, pieces)](logits, found, where, mass, size, logits.stride(0), pieces, K=k, PIECE=PIECE)
-    values = torch.empty(rows, k, device=logits.device, dtype=torch.float32)
+    options = {"K": k, "PIECE": PIECE, **chained(logits)}
+    _piece[(rows, pieces)](logits, found, mass, size, logits.stride(0), pieces, num_warps=1, **options)
+    scores = torch.empty(rows, k, device=logits.device, dtype=torch.float32)
     indices = torch.empty(rows, k, device=logits.device, dtype=torch.int64)
-    lse = torch.empty(rows, device=logits.device, dtype=torch.float32)
+    candidates = triton.next_power_of_2(pieces * k)
     _whole[(rows,)](
-        found, where, mass, values, indices, lse, pieces, K=k,
-        CANDIDATES=triton.next_power_of_2(pieces * k), PIECES=triton.next_power_of_2(pieces),
+        found, mass, token_ids, scores, indices, logits, size, pieces, CANDIDATES=candidates,
+        PIECES=triton.next_power_of_2(pieces), num_warps=4 if candidates > MANY else 1, **options,
     )  # fmt: skip
-    return values, indices, lse
+    return scores, indices
 
 
 @triton.jit
-def _piece(logits, found, where, mass, size, stride, pieces, K: tl.constexpr, PIECE: tl.constexpr):
+def _piece(
+    logits, found, mass, size, stride, pieces, K: tl.constexpr, PIECE: tl.constexpr, CHAINED: tl.constexpr
+):  # fmt: skip
     """Program: the best K of one piece, its maximum and its sum of exponentials."""
     row, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     own = tl.arange(0, PIECE)
     index = piece * PIECE + own
-    left = tl.load(logits + row * stride + index, mask=index < size, other=-float("inf")).to(tl.float32)
+    wait_for_inputs(CHAINED)
+    values = tl.load(logits + row * stride + index, mask=index < size, other=-float("inf"))
     line = row * pieces + piece
-    highest = tl.max(left, 0)
+    exact = values.to(tl.float32)
+    highest = tl.max(exact, 0)
     tl.store(mass + 2 * line, highest)
-    tl.store(mass + 2 * line + 1, tl.sum(tl.exp(left - highest), 0))
+    tl.store(mass + 2 * line + 1, tl.sum(tl.exp(exact - highest), 0))
+    left = _with_place(_ordered(values), own)
     for rank in tl.static_range(K):
-        value, place = tl.max(left, 0, return_indices=True)
-        tl.store(found + line * K + rank, value)
-        tl.store(where + line * K + rank, tl.minimum(piece * PIECE + place, size - 1))
-        left = tl.where(own == place, -float("inf"), left)
+        best = tl.max(left, 0)
+        tl.store(found + line * K + rank, best)
+        left = tl.where(left == best, _with_place(_lowest(left), own), left)
 
 
 @triton.jit
 def _whole(
-    found, where, mass, values, indices, lse, pieces, K: tl.constexpr, CANDIDATES: tl.constexpr, PIECES: tl.constexpr
+    found, mass, token_ids, scores, indices, like, size, pieces, K: tl.constexpr, PIECE: tl.constexpr,
+    CANDIDATES: tl.constexpr, PIECES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Program: the best K of one row's candidates, and its log-sum-exp."""
+    """Program: the best K of one row's candidates."""
     row = tl.program_id(0).to(tl.int64)
-    own = tl.arange(0, CANDIDATES)
-    left = tl.load(found + row * pieces * K + own, mask=own < pieces * K, other=-float("inf"))
-    for rank in tl.static_range(K):
-        value, place = tl.max(left, 0, return_indices=True)  # candidates stand in the order of their indices
-        place = tl.minimum(place, pieces * K - 1)  # where a logit is no number, tl.max may name the padding
-        tl.store(values + row * K + rank, value)
-        tl.store(indices + row * K + rank, tl.load(where + row * pieces * K + place).to(tl.int64))
-        left = tl.where(own == place, -float("inf"), left)
-    piece = tl.arange(0, PIECES)
+    own, piece = tl.arange(0, CANDIDATES), tl.arange(0, PIECES)
+    wait_for_inputs(CHAINED)
     maxima = tl.load(mass + 2 * (row * pieces + piece), mask=piece < pieces, other=-float("inf"))
     sums = tl.load(mass + 2 * (row * pieces + piece) + 1, mask=piece < pieces, other=0.0)
+    candidates = tl.load(found + row * pieces * K + own, mask=own < pieces * K, other=0)
     highest = tl.max(maxima, 0)
-    tl.store(lse + row, highest + tl.log(tl.sum(sums * tl.exp(maxima - highest), 0)))
+    lse = highest + tl.log(tl.sum(sums * tl.exp(maxima - highest), 0))
+    key = tl.where(own < pieces * K, _key(candidates), _lowest(candidates))
+    left = _with_place(key, own)  # candidates stand in the order of their indices
+    for rank in tl.static_range(K):
+        best = tl.max(left, 0)
+        place = _place(best)
+        index = place // K * PIECE + _place(tl.load(found + row * pieces * K + place))
+        index = tl.minimum(index, size - 1)
+        if token_ids is not None:
+            index = tl.load(token_ids + index)
+        tl.store(indices + row * K + rank, index.to(tl.int64))
+        score = _number(_key(best), like) - lse
+        tl.store(scores + row * K + rank, tl.where(score > 0, 0.0, score))  # NaN stays
+        left = tl.where(left == best, _with_place(_lowest(left), own), left)
+
+
+@triton.jit
+def _ordered(values):
+    """Signed integers in the order of the numbers: of those below zero all bits but the sign are turned."""
+    if values.dtype.primitive_bitwidth == 16:
+        bits = values.to(tl.int16, bitcast=True).to(tl.int32)
+        return tl.where(bits < 0, bits ^ 0x7FFF, bits)
+    else:
+        bits = values.to(tl.int32, bitcast=True)
+        return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+
+
+@triton.jit
+def _number(key, like):
+    """The number that `_ordered` made the key of, in float32."""
+    if key.dtype.primitive_bitwidth == 32:
+        bits = tl.where(key < 0, key ^ 0x7FFF, key).to(tl.int16)
+        return bits.to(like.dtype.element_ty, bitcast=True).to(tl.float32)
+    else:
+        bits = tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.int32)
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _with_place(key, place):
+    """Key and place as one integer."""
+    if key.dtype.primitive_bitwidth == 32:
+        return key * 0x10000 + (0xFFFF - place)
+    else:
+        return key * 0x100000000 + (0xFFFFFFFF - place.to(tl.int64))
+
+
+@triton.jit
+def _key(joined):
+    if joined.dtype.primitive_bitwidth == 32:
+        return joined >> 16
+    else:
+        return joined >> 32
+
+
+@triton.jit
+def _place(joined):
+    if joined.dtype.primitive_bitwidth == 32:
+        return 0xFFFF - (joined & 0xFFFF)
+    else:
+        return (0xFFFFFFFF - (joined & 0xFFFFFFFF)).to(tl.int32)
+
+
+@triton.jit
+def _lowest(like):
+    """The lowest key of such integers."""
+    if like.dtype.primitive_bitwidth == 32:
+        return tl.full(like.shape, -0x8000, tl.int32)
+    else:
+        return tl.full(like.shape, -0x80000000, tl.int64)

@@ -1,9 +1,10 @@
-"""Attention of a few new tokens over a key-value cache, rotary embedding and writing to the cache included.
+"""Attention of a few new tokens over a key-value cache in one launch, rotary embedding and the cache's new rows included.
 
-Three kernels: the new tokens are rotated and put into the cache; the live slots and the new ones are attended to in
-splits, by many programs at once, each reading only slots that hold something; the splits are merged by their
-log-sum-exp (FlashDecoding). Nothing depends on the host knowing how many slots are live, so a captured graph serves
-every length.
+A program takes some of the queries that share a key-value head, over a share of the slots that hold something, and
+then over the new tokens, whose keys it rotates itself; one of those that do writes them into the cache. Where the
+context is long, several programs share the same queries, and the last of them to end merges by the log-sum-exp of each
+share (FlashDecoding). Nothing depends on the host knowing how many slots are live, so a captured graph serves every
+length. For a single token `hass_core.kernels.split_attention` is faster.
 
 Shapes: B rows, T new tokens, A heads, KV key-value heads, G = A / KV, d head size, S slots, C columns of `visible`.
 """
@@ -12,14 +13,19 @@ Shapes: B rows, T new tokens, A heads, KV key-value heads, G = A / KV, d head si
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 import math
+from functools import cache
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-SLOTS_AT_ONCE = 64
-PROCESSORS = 132  # of an H100
+from hass_core.kernels.chain import arrived, chained, fetch, wait_for_inputs
+from hass_core.kernels.grid import is_last
+from hass_core.kernels.split_attention import MOST_QUERIES, PROCESSORS, split_attention
+
+QUERIES_AT_ONCE = 16
+SLOTS_AT_ONCE, NEW_AT_ONCE = 256, 64  # of heads of 64, in 16 bits
 MOST_SPLITS = 16
 
 
@@ -42,126 +48,227 @@ def tree_attention(
     batch, tokens, parts, dim = mixed.shape
     kv = keys.shape[1]
     heads = parts - 2 * kv
-    group = heads // kv
-    width = triton.next_power_of_2(dim)
-    queries = torch.empty(batch, tokens, heads, dim, device=mixed.device, dtype=mixed.dtype)
-    _place[(batch * tokens,)](
-        mixed, cos, sin, queries, keys, values, lengths, offset, tokens, cos.stride(1), keys.stride(0), keys.stride(1),
-        values.stride(0), values.stride(1), heads, kv, dim, PARTS=triton.next_power_of_2(parts), WIDTH=width,
-    )  # fmt: skip
-    rows = rows_at_once(tokens * group, keys.shape[2])
-    blocks = triton.cdiv(tokens * group, rows)
-    programs = PROCESSORS if width >= 128 else 4 * PROCESSORS  # of the wide ones a processor holds one or two
-    splits = max(1, min(MOST_SPLITS, programs // (batch * kv * blocks)))
-    partial = torch.empty(batch, kv, splits, tokens * group, dim, device=mixed.device, dtype=torch.float32)
-    lse = torch.empty(batch, kv, splits, tokens * group, device=mixed.device, dtype=torch.float32)
-    columns = 0 if visible is None else visible.shape[2]
-    _attend[(batch * kv, blocks, splits)](
-        queries, keys, values, lengths, visible, partial, lse, offset, tokens, columns, 1 / math.sqrt(dim),
-        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), heads, kv, group, dim, splits,
-        ROWS=rows, SLOTS=SLOTS_AT_ONCE, WIDTH=width, CAUSAL=visible is None, num_warps=8 if width >= 128 else 4,
-    )  # fmt: skip
+    wanted, width = tokens * heads // kv, triton.next_power_of_2(dim)
+    if wanted <= MOST_QUERIES:
+        return split_attention(mixed, cos, sin, keys, values, lengths, offset, visible)
+    # a long context is read once for each block of queries
+    queries = QUERIES_AT_ONCE * (2 if width >= 128 and keys.shape[2] > 1024 else 1)
+    fewer = max(1, width * mixed.element_size() // 128)
+    slots, new = SLOTS_AT_ONCE // fewer, min(NEW_AT_ONCE, NEW_AT_ONCE * 2 // fewer)
+    groups = batch * kv * triton.cdiv(wanted, queries)
+    splits = max(1, min(MOST_SPLITS, PROCESSORS // groups, keys.shape[2] // (2 * slots)))
+    lines = groups * splits * queries if splits > 1 else 0
+    partial = torch.empty(lines, width, device=mixed.device, dtype=torch.float32)
+    lse = torch.empty(lines, device=mixed.device, dtype=torch.float32)
     out = torch.empty(batch, tokens, heads * dim, device=mixed.device, dtype=mixed.dtype)
-    _merge[(batch * kv, tokens * group)](
-        partial, lse, out, tokens, heads, kv, group, dim, splits, SPLITS=triton.next_power_of_2(splits), WIDTH=width
-    )
+    columns = 0 if visible is None else visible.shape[2]
+    _attend[(min(PROCESSORS, groups * splits),)](
+        mixed, cos, sin, keys, values, lengths, mixed if visible is None else visible, partial, lse,
+        _counters(mixed.device), out, offset, tokens, columns, groups, splits, 1 / math.sqrt(dim), cos.stride(1),
+        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), HEADS=heads, KV=kv, DIM=dim, WIDTH=width,
+        QUERIES=queries, SLOTS=slots, NEW=min(new, max(16, triton.next_power_of_2(tokens))),
+        CAUSAL=visible is None, EARLIER=offset > 0, num_warps=8, **chained(mixed),
+    )  # fmt: skip
     return out
 
 
-def rows_at_once(rows: int, slots: int) -> int:
-    """Queries a program: more programs are faster until reading every slot once for each of them is what takes long."""
-    return 16 if rows <= 64 or slots <= 1024 else 64
-
-
-@triton.jit
-def _place(
-    mixed, cos, sin, queries, keys, values, lengths, offset, tokens, turn, key_batch, key_head, value_batch, value_head,
-    heads, kv, dim, PARTS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Program: one token. Rotates its queries and keys, stores its keys and values."""
-    token = tl.program_id(0)
-    batch = (token // tokens).to(tl.int64)
-    slot = tl.load(lengths + batch) + offset + token % tokens
-    part, column = tl.arange(0, PARTS)[:, None], tl.arange(0, WIDTH)[None, :]
-    inside = (part < heads + 2 * kv) & (column < dim)
-    start = mixed + (token.to(tl.int64) * (heads + 2 * kv) + part) * dim
-    straight = tl.load(start + column, mask=inside, other=0.0)
-    crossed = tl.load(start + (column + dim // 2) % dim, mask=inside, other=0.0).to(tl.float32)
-    along = tl.load(cos + token * turn + column, mask=column < dim, other=0.0).to(tl.float32)
-    across = tl.load(sin + token * turn + column, mask=column < dim, other=0.0).to(tl.float32)
-    rotated = (straight.to(tl.float32) * along + crossed * across).to(straight.dtype)
-    tl.store(queries + (token.to(tl.int64) * heads + part) * dim + column, rotated, mask=inside & (part < heads))
-    own_key, own_value = part - heads, part - heads - kv
-    place = keys + batch * key_batch + own_key * key_head + slot * dim + column
-    tl.store(place, rotated, mask=inside & (own_key >= 0) & (own_key < kv))
-    place = values + batch * value_batch + own_value * value_head + slot * dim + column
-    tl.store(place, straight, mask=inside & (own_value >= 0))
+@cache
+def _counters(device: torch.device) -> Tensor:
+    """Zero between launches; where programs share slots there are at most so many groups."""
+    return torch.zeros(PROCESSORS, dtype=torch.int32, device=device)
 
 
 @triton.jit
 def _attend(
-    queries, keys, values, lengths, visible, partial, lse, offset, tokens, columns, scale, key_batch, key_head,
-    value_batch, value_head, heads, kv, group, dim, splits, ROWS: tl.constexpr, SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
+    mixed, cos, sin, keys, values, lengths, visible, partial, lse, counters, out, offset, tokens, columns, groups,
+    splits, scale, turn, key_batch, key_head, value_batch, value_head, HEADS: tl.constexpr, KV: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr, NEW: tl.constexpr,
+    CAUSAL: tl.constexpr, EARLIER: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Program: a block of the queries that share a key-value head, over one split of the slots."""
-    batch, head = (tl.program_id(0) // kv).to(tl.int64), tl.program_id(0) % kv
-    split = tl.program_id(2)
-    live = tl.load(lengths + batch)
-    end = live + offset + tokens
-    share = tl.cdiv(tl.cdiv(end, SLOTS), splits) * SLOTS
-    stop = tl.minimum((split + 1) * share, end)
-
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    token, column, real = row // group, tl.arange(0, WIDTH), row < tokens * group
-    in_width = column[None, :] < dim
-    place = ((batch * tokens + token) * heads + head * group + row % group) * dim
-    query = tl.load(queries + place[:, None] + column[None, :], mask=real[:, None] & in_width, other=0.0)
-    keys += batch * key_batch + head * key_head
-    values += batch * value_batch + head * value_head
-
-    highest = tl.full([ROWS], -1e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    summed = tl.zeros([ROWS, WIDTH], tl.float32)
-    for first in range(split * share, stop, SLOTS):
-        slot = first + tl.arange(0, SLOTS)
-        held = (slot < stop)[:, None] & in_width
-        key = tl.load(keys + slot[:, None] * dim + column[None, :], mask=held, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        behind = (slot - live)[None, :]  # column of `visible`
-        if CAUSAL:
-            seen = behind <= offset + token[:, None]
-        else:
-            asked = visible + (batch * tokens + token)[:, None] * columns + behind
-            seen = tl.load(asked, mask=real[:, None] & (behind >= 0) & (behind < columns), other=0) != 0
-            seen = seen | (behind < 0)
-        scores = tl.where(seen & (slot < stop)[None, :], scores, -float("inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        weight = tl.exp(scores - higher[:, None])
-        shrunk = tl.exp(highest - higher)
-        value = tl.load(values + slot[:, None] * dim + column[None, :], mask=held, other=0.0)
-        summed = summed * shrunk[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
-        total = total * shrunk + tl.sum(weight, 1)
-        highest = higher
-
-    line = (tl.program_id(0).to(tl.int64) * splits + split) * tokens * group + row
-    tl.store(lse + line, highest + tl.log(tl.maximum(total, 1e-30)), mask=real)
-    mean = summed / tl.maximum(total, 1e-30)[:, None]
-    tl.store(partial + line[:, None] * dim + column[None, :], mean, mask=real[:, None] & in_width)
+    """Program: some of the groups of queries, each over one of at most `splits` shares of the slots."""
+    blocks = tl.cdiv(tokens * (HEADS // KV), QUERIES)
+    for unit in tl.range(tl.program_id(0), groups * splits, tl.num_programs(0), num_stages=1):
+        group, split = unit % groups, unit // groups  # first shares first: there may be no others
+        batch, head = (group // blocks // KV).to(tl.int64), group // blocks % KV
+        live = tl.load(lengths + batch).to(tl.int32)
+        shares = tl.minimum(splits, tl.maximum(1, (live + offset) // (2 * SLOTS)))
+        if split < shares:
+            _unit(
+                mixed + batch * tokens * (HEADS + 2 * KV) * DIM, cos + batch * tokens * turn, sin + batch * tokens * turn,
+                keys + batch * key_batch + head * key_head, values + batch * value_batch + head * value_head,
+                visible + batch * tokens * columns, partial, lse, counters + group, out + batch * tokens * HEADS * DIM,
+                group * splits + split, live, offset, tokens, columns, scale, turn, head, group % blocks, split, shares,
+                HEADS, KV, DIM, WIDTH, QUERIES, SLOTS, NEW, CAUSAL, EARLIER, CHAINED,
+            )  # fmt: skip
 
 
 @triton.jit
-def _merge(
-    partial, lse, out, tokens, heads, kv, group, dim, splits, SPLITS: tl.constexpr, WIDTH: tl.constexpr
+def _unit(
+    mixed, cos, sin, keys, values, visible, partial, lse, counter, out, line, live, offset, tokens, columns, scale,
+    turn, head, block, split, shares, HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr, SLOTS: tl.constexpr, NEW: tl.constexpr, CAUSAL: tl.constexpr, EARLIER: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Program: one query. Its splits, weighted by their share of the softmax."""
-    batch, head, row = tl.program_id(0) // kv, tl.program_id(0) % kv, tl.program_id(1)
-    split, column = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
-    line = (tl.program_id(0).to(tl.int64) * splits + split) * tokens * group + row
-    part = tl.load(lse + line, mask=split < splits, other=-1e30)
-    weight = tl.exp(part - tl.max(part, 0))
-    inside = (split < splits)[:, None] & (column < dim)[None, :]
-    means = tl.load(partial + line[:, None] * dim + column[None, :], mask=inside, other=0.0)
-    merged = tl.sum(means * weight[:, None], 0) / tl.sum(weight, 0)
-    place = ((batch.to(tl.int64) * tokens + row // group) * heads + head * group + row % group) * dim
-    tl.store(out + place + column, merged.to(out.dtype.element_ty), mask=column < dim)
+    """A block of the queries that share a key-value head, over one share of its slots; the last one has the new tokens.
+
+    All that is there before the new queries, keys and values is on its way when these are waited for, and these are
+    asked for all at once: the time goes into waiting for memory.
+    """
+    G: tl.constexpr = HEADS // KV
+    PARTS: tl.constexpr = HEADS + 2 * KV
+    before = live + offset
+    share = tl.cdiv(tl.cdiv(before, SLOTS), shares) * SLOTS
+    stop = tl.minimum((split + 1) * share, before)
+    slot = split * share + tl.arange(0, SLOTS)
+    row = block * QUERIES + tl.arange(0, QUERIES)
+    token, real, part = row // G, row < tokens * G, head * G + row % G
+    new = tl.arange(0, NEW)
+    taken = tl.where(split == shares - 1, tokens, 0)  # new tokens
+    kept = tl.where(block == 0, taken, 0)
+    held = new < taken
+    seen = _seen_of_cached(visible, slot, stop, live, token, real, columns, CAUSAL, EARLIER)
+    new_seen = _seen_of_new(visible, new, taken, token, real, columns, offset, CAUSAL)
+    key, value = _cached(keys, slot, stop, DIM, WIDTH), _cached(values, slot, stop, DIM, WIDTH)
+    along, across = _part(cos, token * turn, real, DIM, WIDTH), _part(sin, token * turn, real, DIM, WIDTH)
+    new_along, new_across = _part(cos, new * turn, held, DIM, WIDTH), _part(sin, new * turn, held, DIM, WIDTH)
+    fetch(keys + tl.minimum(slot + SLOTS, before) * DIM, CHAINED)
+    fetch(values + tl.minimum(slot + SLOTS, before) * DIM, CHAINED)
+    wait_for_inputs(CHAINED)
+
+    place, new_place = (token * PARTS + part) * DIM, (new * PARTS + HEADS + head) * DIM
+    query, crossed = _part(mixed, place, real, DIM, WIDTH), _part_crossed(mixed, place, real, DIM, WIDTH)
+    new_key, new_crossed = _part(mixed, new_place, held, DIM, WIDTH), _part_crossed(mixed, new_place, held, DIM, WIDTH)
+    new_value = _part(mixed, new_place + KV * DIM, held, DIM, WIDTH)
+    query = _turned(query, crossed, along, across, CHAINED)
+    new_key = _turned(new_key, new_crossed, new_along, new_across, CHAINED)
+    key, value, new_value = arrived(key, CHAINED), arrived(value, CHAINED), arrived(new_value, CHAINED)
+    scores = tl.where(seen, tl.dot(query, tl.trans(key), input_precision="ieee") * scale, -float("inf"))
+    new_scores = tl.dot(query, tl.trans(new_key), input_precision="ieee") * scale
+    new_scores = tl.where(new_seen, new_scores, -float("inf"))
+    highest = tl.maximum(tl.maximum(tl.max(scores, 1), tl.max(new_scores, 1)), -1e30)
+    weight, new_weight = tl.exp(scores - highest[:, None]), tl.exp(new_scores - highest[:, None])
+    total = tl.sum(weight, 1) + tl.sum(new_weight, 1)
+    summed = tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+    summed = tl.dot(new_weight.to(value.dtype), new_value, summed, input_precision="ieee")
+    _keep(keys, values, new_key, new_value, before + new, new < kept, DIM, WIDTH)
+
+    for first in tl.range(split * share + SLOTS, stop, SLOTS, num_stages=2):
+        slot = first + tl.arange(0, SLOTS)
+        key, value = _cached(keys, slot, stop, DIM, WIDTH), _cached(values, slot, stop, DIM, WIDTH)
+        seen = _seen_of_cached(visible, slot, stop, live, token, real, columns, CAUSAL, EARLIER)
+        highest, total, summed = _step(query, key, value, seen, highest, total, summed, scale)
+    for first in range(NEW, taken, NEW):
+        more = first + tl.arange(0, NEW)
+        held = more < taken
+        new_place = (more * PARTS + HEADS + head) * DIM
+        new_along, new_across = _part(cos, more * turn, held, DIM, WIDTH), _part(sin, more * turn, held, DIM, WIDTH)
+        new_key, new_crossed = _part(mixed, new_place, held, DIM, WIDTH), _part_crossed(mixed, new_place, held, DIM, WIDTH)
+        new_value = _part(mixed, new_place + KV * DIM, held, DIM, WIDTH)
+        new_key = _turned(new_key, new_crossed, new_along, new_across, CHAINED)
+        _keep(keys, values, new_key, new_value, before + more, more < kept, DIM, WIDTH)
+        new_seen = _seen_of_new(visible, more, taken, token, real, columns, offset, CAUSAL)
+        highest, total, summed = _step(query, new_key, new_value, new_seen, highest, total, summed, scale)
+
+    mean = summed / tl.maximum(total, 1e-30)[:, None]
+    dim = tl.arange(0, WIDTH)
+    mask = real[:, None] & (dim < DIM)[None, :]
+    goal = out + ((token * HEADS + part) * DIM)[:, None] + dim[None, :]
+    if shares == 1:
+        tl.store(goal, mean.to(out.dtype.element_ty), mask=mask)
+    else:
+        own_row = line * QUERIES + tl.arange(0, QUERIES)
+        tl.store(lse + own_row, highest + tl.log(tl.maximum(total, 1e-30)))
+        tl.store(partial + own_row[:, None] * WIDTH + dim[None, :], mean)
+        if is_last(counter, shares):
+            _merge(partial, lse, line - split, shares, goal, mask, QUERIES, WIDTH)
+
+
+@triton.jit
+def _cached(stored, slot, stop, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """[slots, WIDTH] keys or values of the slots below `stop`."""
+    dim = tl.arange(0, WIDTH)
+    mask = (slot < stop)[:, None] & (dim < DIM)[None, :]
+    return tl.load(stored + slot[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _seen_of_cached(
+    visible, slot, stop, live, token, real, columns, CAUSAL: tl.constexpr, EARLIER: tl.constexpr
+):  # fmt: skip
+    """[queries, slots]: all live slots, and of EARLIER rows of a tree behind them what `visible` says."""
+    seen = (slot < stop)[None, :] & real[:, None]
+    if EARLIER and not CAUSAL:
+        behind = (slot - live)[None, :]
+        seen &= tl.load(visible + token[:, None] * columns + behind, mask=seen & (behind >= 0), other=1) != 0
+    return seen
+
+
+@triton.jit
+def _seen_of_new(visible, new, taken, token, real, columns, offset, CAUSAL: tl.constexpr):
+    """[queries, new tokens]: those up to the query's own, or what `visible` says."""
+    seen = (new < taken)[None, :] & real[:, None]
+    if CAUSAL:
+        return seen & (new[None, :] <= token[:, None])
+    else:
+        return tl.load(visible + token[:, None] * columns + offset + new[None, :], mask=seen, other=0) != 0
+
+
+@triton.jit
+def _part(rows, place, real, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """[n, WIDTH] from the places [n] of `rows` on."""
+    dim = tl.arange(0, WIDTH)
+    return tl.load(rows + place[:, None] + dim[None, :], mask=real[:, None] & (dim < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _part_crossed(rows, place, real, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """As `_part`, the second half first."""
+    dim = tl.arange(0, WIDTH)
+    crossed = (dim + DIM // 2) % DIM
+    return tl.load(rows + place[:, None] + crossed[None, :], mask=real[:, None] & (dim < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _turned(straight, crossed, along, across, CHAINED: tl.constexpr):
+    """Rotated by positions' cosines and signed sines."""
+    turned = straight.to(tl.float32) * along.to(tl.float32) + crossed.to(tl.float32) * across.to(tl.float32)
+    return arrived(turned.to(straight.dtype), CHAINED)
+
+
+@triton.jit
+def _keep(keys, values, key, value, slot, real, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Put new keys and values into the cache."""
+    dim = tl.arange(0, WIDTH)
+    mask = real[:, None] & (dim < DIM)[None, :]
+    at = slot[:, None] * DIM + dim[None, :]
+    tl.store(keys + at, key, mask=mask)
+    tl.store(values + at, value, mask=mask)
+
+
+@triton.jit
+def _step(query, key, value, seen, highest, total, summed, scale):
+    """Take some keys and values into a running softmax."""
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    scores = tl.where(seen, scores, -float("inf"))
+    higher = tl.maximum(highest, tl.max(scores, 1))
+    weight = tl.exp(scores - higher[:, None])
+    shrunk = tl.exp(highest - higher)
+    summed = summed * shrunk[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+    return higher, total * shrunk + tl.sum(weight, 1), summed
+
+
+@triton.jit
+def _merge(partial, lse, first, shares, goal, mask, QUERIES: tl.constexpr, WIDTH: tl.constexpr):
+    """Add up the shares of a block of queries, weighted by their part of the softmax."""
+    row, dim = tl.arange(0, QUERIES), tl.arange(0, WIDTH)
+    highest = tl.full([QUERIES], -1e30, tl.float32)
+    for share in range(shares):
+        highest = tl.maximum(highest, tl.load(lse + (first + share) * QUERIES + row))
+    total = tl.zeros([QUERIES], tl.float32)
+    summed = tl.zeros([QUERIES, WIDTH], tl.float32)
+    for share in range(shares):
+        line = (first + share) * QUERIES + row
+        weight = tl.exp(tl.load(lse + line) - highest)
+        total += weight
+        summed += weight[:, None] * tl.load(partial + line[:, None] * WIDTH + dim[None, :])
+    tl.store(goal, (summed / total[:, None]).to(goal.dtype.element_ty), mask=mask)

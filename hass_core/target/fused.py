@@ -9,24 +9,19 @@ Shapes: B batch, T new tokens, S slots attended to, H hidden, A heads, KV key-va
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hass_core import kernels
 from hass_core.target.compiling import Compiled
 from hass_core.target.kv_cache import KVCache, LayerShape
 from hass_core.target.linear import Linear, few_rows, packable
 from hass_core.target.loader import Target
 from hass_core.target.placement import Placement, place
-from hass_core.target.quickest import Quickest
 from hass_core.target.rope import RopeTable
-
-if TYPE_CHECKING:  # Triton is there on a GPU only
-    from hass_core.kernels.layer_pass import LayerPass
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -64,9 +59,6 @@ class FusedRunner:
         self.rope = RopeTable(decoder.rotary_emb, self.device, self.dtype)
         self.capturable = self.rope.fixed
         self._compiled = (Compiled(self._before), Compiled(self._after)) if self.device.type == "cuda" else None
-        self._pass: LayerPass | None = None
-        self._may_be_one_launch = self.capturable and self.layers[0].q_norm is None and kernels.roomy(self.embedding)
-        self.quickest = Quickest()
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
@@ -89,22 +81,13 @@ class FusedRunner:
 
     @torch.no_grad()
     def forward(self, token_ids: Tensor, position_ids: Tensor, cache: KVCache, visible: Tensor | None = None) -> Tensor:
-        count, group = token_ids.numel(), self.heads // self.shape.num_key_value_heads
+        group = self.heads // self.shape.num_key_value_heads
         turns = self.rope.at(position_ids)
         where = place(token_ids.shape[1], cache, visible, group, self.dtype)
-
-        def embedded() -> Tensor:
-            return F.embedding(token_ids, self.embedding)
-
-        if not (cache.steady and few_rows(self.embedding, count)):
-            return self._normed(self._layers(embedded(), turns, where, cache), self.final_norm)
-        ways = {"few rows": lambda: self._few_rows(embedded(), turns, where, cache)}
-        if count == 1:
-            compiled = {"compiled": lambda: self._layers(embedded(), turns, where, cache)}
-            ways = compiled | (ways if self.capturable else {})
-        if self._may_be_one_launch:
-            ways["one launch"] = lambda: self._in_one_launch(embedded(), turns, cache, visible)
-        return self._normed(self.quickest((count, visible is None), ways), self.final_norm)
+        x = F.embedding(token_ids, self.embedding)
+        quick = cache.steady and few_rows(self.embedding, token_ids.numel())
+        layers = self._few_rows if quick else self._layers
+        return self._normed(layers(x, turns, where, cache), self.final_norm)
 
     def _layers(self, x: Tensor, turns: tuple[Tensor, Tensor], where: Placement, cache: KVCache) -> Tensor:
         """The last layer's output [B, T, H]."""
@@ -121,30 +104,14 @@ class FusedRunner:
         from hass_core.kernels.few_rows import Norm, added_product_to_norm, product  # Triton is there on a GPU only
 
         ready = self._normed(x, self.layers[0].input_norm)
-        for weights, (keys, values), next_norm in zip(self.layers, cache.layers, self._next_norms(), strict=True):
+        next_norms = [*(weights.input_norm for weights in self.layers[1:]), self.final_norm]
+        for weights, (keys, values), next_norm in zip(self.layers, cache.layers, next_norms, strict=True):
             mixed = self._heads(product(ready, weights.qkv), weights)
             attended = where.attention(mixed, *turns, keys, values)
             x, ready = added_product_to_norm(attended, weights.o, x, Norm(weights.mlp_norm, self.eps))
             gated = product(ready, weights.gate_up, gated=True)
             x, ready = added_product_to_norm(gated, weights.down, x, Norm(next_norm, self.eps))
         return x
-
-    def _in_one_launch(self, x: Tensor, turns: tuple[Tensor, Tensor], cache: KVCache, visible: Tensor | None) -> Tensor:
-        """The same in a single launch, which knows no norms of queries and keys."""
-        if self._pass is None:
-            from hass_core.kernels.layer_pass import LayerParts, LayerPass, Sizes  # Triton is there on a GPU only
-
-            layers = [
-                LayerParts(weights.qkv, weights.o, weights.gate_up, weights.down, weights.mlp_norm, next_norm)
-                for weights, next_norm in zip(self.layers, self._next_norms(), strict=True)
-            ]
-            kv, inner = self.shape.num_key_value_heads, layers[0].down.weight.shape[1]
-            self._pass = LayerPass(layers, Sizes(self.hidden_size, self.heads, kv, self.head_dim, inner), self.eps)
-        return self._pass(x, self._normed(x, self.layers[0].input_norm), turns, cache, visible=visible)
-
-    def _next_norms(self) -> list[Tensor]:
-        """The norm behind each layer."""
-        return [*(weights.input_norm for weights in self.layers[1:]), self.final_norm]
 
     def _normed(self, x: Tensor, norm: Tensor) -> Tensor:
         return F.rms_norm(x, (self.hidden_size,), norm, self.eps)

@@ -3,8 +3,9 @@
     python -m infra.evidence.cycle_profile llama3-8b [--of plain verify_60 tree …]
 
 The kinds of cycle are those of `infra/evidence/cycle.py`. Prints a table for each kind, and last one JSON line: for
-each kind the microseconds of a cycle from its first kernel's start to its last one's end, those in which a kernel ran,
-and the kernels' names, counts and microseconds; and for each number of rows the ways a pass was timed in.
+each kind the microseconds of a cycle from its first kernel's start to its last one's end, the sum of its kernels' times,
+and the kernels' names, counts and microseconds. From Hopper on a kernel may begin while the one before still runs, and
+waits for it; that is in its time too.
 """
 
 import argparse
@@ -20,7 +21,6 @@ from hass_core.decoding.batch import Batch
 from hass_core.decoding.session import Session
 from hass_core.decoding.stop import StopRule
 from hass_core.provenance import provenance
-from hass_core.target.fused import FusedRunner
 from hass_core.target.runner import Runner, make_runner
 from infra.evidence.cycle import LAYERS, drafters_of, random_target
 
@@ -66,13 +66,9 @@ def main() -> None:
     record: dict[str, Any] = {"shape": options.shape, "device": torch.cuda.get_device_name(), "cycles": {}}
     for kind in options.of:
         cycle = record["cycles"][kind] = kernels_of(runner, drafters[kind])
-        print(f"{options.shape}, {kind}: {cycle['us']} us, {cycle['busy_us']} of them in kernels")
+        print(f"{options.shape}, {kind}: {cycle['us']} us, {cycle['busy_us']} us of kernels")
         for name, count, us in cycle["kernels"]:
             print(f"{us:9.1f} us {count:6.1f} x {us / count:7.2f}  {name}")
-    record["ways_us"] = {
-        str(case): {name: round(1e6 * seconds) for name, seconds in times.items()}
-        for case, times in (runner.quickest.times.items() if isinstance(runner, FusedRunner) else ())
-    }
     print(json.dumps(record | provenance()))
 
 

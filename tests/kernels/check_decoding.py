@@ -1,11 +1,15 @@
 """The decoding kernels beside PyTorch, on a GPU or in Triton's interpreter; run by test_kernels.py as a program."""
 
 from copy import copy
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 
+from hass_core import kernels
+from hass_core.decoding.drafter import Children, Frontier, Level, next_frontier
 from hass_core.kernels.few_rows import Norm, Tiles, added_product, added_product_to_norm, product
+from hass_core.kernels.frontier import best_candidates
 from hass_core.kernels.top_k import row_top_k
 from hass_core.kernels.tree_attention import tree_attention
 from hass_core.target.kv_cache import KVCache, LayerShape
@@ -19,6 +23,9 @@ ATTENTION = {  # batch, new tokens, heads, key-value heads, head size, slots, of
     "a tree": (2, 9, 6, 2, 48, 300, 0, 9),
     "a level of a tree behind two others": (1, 7, 4, 4, 16, 200, 14, 28),
     "several causal tokens": (3, 5, 8, 2, 32, 200, 0, None),
+    "more causal tokens than are taken at once": (1, 70, 4, 4, 16, 300, 0, None),
+    "a tree over a long context, which programs share": (1, 9, 6, 3, 64, 1600, 0, 9),
+    "a level of a tree over a long context": (2, 5, 8, 2, 64, 2200, 10, 20),
     "a tree of several blocks": (1, 60, 9, 3, 64, 400, 0, 60),
 }
 
@@ -43,15 +50,46 @@ def check_attention(name: str, batch: int, tokens: int, heads: int, kv: int, dim
     torch.testing.assert_close(values, cache.layers[0][1], msg=lambda text: f"{name}, values: {text}")
 
 
-def check_top_k(rows: int, size: int, k: int) -> None:
-    logits = torch.randn(rows, size, device=DEVICE).bfloat16()  # 16 bits: many ties
-    top, index, lse = row_top_k(logits, k)
+def check_top_k(rows: int, size: int, k: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(rows, size, device=DEVICE).to(dtype)  # of 16 bits many are equal
+    logits[0, :3] = torch.tensor([-torch.inf, -0.0, 0.0])
     ordered, order = torch.sort(logits.float(), dim=-1, descending=True, stable=True)
-    assert torch.equal(top, ordered[:, :k]), "values"
+    expected = (ordered[:, :k] - logits.float().logsumexp(-1, keepdim=True)).clamp(max=0)
+    scores, index = row_top_k(logits, k)
     assert torch.equal(index, order[:, :k]), "ties go to the lower index"
-    torch.testing.assert_close(lse, logits.float().logsumexp(-1))
+    torch.testing.assert_close(scores, expected)
+    token_ids = torch.randperm(size, device=DEVICE)
+    assert torch.equal(row_top_k(logits, k, token_ids)[1], token_ids[index])
     logits[0, size // 2] = torch.nan
-    assert row_top_k(logits, k)[2][0].isnan(), "a logit that is no number shows in the log-sum-exp"
+    assert row_top_k(logits, k)[0][0].isnan().all(), "a logit that is no number shows in all scores of its row"
+
+
+def check_frontier(batch: int, top_k: int, hidden: int, number: int) -> None:
+    """The kernel's choice of a level beside PyTorch's."""
+    level = Level(
+        Frontier(
+            torch.randint(100, (batch, top_k), device=DEVICE),
+            torch.randn(batch, top_k, 2 * hidden, device=DEVICE),
+            torch.randn(batch, top_k, device=DEVICE).round(decimals=1),  # ties
+            torch.arange(top_k, device=DEVICE).expand(batch, -1),
+            torch.rand(batch, top_k, 4 * top_k, device=DEVICE) < 0.3,
+        ),
+        Children(
+            torch.randn(batch, top_k, top_k, device=DEVICE).round(decimals=1),
+            torch.randint(100, (batch, top_k, top_k), device=DEVICE),
+        ),
+    )
+    level.children.scores[0, top_k // 2, 0] = torch.nan
+    features, embedding = torch.randn(batch, top_k, hidden, device=DEVICE), torch.randn(100, hidden, device=DEVICE)
+    rows_from, candidates_from = number * top_k, top_k + (number - 1) * top_k * top_k
+    frontier, children = level
+    got = best_candidates(
+        frontier.scores, *children, frontier.seen, features, embedding, rows_from, candidates_from
+    )  # fmt: skip
+    with patch.object(kernels, "usable", lambda x: False):
+        expected = next_frontier(level, features, embedding, number)
+    for name, one, other in zip(Frontier._fields, got, expected, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def layer_of(weight: torch.Tensor, bias: torch.Tensor | None = None, eight_bits: bool = False):
@@ -126,4 +164,7 @@ check_half_precision(10, 128, 80)
 for case, sizes in ATTENTION.items():
     check_attention(case, *sizes)
 for sizes in ((3, 5000, 10), (2, 49152, 10), (1, 1024, 1), (4, 100, 7)):
-    check_top_k(*sizes)
+    for kind in (torch.bfloat16, torch.float16, torch.float32):
+        check_top_k(*sizes, kind)
+for sizes in ((1, 10, 48, 1), (3, 4, 1500, 2), (2, 1, 16, 3)):
+    check_frontier(*sizes)
