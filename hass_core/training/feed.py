@@ -112,21 +112,32 @@ def read_ahead(steps: Iterator[list[list[int]]], dataset: Dataset, conversations
 
 
 class Prefetcher(Generic[T]):
-    """Runs jobs in threads, a few ahead. Results come in order; an error is raised where its result was due."""
+    """Runs jobs in threads, `ahead` of them before they are asked for: by default one more than there are threads.
 
-    def __init__(self, jobs: Iterator[Callable[[], T]], threads: int = 1):
+    Results come in order; an error is raised where its result was due. The jobs, too, are made in a thread: whoever asks
+    for results has a GPU waiting, and packing a window takes a hundredth of a second.
+    """
+
+    def __init__(self, jobs: Iterator[Callable[[], T]], threads: int = 1, ahead: int | None = None):
         self._jobs = jobs
         # several threads that each divide a sum among all cores would wait for each other
         alone = partial(torch.set_num_threads, 1) if threads > 1 else None
-        self._threads = ThreadPoolExecutor(threads, "feed", alone)
-        self._pending: deque[Future[T]] = deque(self._threads.submit(job) for job in islice(jobs, threads + 1))
+        self._planner, self._threads = ThreadPoolExecutor(1, "plan"), ThreadPoolExecutor(threads, "feed", alone)
+        self._pending: deque[Future[T]] = deque()
+        for _ in range(ahead or threads + 1):
+            self._begin()
 
     def __next__(self) -> T:
-        self._pending.append(self._threads.submit(next(self._jobs)))
+        self._begin()
         return self._pending.popleft().result()
+
+    def _begin(self) -> None:
+        job = self._planner.submit(next, self._jobs)
+        self._pending.append(self._threads.submit(lambda: job.result()()))
 
     def close(self) -> None:
         """End the threads, and the jobs."""
+        self._planner.shutdown(cancel_futures=True)
         self._threads.shutdown(cancel_futures=True)
         if isinstance(self._jobs, Generator):
             self._jobs.close()

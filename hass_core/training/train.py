@@ -49,6 +49,7 @@ from hass_core.training.vocabulary import frequent_tokens, ranked_tokens
 STEP_VERSION = 3
 METRICS = "metrics.jsonl"
 READING_THREADS = 3
+STEPS_AHEAD = 12  # half a second of a GPU's work: now and then a row group is late
 MOST_RANKS = 32_768  # tokens whose rank is kept with a draft of the full vocabulary
 
 
@@ -87,8 +88,8 @@ def train_draft(
     total = total_steps(config, stream, division)
     feed = make_feed(run, dataset)
     # live features come from the one GPU; on a CPU more threads would take the cores from the training
-    threads = READING_THREADS if feed.pin and dataset is stored else 1
-    steps = Prefetcher(micro_batches(feed, stream, division, at.step), threads)
+    threads, ahead = (READING_THREADS, STEPS_AHEAD) if feed.pin and dataset is stored else (1, None)
+    steps = Prefetcher(micro_batches(feed, stream, division, at.step), threads, ahead)
     started, before = time.monotonic(), at
     try:
         at = train(run, steps, at, total, progress)

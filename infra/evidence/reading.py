@@ -99,7 +99,7 @@ def measured(config: RunConfig, features: Artifact, store: Store, target: Target
 def _summary(records: list[dict]) -> dict[str, Any]:
     waits = [record["train/waiting_for_data"] for record in records]
     rate = len(records) / sum(1 / record["train/tokens_per_second"] for record in records)
-    waiting = {"waiting": round(sum(waits) / len(waits), 4), "worst_ten_steps": round(max(waits), 4)}
+    waiting = {"waiting": round(sum(waits) / len(waits), 4), "by_ten_steps": [round(wait, 3) for wait in waits]}
     return waiting | {"tokens_per_second": round(rate), "records": len(records)}
 
 
