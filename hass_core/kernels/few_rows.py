@@ -154,9 +154,7 @@ def _launch(
         values, squares, scaled.eps if scaled else 0.0, made_by,
     )  # fmt: skip
     if rows == 1:
-        one_row_product[(programs,)](
-            *common, outputs, INPUTS=inputs, COLUMNS=tiles.columns, STEP=tiles.step, **flags
-        )
+        one_row_product[(programs,)](*common, outputs, INPUTS=inputs, COLUMNS=tiles.columns, STEP=tiles.step, **flags)
         return out, values, squares
     shared = tiles.splits > 1
     partial = x.new_empty(tiles.splits, rows, len(layer.weight), dtype=torch.float32) if shared else None

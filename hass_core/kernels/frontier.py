@@ -44,9 +44,9 @@ def best_candidates(
     """The K best of the children [B, K, K] of K nodes by their scores and their parents' together, ties to the lower
     number, NaN first.
 
-    `seen` [B, K, C] are the tree rows that the nodes see, `features` [B, K, H] what was estimated there. The chosen ones
-    stand in the tree rows from `rows_from` on, and see what their parents do and themselves. Candidates are numbered
-    from `number_from` on.
+    `seen` [B, K, C] are the tree rows that the nodes see, `features` [B, K, H] what was estimated there. The chosen
+    ones stand in the tree rows from `rows_from` on, and see what their parents do and themselves. Candidates are
+    numbered from `number_from` on.
     """
     child_ids, seen, features = child_ids.contiguous(), seen.contiguous(), features.contiguous()
     batch, top_k = node_scores.shape

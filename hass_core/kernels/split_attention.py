@@ -36,7 +36,7 @@ def split_attention(
     offset: int,
     visible: Tensor | None,
 ) -> Tensor:
-    """As `hass_core.kernels.tree_attention.tree_attention`, for at most MOST_QUERIES queries that share a key-value head."""
+    """As `hass_core.kernels.tree_attention.tree_attention`, for at most MOST_QUERIES queries of a key-value head."""
     batch, tokens, parts, dim = mixed.shape
     kv = keys.shape[1]
     heads = parts - 2 * kv

@@ -1,4 +1,4 @@
-"""Attention of a few new tokens over a key-value cache in one launch, rotary embedding and the cache's new rows included.
+"""Attention of a few new tokens over a key-value cache in one launch, with rotary embedding and writing to the cache.
 
 A program takes some of the queries that share a key-value head, over a share of the slots that hold something, and
 then over the new tokens, whose keys it rotates itself; one of those that do writes them into the cache. Where the
@@ -90,13 +90,14 @@ def _attend(
     for unit in tl.range(tl.program_id(0), groups * splits, tl.num_programs(0), num_stages=1):
         group, split = unit % groups, unit // groups  # first shares first: there may be no others
         batch, head = (group // blocks // KV).to(tl.int64), group // blocks % KV
+        first = batch * tokens  # of the row's tokens
         live = tl.load(lengths + batch).to(tl.int32)
         shares = tl.minimum(splits, tl.maximum(1, (live + offset) // (2 * SLOTS)))
         if split < shares:
             _unit(
-                mixed + batch * tokens * (HEADS + 2 * KV) * DIM, cos + batch * tokens * turn, sin + batch * tokens * turn,
+                mixed + first * (HEADS + 2 * KV) * DIM, cos + first * turn, sin + first * turn,
                 keys + batch * key_batch + head * key_head, values + batch * value_batch + head * value_head,
-                visible + batch * tokens * columns, partial, lse, counters + group, out + batch * tokens * HEADS * DIM,
+                visible + first * columns, partial, lse, counters + group, out + first * HEADS * DIM,
                 group * splits + split, live, offset, tokens, columns, scale, turn, head, group % blocks, split, shares,
                 HEADS, KV, DIM, WIDTH, QUERIES, SLOTS, NEW, CAUSAL, EARLIER, CHAINED,
             )  # fmt: skip
@@ -136,8 +137,10 @@ def _unit(
     wait_for_inputs(CHAINED)
 
     place, new_place = (token * PARTS + part) * DIM, (new * PARTS + HEADS + head) * DIM
-    query, crossed = _part(mixed, place, real, DIM, WIDTH), _part_crossed(mixed, place, real, DIM, WIDTH)
-    new_key, new_crossed = _part(mixed, new_place, held, DIM, WIDTH), _part_crossed(mixed, new_place, held, DIM, WIDTH)
+    query = _part(mixed, place, real, DIM, WIDTH)
+    crossed = _part_crossed(mixed, place, real, DIM, WIDTH)
+    new_key = _part(mixed, new_place, held, DIM, WIDTH)
+    new_crossed = _part_crossed(mixed, new_place, held, DIM, WIDTH)
     new_value = _part(mixed, new_place + KV * DIM, held, DIM, WIDTH)
     query = _turned(query, crossed, along, across, CHAINED)
     new_key = _turned(new_key, new_crossed, new_along, new_across, CHAINED)
@@ -162,7 +165,8 @@ def _unit(
         held = more < taken
         new_place = (more * PARTS + HEADS + head) * DIM
         new_along, new_across = _part(cos, more * turn, held, DIM, WIDTH), _part(sin, more * turn, held, DIM, WIDTH)
-        new_key, new_crossed = _part(mixed, new_place, held, DIM, WIDTH), _part_crossed(mixed, new_place, held, DIM, WIDTH)
+        new_key = _part(mixed, new_place, held, DIM, WIDTH)
+        new_crossed = _part_crossed(mixed, new_place, held, DIM, WIDTH)
         new_value = _part(mixed, new_place + KV * DIM, held, DIM, WIDTH)
         new_key = _turned(new_key, new_crossed, new_along, new_across, CHAINED)
         _keep(keys, values, new_key, new_value, before + more, more < kept, DIM, WIDTH)

@@ -114,8 +114,8 @@ def read_ahead(steps: Iterator[list[list[int]]], dataset: Dataset, conversations
 class Prefetcher(Generic[T]):
     """Runs jobs in threads, `ahead` of them before they are asked for: by default one more than there are threads.
 
-    Results come in order; an error is raised where its result was due. The jobs, too, are made in a thread: whoever asks
-    for results has a GPU waiting, and packing a window takes a hundredth of a second.
+    Results come in order; an error is raised where its result was due. The jobs, too, are made in a thread: whoever
+    asks for results has a GPU waiting, and packing a window takes a hundredth of a second.
     """
 
     def __init__(self, jobs: Iterator[Callable[[], T]], threads: int = 1, ahead: int | None = None):

@@ -3,9 +3,9 @@
     python -m infra.evidence.cycle_profile llama3-8b [--of plain verify_60 tree …]
 
 The kinds of cycle are those of `infra/evidence/cycle.py`. Prints a table for each kind, and last one JSON line: for
-each kind the microseconds of a cycle from its first kernel's start to its last one's end, the sum of its kernels' times,
-and the kernels' names, counts and microseconds. From Hopper on a kernel may begin while the one before still runs, and
-waits for it; that is in its time too.
+each kind the microseconds of a cycle from its first kernel's start to its last one's end, the sum of its kernels'
+times, and the kernels' names, counts and microseconds. From Hopper on a kernel may begin while the one before still
+runs, and waits for it; that is in its time too.
 """
 
 import argparse
