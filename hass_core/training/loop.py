@@ -78,6 +78,7 @@ def train(run: Run, steps: Prefetcher[list[Batch]], at: Position, total_steps: i
             set_learning_rate(run.optimizers, learning_rate(run.config, at.step, total_steps))
             parts, norm = train_step(run, batches, at.step)
             tokens = sum(batch.num_tokens for batch in batches) * run.accelerator.num_processes
+            del batches  # freed while the device updates the weights, not when it has nothing to do
             at = replace(at, step=at.step + 1, tokens_seen=at.tokens_seen + tokens)
             window.add(parts, tokens, waited)
             if at.step % run.config.log_every_steps == 0 or at.step == total_steps:
