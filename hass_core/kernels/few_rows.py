@@ -25,6 +25,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from hass_core.kernels import shared_memory
 from hass_core.kernels.chain import chained, fetch, wait_for_inputs
 from hass_core.kernels.grid import is_last
 from hass_core.kernels.one_row import one_row_product
@@ -139,7 +140,7 @@ def _launch(
     scaled, x = (x, x.values) if isinstance(x, Scaled) else (None, x)
     inputs, outputs = x.shape[-1], len(layer.weight) // 2 if gated else len(layer.weight)
     x, rows = x.contiguous(), x.numel() // inputs
-    tiles = tiles or tiles_for(inputs, outputs, rows, layer.scale is not None)
+    tiles = _fitting(tiles or tiles_for(inputs, outputs, rows, layer.scale is not None), x, layer.weight, rows, gated)
     programs, made_by = triton.cdiv(outputs, tiles.columns), len(scaled.squares) if scaled else 1
     out = x.new_empty(*x.shape[:-1], outputs)
     values = torch.empty_like(out) if norm else out
@@ -164,6 +165,13 @@ def _launch(
         SPLITS=tiles.splits, LINES=_lines_ahead(tiles, layer.weight), **flags,
     )  # fmt: skip
     return out, values, squares
+
+
+def _fitting(tiles: Tiles, x: Tensor, weight: Tensor, rows: int, gated: bool) -> Tiles:
+    """The tiles, with no more steps under way than shared memory holds; they were chosen on an H100."""
+    columns = tiles.columns * (2 if gated else 1) * weight.element_size()
+    step = tiles.step * (columns + max(16, triton.next_power_of_2(rows)) * x.element_size())
+    return tiles._replace(stages=max(1, min(tiles.stages, shared_memory(x.device) // step)))
 
 
 def _lines_ahead(tiles: Tiles, weight: Tensor) -> int:

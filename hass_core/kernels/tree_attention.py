@@ -20,12 +20,13 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from hass_core.kernels import HOPPERS_SHARED_MEMORY, shared_memory
 from hass_core.kernels.chain import arrived, chained, fetch, wait_for_inputs
 from hass_core.kernels.grid import is_last
 from hass_core.kernels.split_attention import MOST_QUERIES, PROCESSORS, split_attention
 
 QUERIES_AT_ONCE = 16
-SLOTS_AT_ONCE, NEW_AT_ONCE = 256, 64  # of heads of 64, in 16 bits
+SLOTS_AT_ONCE, NEW_AT_ONCE = 256, 64  # of heads of 64, in 16 bits, where shared memory is as large as an H100's
 MOST_SPLITS = 16
 
 
@@ -51,10 +52,11 @@ def tree_attention(
     wanted, width = tokens * heads // kv, triton.next_power_of_2(dim)
     if wanted <= MOST_QUERIES:
         return split_attention(mixed, cos, sin, keys, values, lengths, offset, visible)
+    roomy = shared_memory(mixed.device) >= HOPPERS_SHARED_MEMORY
     # a long context is read once for each block of queries
-    queries = QUERIES_AT_ONCE * (2 if width >= 128 and keys.shape[2] > 1024 else 1)
-    fewer = max(1, width * mixed.element_size() // 128)
-    slots, new = SLOTS_AT_ONCE // fewer, min(NEW_AT_ONCE, NEW_AT_ONCE * 2 // fewer)
+    queries = QUERIES_AT_ONCE * (2 if roomy and width >= 128 and keys.shape[2] > 1024 else 1)
+    fewer, narrow = max(1, width * mixed.element_size() // 128), 1 if roomy else 2
+    slots, new = SLOTS_AT_ONCE // fewer // narrow, NEW_AT_ONCE * 2 // max(2, fewer) // narrow
     groups = batch * kv * triton.cdiv(wanted, queries)
     splits = max(1, min(MOST_SPLITS, PROCESSORS // groups, keys.shape[2] // (2 * slots)))
     lines = groups * splits * queries if splits > 1 else 0

@@ -21,7 +21,8 @@ class Linear:
     """y [..., out] = x [..., in] · weightᵀ + bias, for frozen weights [out, in].
 
     With `eight_bits` the weights are rounded to fp8 with a scale per output. On a GPU that halves what a few rows wait
-    for, while more rows restore the weights for every call; a CPU keeps them restored, so that both compute the same.
+    for, while more rows restore the weights for every call; a CPU, or a GPU without fp8, keeps them restored, so that
+    all compute the same.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, eight_bits: bool = False):
@@ -29,7 +30,7 @@ class Linear:
         weight = weight.detach()
         if eight_bits:
             rounded, scale = in_eight_bits(weight)
-            if weight.is_cuda:
+            if kernels.takes_eight_bits(weight):
                 weight, self.scale = rounded, scale
             else:
                 weight = restored(rounded, scale, weight.dtype)
