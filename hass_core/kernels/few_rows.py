@@ -25,12 +25,11 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from hass_core.kernels import shared_memory
 from hass_core.kernels.chain import chained, fetch, wait_for_inputs
 from hass_core.kernels.grid import is_last
 from hass_core.kernels.one_row import one_row_product
+from hass_core.kernels.tiles import Tiles, fitting, lines_ahead, tiles_for
 
-MOST_ROWS = 64
 MOST_SHARED = 4096  # tiles of a product whose inputs are shared among programs
 MOST_HALF = tl.constexpr(65504.0)  # of float16
 
@@ -58,18 +57,8 @@ class Norm(NamedTuple):
     eps: float
 
 
-class Tiles(NamedTuple):
-    """How a product is cut: outputs a program, inputs a step, programs that share the inputs; and Triton's settings."""
-
-    columns: int
-    step: int
-    warps: int
-    stages: int
-    splits: int = 1
-
-
 def product(x: Tensor | Scaled, layer: Layer, gated: bool = False, tiles: Tiles | None = None) -> Tensor:
-    """[..., O] from x [..., I] for at most MOST_ROWS rows in all, summed in float32.
+    """[..., O] from x [..., I] for at most 64 rows in all, summed in float32.
 
     With `gated`, the layer's first half are the gates of its second half, it has no bias, and the result [..., O / 2]
     is SiLU(gate) · gated.
@@ -90,49 +79,6 @@ def added_product_to_norm(
     return out, Scaled(values, squares, norm.eps)
 
 
-def tiles_for(inputs: int, outputs: int, rows: int = MOST_ROWS, eight_bits: bool = False) -> Tiles:
-    """The cut that measured fastest, or nearly so, on an H100 for products of about this size."""
-    if rows == 1:
-        return _tiles_for_one_row(inputs, outputs)
-    few = rows <= 16
-    if inputs < 2048:
-        if outputs >= 8192:
-            return Tiles(32, 128, 4, 6) if few else Tiles(32, 64, 4, 4)
-        if inputs > 1.5 * outputs:
-            return Tiles(32, 128, 4, 4, 4) if few else Tiles(16, 128, 4, 4, 2)
-        return Tiles(16, 64, 4, 6)
-    if few:
-        return _tiles_for_eight_bits(inputs, outputs) if eight_bits else _tiles_for_sixteen_bits(outputs)
-    if outputs >= 32768:
-        return Tiles(128, 128, 8, 3)
-    if outputs >= 8192:
-        return Tiles(64, 128, 4, 4)
-    return Tiles(32, 128, 4, 4 if outputs > 4096 else 6)
-
-
-def _tiles_for_eight_bits(inputs: int, outputs: int) -> Tiles:
-    """For at most 16 rows."""
-    if outputs >= 8192:
-        return Tiles(128 if outputs >= 16384 else 64, 256, 4, 4)
-    if outputs > 4096:
-        return Tiles(128, 256, 4, 4, 2)
-    return Tiles(128, 256, 4, 4, 4) if inputs > 4096 else Tiles(64, 128, 4, 4, 4)
-
-
-def _tiles_for_sixteen_bits(outputs: int) -> Tiles:
-    """For at most 16 rows."""
-    if outputs >= 8192:
-        return Tiles(64 if outputs >= 16384 else 32, 256, 4, 4)
-    return Tiles(64, 256, 4, 4, 2)
-
-
-def _tiles_for_one_row(inputs: int, outputs: int) -> Tiles:
-    """Stages mean nothing to it."""
-    if inputs < 2048:
-        return Tiles(4, triton.next_power_of_2(inputs), 4, 1)
-    return Tiles(1 if inputs >= 8192 or 8192 <= outputs < 32768 else 2, 2048, 8, 1)
-
-
 def _launch(
     x: Tensor | Scaled, layer: Layer, gated: bool = False, residual: Tensor | None = None, norm: Norm | None = None,
     tiles: Tiles | None = None,
@@ -140,7 +86,7 @@ def _launch(
     scaled, x = (x, x.values) if isinstance(x, Scaled) else (None, x)
     inputs, outputs = x.shape[-1], len(layer.weight) // 2 if gated else len(layer.weight)
     x, rows = x.contiguous(), x.numel() // inputs
-    tiles = _fitting(tiles or tiles_for(inputs, outputs, rows, layer.scale is not None), x, layer.weight, rows, gated)
+    tiles = fitting(tiles or tiles_for(inputs, outputs, rows, layer.scale is not None), x, layer.weight, rows, gated)
     programs, made_by = triton.cdiv(outputs, tiles.columns), len(scaled.squares) if scaled else 1
     out = x.new_empty(*x.shape[:-1], outputs)
     values = torch.empty_like(out) if norm else out
@@ -162,22 +108,9 @@ def _launch(
     _product[(programs, tiles.splits)](
         *common, partial, _arrivals(x.device) if shared else None, rows, outputs, INPUTS=inputs,
         ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=tiles.columns, STEP=tiles.step, STAGES=tiles.stages,
-        SPLITS=tiles.splits, LINES=_lines_ahead(tiles, layer.weight), **flags,
+        SPLITS=tiles.splits, LINES=lines_ahead(tiles, layer.weight), **flags,
     )  # fmt: skip
     return out, values, squares
-
-
-def _fitting(tiles: Tiles, x: Tensor, weight: Tensor, rows: int, gated: bool) -> Tiles:
-    """The tiles, with no more steps under way than shared memory holds; they were chosen on an H100."""
-    columns = tiles.columns * (2 if gated else 1) * weight.element_size()
-    step = tiles.step * (columns + max(16, triton.next_power_of_2(rows)) * x.element_size())
-    return tiles._replace(stages=max(1, min(tiles.stages, shared_memory(x.device) // step)))
-
-
-def _lines_ahead(tiles: Tiles, weight: Tensor) -> int:
-    """Lines of 128 bytes of each output's weights that are fetched before the inputs are there; a power of 2."""
-    under_way = min(weight.shape[1], tiles.step * tiles.stages) * weight.element_size()
-    return triton.next_power_of_2(max(1, under_way // 128))
 
 
 @cache

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from hass_core import kernels
 from hass_core.decoding.drafter import Children, Frontier, Level, next_frontier
-from hass_core.kernels.few_rows import Norm, Tiles, added_product, added_product_to_norm, product
+from hass_core.kernels.few_rows import Norm, added_product, added_product_to_norm, product
 from hass_core.kernels.frontier import best_candidates
+from hass_core.kernels.tiles import Tiles
 from hass_core.kernels.top_k import row_top_k
 from hass_core.kernels.tree_attention import tree_attention
 from hass_core.target.kv_cache import KVCache, LayerShape
@@ -166,7 +167,7 @@ for case, sizes in ATTENTION.items():
 with patch("hass_core.kernels.tree_attention.shared_memory", lambda device: 99 << 10):
     for case in ("more causal tokens than are taken at once", "a level of a tree over a long context"):
         check_attention(f"{case}, in little memory", *ATTENTION[case])
-with patch("hass_core.kernels.few_rows.shared_memory", lambda device: 4 << 10):
+with patch("hass_core.kernels.tiles.shared_memory", lambda device: 4 << 10):
     check_few_rows(10, 80, 128, eight_bits=False)
 for sizes in ((3, 5000, 10), (2, 49152, 10), (1, 1024, 1), (4, 100, 7)):
     for kind in (torch.bfloat16, torch.float16, torch.float32):
