@@ -106,6 +106,8 @@ class Drafter:
         """Of each level that is drafted from, what its K nodes are rotated by: all of a level stand at one position."""
         depths = torch.arange(self.shape.depth - 1, device=cache.lengths.device)
         positions = (depths[:, None] + cache.lengths).flatten()[:, None].expand(-1, self.shape.top_k)
+        if not self._runner.rope.fixed:  # the positions of one call decide the frequencies
+            return [self._runner.rope.at(level) for level in positions.split(cache.batch_size)]
         cos, sin = self._runner.rope.at(positions)
         return list(zip(cos.split(cache.batch_size), sin.split(cache.batch_size), strict=True))
 
