@@ -13,6 +13,7 @@ from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding import bench, planner
 from hass_core.decoding.bench import bench_decode
 from hass_core.decoding.choose import choose_decoder, decoder_of
+from hass_core.decoding.drafter import Drafter
 from hass_core.decoding.plain import PlainDecoder
 from hass_core.decoding.planner import LARGEST, Choice, Costs, Plan, Record, make_plan, observe
 from hass_core.decoding.probe import FixedTree, cycle_seconds
@@ -67,10 +68,17 @@ def test_a_plan_is_measured_serialises_and_gives_a_tree_to_decode_with(tiny_targ
     SpeculativeDecoder(runner, draft, plan.tree()).generate(prompts[:1], SamplingConfig(), 8, ENDLESS)
 
 
+def made_up_seconds(runner, drafter, rows):
+    """A cycle in which a level takes 2 ms: a tiny model's is lost among what else the machine does."""
+    levels = drafter.shape.depth if isinstance(drafter, Drafter) else 0
+    return 0.001 + 0.00001 * drafter.shape.nodes + 0.002 * levels
+
+
 def test_a_plan_may_confine_the_draft_to_frequent_tokens(tiny_target, prompts, monkeypatch):
     monkeypatch.setattr(planner, "VOCABULARIES", (64, 32))
     seconds = {64: 0.0, 32: 0.001}
     monkeypatch.setattr(planner, "_saved", lambda draft, drafted: seconds)
+    monkeypatch.setattr(planner, "cycle_seconds", made_up_seconds)
     runner = make_runner(tiny_target)
     answer = PlainDecoder(runner).generate(prompts[:1], SamplingConfig(), 24, ENDLESS)[0].token_ids
     frequent = torch.tensor(list(dict.fromkeys(answer + list(range(runner.vocab_size)))))
