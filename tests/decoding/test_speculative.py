@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from hass_core.config import SamplingConfig, TreeConfig
+from hass_core.decoding.draft_runner import DraftRunner
+from hass_core.decoding.drafter import Drafter
 from hass_core.decoding.plain import PlainDecoder
 from hass_core.decoding.speculative import SpeculativeDecoder
 from hass_core.decoding.stop import StopRule
+from hass_core.decoding.tree import TreeShape
 from hass_core.errors import ContextTooLong, DraftMismatch, NonFinite
 from hass_core.target.generic import HFRunner
 from hass_core.target.loader import freeze
@@ -166,6 +169,23 @@ def test_the_answer_may_fill_the_context_to_its_last_token(prompts):
         prompts[1:2], GREEDY, 100, ENDLESS
     )
     assert (generation.token_ids, generation.finished) == (expected.token_ids, "length")
+
+
+def test_positions_that_depend_on_the_length_are_looked_up_level_by_level(prompts):
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    target = freeze(tiny_llama(rope_scaling=scaling), byte_tokenizer(), name="stretched")
+    runner, draft = make_runner(target), random_draft(target)
+    asked = []
+    drafting = DraftRunner(draft.model)
+    drafter = Drafter(draft, TreeShape.of(TREES["dynamic"], draft.head.size), drafting)
+    look_up = drafting.rope.at
+    drafting.rope.at = lambda positions: asked.append(positions) or look_up(positions)
+    cache = drafter.new_cache(1, 64)
+    drafter.grow(cache, torch.tensor([5]), torch.randn(1, runner.hidden_size))
+    assert [positions.unique().tolist() for positions in asked] == [[0], [1], [2]]
+    expected = PlainDecoder(runner).generate(prompts, GREEDY, 20, ENDLESS)
+    got = SpeculativeDecoder(runner, draft, TREES["dynamic"]).generate(prompts, GREEDY, 20, ENDLESS)
+    assert [answer.token_ids for answer in got] == [answer.token_ids for answer in expected]
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(tiny_target):

@@ -167,8 +167,6 @@ for case, sizes in ATTENTION.items():
 with patch("hass_core.kernels.tree_attention.shared_memory", lambda device: 99 << 10):
     for case in ("more causal tokens than are taken at once", "a level of a tree over a long context"):
         check_attention(f"{case}, in little memory", *ATTENTION[case])
-with patch("hass_core.kernels.tiles.shared_memory", lambda device: 4 << 10):
-    check_few_rows(10, 80, 128, eight_bits=False)
 for sizes in ((3, 5000, 10), (2, 49152, 10), (1, 1024, 1), (4, 100, 7)):
     for kind in (torch.bfloat16, torch.float16, torch.float32):
         check_top_k(*sizes, kind)

@@ -9,7 +9,7 @@ from hass_core.training.feed import Prefetcher
 
 
 def test_results_come_in_order_and_are_begun_before_they_are_asked_for():
-    begun, may_end = threading.Semaphore(0), threading.Event()
+    planned, begun, may_end = threading.Semaphore(0), threading.Semaphore(0), threading.Event()
 
     def job(number: int) -> int:
         begun.release()
@@ -19,11 +19,14 @@ def test_results_come_in_order_and_are_begun_before_they_are_asked_for():
     def jobs() -> Iterator[Callable[[], int]]:
         number = 0
         while True:
+            planned.release()
             yield lambda number=number: job(number)
             number += 1
 
     steps = Prefetcher(jobs(), threads=3, ahead=5)
     assert all(begun.acquire(timeout=10) for _ in range(3)), "nobody has asked yet"
+    assert all(planned.acquire(timeout=10) for _ in range(5))
+    assert not planned.acquire(blocking=False), "no more than were to be ahead"
     may_end.set()
     assert [next(steps) for _ in range(20)] == list(range(20))
     steps.close()
