@@ -11,7 +11,7 @@ from hass_core.features.extract import extract_features
 from hass_core.memory import release_unused
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, Store
-from hass_core.target.loader import Target, load_target
+from hass_core.target_model.loader import Target, load_target
 from hass_core.training.train import train_draft
 
 Stage = Literal["prompts", "responses", "features", "draft", "evaluation"]

@@ -15,7 +15,7 @@ from hass_core.errors import HassError
 from hass_core.evaluation.evaluate import read_report
 from hass_core.export import exporter
 from hass_core.store import MANIFEST, Artifact, store_at
-from hass_core.target.licence import target_licence
+from hass_core.target_model.licence import target_licence
 from tasks import tracking
 from tasks.resources import store_of, target_of
 from tasks.retries import NETWORK_RETRIES

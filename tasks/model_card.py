@@ -5,10 +5,10 @@ from typing import Any
 
 from hass_core.config import RunConfig
 from hass_core.export.card import cell
-from hass_core.provenance import code_commit
 from hass_core.store import Artifact
-from hass_core.target.licence import target_licence
-from hass_core.target.loader import Target
+from hass_core.store.provenance import code_commit
+from hass_core.target_model.licence import target_licence
+from hass_core.target_model.loader import Target
 
 
 def model_card(config: RunConfig, target: Target, stages: Mapping[str, Artifact]) -> str:

@@ -4,8 +4,8 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
 from hass_core.config import RunConfig
-from hass_core.provenance import code_commit
 from hass_core.store import Artifact
+from hass_core.store.provenance import code_commit
 from tasks import tracking
 from tasks.model_card import model_card
 from tasks.resources import store_of, target_of

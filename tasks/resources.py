@@ -6,7 +6,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hass_core.config import RunConfig, TargetConfig
 from hass_core.store import Store
-from hass_core.target.loader import Target, load_target
+from hass_core.target_model.loader import Target, load_target
 
 
 def store_of(config: RunConfig) -> Store:

@@ -10,7 +10,7 @@ from hass_core.config import RunConfig
 from hass_core.memory import release_unused
 from hass_core.progress import Progress
 from hass_core.store import Artifact, Store
-from hass_core.target.loader import Target
+from hass_core.target_model.loader import Target
 from tasks.progress import reporting
 from tasks.resources import store_of, target_of
 from tasks.tracking import StageRun, stage_run

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hass_core.store import Store
-from hass_core.target.loader import Target, freeze
+from hass_core.target_model.loader import Target, freeze
 from tests.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, FaultyProxy, seaweedfs
 
 IMPATIENT = {"read_timeout": 1, "connect_timeout": 1, "retries": {"max_attempts": 2, "mode": "standard"}}
@@ -90,7 +90,7 @@ def s3_store(s3_proxy, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": IMPATIENT, "use_listings_cache": False})
-    monkeypatch.setattr("hass_core.store.UPLOAD_PATIENCE_SECONDS", 6.0)
+    monkeypatch.setattr("hass_core.store.store.UPLOAD_PATIENCE_SECONDS", 6.0)
     s3_proxy.mode = "pass"
     store = Store(f"s3://{BUCKET}/store/{tmp_path.name}", cache=tmp_path / "cache", cache_gb=0.001)
     monkeypatch.setattr(type(store.fs), "retries", 2)

@@ -45,6 +45,25 @@ def test_only_the_tracking_package_imports_mlflow():
     assert all(file.startswith("tasks/tracking/") for file in importers)
 
 
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("hass_core/decoding", "hass_core.training"),  # what decodes needs no trainer
+        ("hass_core/kernels", "hass_core.target_model"),
+        ("hass_core/store", "hass_core.config"),
+        ("hass_core/training", "hass_core.evaluation"),
+        ("hass_core/data", "hass_core.features"),
+    ],
+)
+def test_the_core_is_layered(package, forbidden):
+    assert [entry for entry in imports(package) if is_in(entry[1], forbidden)] == []
+
+
+def test_nothing_of_the_product_imports_the_benchmarks():
+    found = [*imports("hass_core"), *imports("tasks"), *imports("flows")]
+    assert [e for e in found if is_in(e[1], "hass_core.bench") and e[0].parts[1] != "bench"] == []
+
+
 def test_flows_take_only_types_and_settings_from_the_core():
     allowed = ("hass_core.config", "hass_core.store.Artifact", "hass_core.errors")
     core = {module for _, module in imports("flows") if is_in(module, "hass_core") and module != "hass_core.store"}
@@ -55,7 +74,7 @@ def test_flows_do_not_compute():
     assert [entry for entry in imports("flows") if entry[1].split(".")[0] in ("torch", "transformers", "pyarrow")] == []
 
 
-@pytest.mark.parametrize("module", ["hass_core.config", "hass_core.store", "hass_core.target.loader"])
+@pytest.mark.parametrize("module", ["hass_core.config", "hass_core.store", "hass_core.target_model.loader"])
 def test_importing_the_core_loads_neither_prefect_nor_mlflow(module):
     code = f"import {module}, sys; print([m for m in ('prefect', 'mlflow') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

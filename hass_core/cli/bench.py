@@ -7,9 +7,9 @@ import typer
 
 app = typer.Typer(no_args_is_help=True)
 MODULES = {
-    "train": "hass_core.training.bench",
-    "decode": "hass_core.decoding.bench",
-    "features": "hass_core.features.bench",
+    "train": "hass_core.bench.training",
+    "decode": "hass_core.bench.decoding",
+    "features": "hass_core.bench.features",
 }
 
 

@@ -30,7 +30,7 @@ def chat(
     """Chat with the target. The tokens a cycle got beyond its first stand in green; an empty line ends."""
     from hass_core.data.templates import Message, decode, encode_prompt
     from hass_core.decoding.stop import StopRule
-    from hass_core.target.loader import load_target
+    from hass_core.target_model.loader import load_target
 
     loaded = load_target(TargetConfig(source=target))
     decoder = build_decoder(loaded, draft, None if plan else TreeConfig(depth=depth, top_k=top_k, nodes=nodes))

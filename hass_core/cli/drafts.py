@@ -36,8 +36,8 @@ def export(
     from hass_core.export.card import serving_command
     from hass_core.export.engines import ENGINES
     from hass_core.export.exporter import export_draft
-    from hass_core.target.licence import target_licence
-    from hass_core.target.loader import load_target
+    from hass_core.target_model.licence import target_licence
+    from hass_core.target_model.loader import load_target
 
     if to not in ENGINES:
         raise BadInput(f"no engine {to!r}; engines are {', '.join(ENGINES)}")
@@ -58,7 +58,7 @@ def import_(
 ) -> None:
     """Bring in an existing EAGLE, EAGLE-2 or HASS checkpoint (safetensors or a plain .bin of tensors)."""
     from hass_core.export import importer
-    from hass_core.target.loader import load_target
+    from hass_core.target_model.loader import load_target
 
     loaded = load_target(TargetConfig(source=target, device="cpu"))
     importer.import_draft(source, loaded.model.config, out)

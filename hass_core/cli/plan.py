@@ -26,10 +26,10 @@ def plan(
 ) -> None:
     """Choose the tree for this machine: the best of each size, and whether it beats plain decoding."""
     from hass_core.decoding.planner import make_plan
+    from hass_core.draft_model.checkpoint import load_draft
     from hass_core.evaluation.session import planning_prompts
-    from hass_core.model.checkpoint import load_draft
-    from hass_core.target.loader import load_target
-    from hass_core.target.runner import make_runner
+    from hass_core.target_model.loader import load_target
+    from hass_core.target_model.runner import make_runner
 
     loaded = load_target(TargetConfig(source=target))
     measured = replace(load_draft(draft, loaded), eight_bits=eight_bits)

@@ -42,7 +42,7 @@ def serve(
     except ImportError as error:
         raise ConfigError(f"hass serve needs {error.name}; pip install 'hass-pipeline[serve]'") from None
     from hass_core.serving.service import Limits, Service
-    from hass_core.target.loader import load_target
+    from hass_core.target_model.loader import load_target
 
     key = read_key(api_key_file)
     if key is None and host not in LOOPBACK:

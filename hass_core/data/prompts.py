@@ -34,7 +34,7 @@ from hass_core.data.templates import check_template
 from hass_core.errors import BadInput, HassError
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, StageFolder, Store, digest_of, sha256_of
-from hass_core.target.loader import Target
+from hass_core.target_model.loader import Target
 
 STEP_VERSION = 1
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))

@@ -28,7 +28,7 @@ from hass_core.data.templates import check_template
 from hass_core.errors import HassError
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, FileRecord, StageFolder, Store
-from hass_core.target.loader import Target
+from hass_core.target_model.loader import Target
 
 STEP_VERSION = 1
 RESPONSES_SCHEMA = pa.schema(

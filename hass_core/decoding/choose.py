@@ -4,8 +4,8 @@ from hass_core.decoding.generation import Decoder
 from hass_core.decoding.plain import PlainDecoder
 from hass_core.decoding.planner import Plan, make_plan
 from hass_core.decoding.speculative import SpeculativeDecoder
-from hass_core.model.checkpoint import Draft
-from hass_core.target.runner import Runner
+from hass_core.draft_model.checkpoint import Draft
+from hass_core.target_model.runner import Runner
 
 
 def choose_decoder(runner: Runner, draft: Draft, prompts: list[list[int]], rows: int = 1) -> tuple[Decoder, Plan]:

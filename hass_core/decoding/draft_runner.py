@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hass_core.model.draft import DraftModel
-from hass_core.target.compiling import Compiled, compiled
-from hass_core.target.fused import joined
-from hass_core.target.kv_cache import KVCache, LayerShape
-from hass_core.target.linear import Linear, few_rows
-from hass_core.target.placement import Placement, place
-from hass_core.target.rope import RopeTable
+from hass_core.draft_model.layers import DraftModel
+from hass_core.target_model.compiling import Compiled, compiled
+from hass_core.target_model.fused import joined
+from hass_core.target_model.kv_cache import KVCache, LayerShape
+from hass_core.target_model.linear import Linear, few_rows
+from hass_core.target_model.placement import Placement, place
+from hass_core.target_model.rope import RopeTable
 
 
 class DraftRunner:
@@ -58,7 +58,8 @@ class DraftRunner:
     ) -> Tensor:
         """Estimated next features [B, T, H] of rows `pairs` [B, T, 2H], at positions with the `turns` of `rope`.
 
-        They are written `offset` slots behind the live lengths, and see what `hass_core.target.placement.place` says.
+        They are written `offset` slots behind the live lengths, and see what `place` of
+        `hass_core.target_model.placement` says.
         """
         count = pairs.shape[0] * pairs.shape[1]
         where = place(pairs.shape[1], cache, visible, self.group, self.dtype, offset)

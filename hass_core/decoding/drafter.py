@@ -18,10 +18,10 @@ from hass_core.decoding.draft_runner import DraftRunner
 from hass_core.decoding.prefill import last_of
 from hass_core.decoding.top_tokens import top_tokens
 from hass_core.decoding.tree import ROOT, Pool, Tree, TreeShape, assemble, best, static_scores
-from hass_core.model.checkpoint import Draft
-from hass_core.target.compiling import compiled
-from hass_core.target.kv_cache import KVCache
-from hass_core.target.linear import Linear
+from hass_core.draft_model.checkpoint import Draft
+from hass_core.target_model.compiling import compiled
+from hass_core.target_model.kv_cache import KVCache
+from hass_core.target_model.linear import Linear
 
 
 class Children(NamedTuple):

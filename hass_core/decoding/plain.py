@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hass_core.decoding.tree import Tree, TreeShape
 from hass_core.decoding.tree_decoder import TreeDecoder
-from hass_core.target.runner import Runner
+from hass_core.target_model.runner import Runner
 
 
 class PlainDecoder(TreeDecoder):

@@ -24,8 +24,8 @@ from hass_core.decoding.probe import FixedTree, cycle_seconds
 from hass_core.decoding.stop import StopRule
 from hass_core.decoding.tree import Tree, TreeShape
 from hass_core.decoding.tree_decoder import TreeDecoder
-from hass_core.model.checkpoint import Draft
-from hass_core.target.runner import Runner
+from hass_core.draft_model.checkpoint import Draft
+from hass_core.target_model.runner import Runner
 
 LARGEST = TreeConfig(kind="dynamic", depth=6, top_k=8, nodes=60)
 TOP_KS = (1, 2, 4, 8)

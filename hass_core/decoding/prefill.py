@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from hass_core.target.kv_cache import KVCache
-from hass_core.target.runner import Runner
+from hass_core.target_model.kv_cache import KVCache
+from hass_core.target_model.runner import Runner
 
 TOKENS_PER_PIECE = 512
 

@@ -12,7 +12,7 @@ from hass_core.decoding.batch import Batch
 from hass_core.decoding.session import Session, TreeDrafter
 from hass_core.decoding.stop import StopRule
 from hass_core.decoding.tree import Tree, TreeShape, ancestors
-from hass_core.target.runner import Runner
+from hass_core.target_model.runner import Runner
 
 CONTEXT_TOKENS = 128
 WARM_CYCLES = 3  # on a GPU: compile, capture, first replay

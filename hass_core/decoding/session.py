@@ -24,8 +24,8 @@ from hass_core.decoding.prefill import last_of, pieces, prefill
 from hass_core.decoding.report import RowReport, packed, unpacked
 from hass_core.decoding.tree import Tree, TreeShape
 from hass_core.decoding.verify import Accepted, accept
-from hass_core.target.compiling import compiled
-from hass_core.target.runner import Runner
+from hass_core.target_model.compiling import compiled
+from hass_core.target_model.runner import Runner
 
 WIDTH_STEP = 256  # captured graphs attend to a multiple of this many slots
 

@@ -9,9 +9,9 @@ from hass_core.config import TreeConfig
 from hass_core.decoding.drafter import Drafter
 from hass_core.decoding.tree import TreeShape
 from hass_core.decoding.tree_decoder import TreeDecoder
+from hass_core.draft_model.checkpoint import Draft
 from hass_core.errors import DraftMismatch
-from hass_core.model.checkpoint import Draft
-from hass_core.target.runner import Runner
+from hass_core.target_model.runner import Runner
 
 
 class SpeculativeDecoder(TreeDecoder):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hass_core.target.loader import Target
+from hass_core.target_model.loader import Target
 
 Finished = Literal["eos", "stop", "length"]
 

@@ -11,7 +11,7 @@ from hass_core.decoding.batch import Batch
 from hass_core.decoding.generation import CycleTrace, Generation, Step, Timing
 from hass_core.decoding.session import Session, TreeDrafter
 from hass_core.decoding.stop import StopRule
-from hass_core.target.runner import Runner
+from hass_core.target_model.runner import Runner
 
 
 class TreeDecoder:

@@ -11,11 +11,11 @@ from hass_core.diagnosis import causes, variants
 from hass_core.diagnosis.causes import Cause
 from hass_core.diagnosis.chain import tau
 from hass_core.diagnosis.variants import Case, Settings
+from hass_core.draft_model.checkpoint import load_draft
 from hass_core.errors import BadInput
 from hass_core.evaluation.benchmarks import Question
-from hass_core.model.checkpoint import load_draft
 from hass_core.progress import Progress, no_progress
-from hass_core.target.loader import Target
+from hass_core.target_model.loader import Target
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.generation import Generation
 from hass_core.decoding.speculative import SpeculativeDecoder
 from hass_core.decoding.stop import StopRule
-from hass_core.model.checkpoint import Draft
-from hass_core.target.loader import Target
-from hass_core.target.runner import make_runner
+from hass_core.draft_model.checkpoint import Draft
+from hass_core.target_model.loader import Target
+from hass_core.target_model.runner import make_runner
 
 DEPTH = 4
 CHAIN = TreeConfig(kind="chain", depth=DEPTH, top_k=1, nodes=DEPTH + 1)

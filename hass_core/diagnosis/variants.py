@@ -14,15 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from hass_core.data.templates import encode_prompt
 from hass_core.diagnosis.causes import Cause, from_variant
 from hass_core.diagnosis.chain import Asked, Cycle, chain_cycles, tau
+from hass_core.draft_model.architecture import DraftArchitecture
+from hass_core.draft_model.checkpoint import Draft, load_draft
+from hass_core.draft_model.head import DraftHead
+from hass_core.draft_model.layers import DraftModel
 from hass_core.errors import BadInput
 from hass_core.evaluation.benchmarks import Question
 from hass_core.evaluation.lossless import in_float32
 from hass_core.export.checks import rope_of
-from hass_core.model.architecture import DraftArchitecture
-from hass_core.model.checkpoint import Draft, load_draft
-from hass_core.model.draft import DraftModel
-from hass_core.model.head import DraftHead
-from hass_core.target.loader import Target
+from hass_core.target_model.loader import Target
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from hass_core.config import EvaluationConfig, RunConfig, TargetConfig, TreeConfig
+from hass_core.draft_model.checkpoint import CONFIG, RANKS, VOCABULARY, WEIGHTS
 from hass_core.evaluation import figures
 from hass_core.evaluation.benchmarks import Question, assert_unseen, load_benchmarks
 from hass_core.evaluation.measure import check_lengths
@@ -25,11 +26,10 @@ from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.render import markdown
 from hass_core.evaluation.report import Report
 from hass_core.evaluation.session import Session
-from hass_core.model.checkpoint import CONFIG, RANKS, VOCABULARY, WEIGHTS
 from hass_core.progress import Progress, no_progress
-from hass_core.provenance import provenance
 from hass_core.store import Artifact, StageFolder, Store, digest_of
-from hass_core.target.loader import Target, load_target
+from hass_core.store.provenance import provenance
+from hass_core.target_model.loader import Target, load_target
 
 STEP_VERSION = 2
 REPORT = "report.json"

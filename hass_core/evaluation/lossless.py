@@ -17,8 +17,8 @@ from hass_core.config import SamplingConfig
 from hass_core.decoding.generation import Decoder
 from hass_core.decoding.stop import StopRule
 from hass_core.progress import Progress, no_progress
-from hass_core.target.loader import Target
-from hass_core.target.runner import Runner, make_runner
+from hass_core.target_model.loader import Target
+from hass_core.target_model.runner import Runner, make_runner
 
 Prompt = tuple[str, list[int]]  # question, token ids
 MakeDecoder = Callable[[Target], Decoder]

@@ -18,7 +18,7 @@ from hass_core.evaluation.benchmarks import Question
 from hass_core.evaluation.journal import Journal
 from hass_core.evaluation.metrics import Measurement
 from hass_core.progress import Progress, no_progress
-from hass_core.target.loader import Target
+from hass_core.target_model.loader import Target
 
 PLAIN = "plain"
 WARM_UP_TOKENS = 32

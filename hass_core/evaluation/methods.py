@@ -15,11 +15,11 @@ from hass_core.decoding.plain import PlainDecoder
 from hass_core.decoding.rivals.lookup import PromptLookupDecoder
 from hass_core.decoding.rivals.speculative_sampling import SpeculativeSamplingDecoder, first_layers
 from hass_core.decoding.speculative import SpeculativeDecoder
+from hass_core.draft_model.checkpoint import load_draft
 from hass_core.errors import ConfigError, DraftMismatch
 from hass_core.evaluation.measure import PLAIN
-from hass_core.model.checkpoint import load_draft
-from hass_core.target.loader import Target, load_target
-from hass_core.target.runner import Runner, make_runner
+from hass_core.target_model.loader import Target, load_target
+from hass_core.target_model.runner import Runner, make_runner
 
 HASS, EAGLE, EAGLE2, SPS, PLD = "hass", "eagle", "eagle2", "sps", "pld"
 TAKES_DRAFT = (HASS, EAGLE, EAGLE2, SPS)

@@ -15,6 +15,7 @@ from hass_core.config import EvaluationConfig, TreeConfig
 from hass_core.data.holdout import TRAINING_FILE, packaged_prompts
 from hass_core.data.templates import encode_prompt
 from hass_core.decoding.planner import LARGEST, Plan, make_plan
+from hass_core.draft_model.checkpoint import load_draft
 from hass_core.evaluation.benchmarks import Question
 from hass_core.evaluation.journal import Journal
 from hass_core.evaluation.lossless import Certificate, Prompt, certify, dtype_name, in_float32
@@ -23,10 +24,9 @@ from hass_core.evaluation.methods import EAGLE, EAGLE2, HASS, build_decoders, dr
 from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.report import Estimator
 from hass_core.memory import release_unused
-from hass_core.model.checkpoint import load_draft
 from hass_core.progress import Progress
-from hass_core.target.loader import Target
-from hass_core.target.runner import make_runner
+from hass_core.target_model.loader import Target
+from hass_core.target_model.runner import make_runner
 
 DRAFTED = (HASS, EAGLE2, EAGLE)  # methods with a draft model, the first one present is compared and chained
 CHAIN_DEPTH = 5

@@ -22,7 +22,7 @@ from hass_core.export.card import model_card
 from hass_core.export.checks import check_draft, rope_of
 from hass_core.export.engines import ENGINES, Engine
 from hass_core.export.layout import CONFIG, WEIGHTS, Layout, check_out, read_config, read_tensors
-from hass_core.target.licence import NOT_STATED
+from hass_core.target_model.licence import NOT_STATED
 
 
 def is_draft_file(name: str) -> bool:

@@ -27,8 +27,8 @@ from hass_core.features.schema import SKIPPED, FeatureInfo
 from hass_core.features.tokenised import Encoded, Part, encode_part
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, FileRecord, StageFolder, Store
-from hass_core.target.capture import Capture, batches_for
-from hass_core.target.loader import Target
+from hass_core.target_model.capture import Capture, batches_for
+from hass_core.target_model.loader import Target
 
 STEP_VERSION = 3
 SAMPLE_CONVERSATIONS, SAMPLE_PARTS = 64, 8

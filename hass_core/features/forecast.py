@@ -8,8 +8,8 @@ from hass_core.errors import StoreError
 from hass_core.features.encoding import encode
 from hass_core.features.schema import Encoding
 from hass_core.store import Store
-from hass_core.target.capture import TokenIds, batches_for, capture_features
-from hass_core.target.loader import Target
+from hass_core.target_model.capture import TokenIds, batches_for, capture_features
+from hass_core.target_model.loader import Target
 
 OTHER_BYTES_PER_TOKEN = 6  # token ids, mask and the rest, before compression
 RESERVE = 1.05

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from hass_core.features.reader import Conversation, FeatureDataset
-from hass_core.target.capture import batches_for, capture_features
-from hass_core.target.loader import Target
+from hass_core.target_model.capture import batches_for, capture_features
+from hass_core.target_model.loader import Target
 
 
 class LiveFeatures:

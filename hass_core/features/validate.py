@@ -7,7 +7,7 @@ from hass_core.errors import CorruptFile
 from hass_core.features.audit import AUDIT, Audit, audit_masks
 from hass_core.features.reader import FeatureDataset, shard_names
 from hass_core.store import Artifact, Store
-from hass_core.target.loader import load_target
+from hass_core.target_model.loader import load_target
 
 LEAST_SUPERVISED, MOST_SUPERVISED = 0.01, 0.99  # shares outside of which a mask is likely wrong for all conversations
 

@@ -42,9 +42,9 @@ def tree_attention(
 ) -> Tensor:
     """Attended values [B, T, A·d] of the queries in `mixed` [B, T, A + 2·KV, d]: queries, keys and values side by side.
 
-    `cos`, `sin` [B, T, 1, d] as in `hass_core.target.rope`, with the same strides. The new keys and values are written
-    into `keys`, `values` [B, KV, S, d] from slot `lengths` [B] + `offset` on. A token sees the first `lengths` slots,
-    and of the C slots after them those that `visible` [B, T, C] says; without it, all up to itself.
+    `cos`, `sin` [B, T, 1, d] as in `hass_core.target_model.rope`, with the same strides. The new keys and values are
+    written into `keys`, `values` [B, KV, S, d] from slot `lengths` [B] + `offset` on. A token sees the first
+    `lengths` slots, and of the C slots after them those that `visible` [B, T, C] says; without it, all up to itself.
     """
     batch, tokens, parts, dim = mixed.shape
     kv = keys.shape[1]

@@ -12,7 +12,7 @@ from hass_core.serving.metrics import Metrics
 from hass_core.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from hass_core.serving.text import AnswerText
 from hass_core.serving.worker import Event, Job, Worker
-from hass_core.target.loader import Target
+from hass_core.target_model.loader import Target
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from hass_core.config import RunConfig, load_config
 from hass_core.stages import run_until
 from hass_core.store import Store
-from hass_core.target.loader import load_target
+from hass_core.target_model.loader import load_target
 from hass_core.training.train import train_draft
 
 

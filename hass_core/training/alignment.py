@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hass_core.model.draft import DraftModel
-from hass_core.target.compiling import compiled
+from hass_core.draft_model.layers import DraftModel
+from hass_core.target_model.compiling import compiled
 from hass_core.training.attention import attend
 from hass_core.training.batch import Batch
 from hass_core.training.own_again import OwnAgain

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from hass_core.config import TrainingConfig, TreeConfig
 from hass_core.decoding.replay import Answer
+from hass_core.draft_model.head import DraftHead
 from hass_core.errors import NonFinite
-from hass_core.model.head import DraftHead
 from hass_core.progress import Progress
 from hass_core.store import StageFolder
 from hass_core.training.alignment import Alignment

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hass_core import kernels
 from hass_core.config import TrainingConfig
-from hass_core.model.head import DraftHead
+from hass_core.draft_model.head import DraftHead
 from hass_core.training.batch import Batch
 
 PARTS = ("regression", "soft_ce", "top_k", "accuracy")

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from hass_core.model.draft import DraftModel
+from hass_core.draft_model.layers import DraftModel
 from hass_core.training.batch import Conversation
 
 ROWS_PER_BLOCK = 8192

@@ -22,16 +22,16 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from hass_core.config import RunConfig
+from hass_core.draft_model.architecture import DraftArchitecture
+from hass_core.draft_model.checkpoint import CONFIG, RANKS, VOCABULARY, WEIGHTS, draft_info, save_draft
+from hass_core.draft_model.head import DraftHead
+from hass_core.draft_model.layers import DraftModel
 from hass_core.errors import BadInput
 from hass_core.features.live import LiveFeatures, with_features
 from hass_core.features.reader import Conversation, FeatureDataset
-from hass_core.model.architecture import DraftArchitecture
-from hass_core.model.checkpoint import CONFIG, RANKS, VOCABULARY, WEIGHTS, draft_info, save_draft
-from hass_core.model.draft import DraftModel
-from hass_core.model.head import DraftHead
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, StageFolder, Store
-from hass_core.target.loader import Target, choose_dtype
+from hass_core.target_model.loader import Target, choose_dtype
 from hass_core.training.alignment import Alignment
 from hass_core.training.checkpoint import Position, checkpoints, load_checkpoint, load_weights
 from hass_core.training.feed import Dataset, Division, Feed, Prefetcher, micro_batches

@@ -13,9 +13,9 @@ from hass_core.config import TreeConfig
 from hass_core.decoding.drafter import Drafter
 from hass_core.decoding.replay import Answer, last_answer, replay, tree_tau
 from hass_core.decoding.tree import TreeShape
-from hass_core.model.checkpoint import Draft
-from hass_core.model.draft import DraftModel
-from hass_core.model.head import DraftHead
+from hass_core.draft_model.checkpoint import Draft
+from hass_core.draft_model.head import DraftHead
+from hass_core.draft_model.layers import DraftModel
 from hass_core.training.batch import Conversation
 
 

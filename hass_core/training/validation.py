@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hass_core.model.head import DraftHead
+from hass_core.draft_model.head import DraftHead
 from hass_core.training.alignment import Alignment
 from hass_core.training.batch import Batch, Conversation, collate
 from hass_core.training.losses import Objective, distill

@@ -23,13 +23,13 @@ from hass_core.data.responses import generate_responses
 from hass_core.data.templates import encode_prompt
 from hass_core.decoding.speculative import SpeculativeDecoder
 from hass_core.decoding.stop import StopRule
+from hass_core.draft_model.checkpoint import load_draft
 from hass_core.evaluation.benchmarks import load_benchmarks
 from hass_core.features.extract import extract_features
-from hass_core.model.checkpoint import load_draft
-from hass_core.provenance import provenance
 from hass_core.store import Artifact, Store
-from hass_core.target.loader import Target, load_target
-from hass_core.target.runner import make_runner
+from hass_core.store.provenance import provenance
+from hass_core.target_model.loader import Target, load_target
+from hass_core.target_model.runner import make_runner
 from hass_core.training.train import train_draft
 
 TREE = TreeConfig(depth=6, top_k=10, nodes=60)

@@ -13,19 +13,19 @@ from typing import Any, cast
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hass_core.bench.training import SHAPES
 from hass_core.decoding.drafter import Drafter
 from hass_core.decoding.plain import NoDraft
 from hass_core.decoding.probe import FixedTree, cycle_seconds
 from hass_core.decoding.session import TreeDrafter
 from hass_core.decoding.tree import TreeShape
-from hass_core.model.architecture import DraftArchitecture
-from hass_core.model.checkpoint import Draft
-from hass_core.model.draft import DraftModel
-from hass_core.model.head import DraftHead
-from hass_core.provenance import provenance
-from hass_core.target.loader import Target
-from hass_core.target.runner import make_runner
-from hass_core.training.bench import SHAPES
+from hass_core.draft_model.architecture import DraftArchitecture
+from hass_core.draft_model.checkpoint import Draft
+from hass_core.draft_model.head import DraftHead
+from hass_core.draft_model.layers import DraftModel
+from hass_core.store.provenance import provenance
+from hass_core.target_model.loader import Target
+from hass_core.target_model.runner import make_runner
 
 LAYERS = {"smollm2-135m": 30, "llama3-8b": 32, "tiny": 2}
 TIED = {"smollm2-135m", "tiny"}  # output projection and input embedding are one

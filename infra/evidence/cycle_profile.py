@@ -20,8 +20,8 @@ from hass_core.config import SamplingConfig
 from hass_core.decoding.batch import Batch
 from hass_core.decoding.session import Session
 from hass_core.decoding.stop import StopRule
-from hass_core.provenance import provenance
-from hass_core.target.runner import Runner, make_runner
+from hass_core.store.provenance import provenance
+from hass_core.target_model.runner import Runner, make_runner
 from infra.evidence.cycle import LAYERS, drafters_of, random_target
 
 WARM, TIMED, SHOWN = 5, 4, 24

@@ -17,13 +17,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hass_core.bench.features import bench_features
 from hass_core.config import load_config
 from hass_core.data.responses import RESPONSES_SCHEMA
-from hass_core.features.bench import bench_features
 from hass_core.features.extract import extract_features
-from hass_core.provenance import provenance
 from hass_core.store import Artifact, Store
-from hass_core.target.loader import load_target
+from hass_core.store.provenance import provenance
+from hass_core.target_model.loader import load_target
 
 
 def responses_of(path: Path, repeat: int, shard: int, store: Store) -> Artifact:

@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from hass_core.provenance import provenance
+from hass_core.store.provenance import provenance
 from tests.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, free_port, seaweedfs
 
 SLACK_SECONDS = 0.02  # how far behind its rate a link may catch up
@@ -53,7 +53,7 @@ def measured(port: int, options: list[str]) -> dict:
     """The record of `hass bench features --store` for the server behind that port."""
     server = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1",
               "AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}  # fmt: skip
-    command = [sys.executable, "-m", "hass_core.features.bench", "--store", f"s3://{BUCKET}/bench", *options]
+    command = [sys.executable, "-m", "hass_core.bench.features", "--store", f"s3://{BUCKET}/bench", *options]
     done = subprocess.run(command, env={**os.environ, **server}, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -25,8 +25,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from hass_core.config import RunConfig, parse_config
-from hass_core.provenance import provenance
 from hass_core.store import Artifact
+from hass_core.store.provenance import provenance
 from tasks import tracking
 from tasks.tracking.registry import version_of
 from tests.flows.stack import ROOT, Stack, wait_for

@@ -26,13 +26,13 @@ from typing import Any, cast
 import pyarrow.fs
 import torch
 
+from hass_core.bench.training import SHAPES
 from hass_core.config import RunConfig, load_config
 from hass_core.features.schema import FeatureInfo
 from hass_core.features.writer import FeatureWriter
-from hass_core.provenance import provenance
 from hass_core.store import Artifact, Store
-from hass_core.target.loader import Target
-from hass_core.training.bench import SHAPES
+from hass_core.store.provenance import provenance
+from hass_core.target_model.loader import Target
 from hass_core.training.train import train_draft
 from infra.evidence.cycle import random_target
 from tests.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, seaweedfs

@@ -13,7 +13,7 @@ import hass_core
 from hass_core.config import RunConfig
 from hass_core.export.exporter import is_draft_file
 from hass_core.store import Artifact, Store
-from hass_core.target.loader import Target
+from hass_core.target_model.loader import Target
 from tasks.tracking.client import connect, experiment_id
 
 SERVING_PACKAGES = (

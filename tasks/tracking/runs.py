@@ -12,8 +12,8 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.time import get_current_time_millis
 
 from hass_core.config import RunConfig
-from hass_core.provenance import code_commit
 from hass_core.store import Artifact, Store, digest_of
+from hass_core.store.provenance import code_commit
 from tasks.tracking.client import connect, experiment_id, tracking_uri
 from tasks.tracking.lock import locked
 from tasks.tracking.metrics import Follower, read_metrics

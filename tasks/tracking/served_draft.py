@@ -19,9 +19,9 @@ class ServedDraft(PythonModel):
         """Load target and draft. Raises DraftMismatch when the target has changed since training."""
         from hass_core.config import TargetConfig, TreeConfig
         from hass_core.decoding.speculative import SpeculativeDecoder
-        from hass_core.model.checkpoint import load_draft
-        from hass_core.target.loader import load_target
-        from hass_core.target.runner import make_runner
+        from hass_core.draft_model.checkpoint import load_draft
+        from hass_core.target_model.loader import load_target
+        from hass_core.target_model.runner import make_runner
 
         folder = Path(context.artifacts["draft"])
         served = json.loads((folder / "served.json").read_text())

@@ -8,12 +8,12 @@ import torch
 from hass_core.decoding.drafter import Drafter
 from hass_core.decoding.stop import StopRule
 from hass_core.decoding.tree import ROOT, Pool, Tree, TreeShape, assemble, pool_size
-from hass_core.model.architecture import DraftArchitecture
-from hass_core.model.checkpoint import Draft
-from hass_core.model.draft import DraftModel
-from hass_core.model.head import DraftHead
-from hass_core.target.kv_cache import KVCache
-from hass_core.target.loader import Target
+from hass_core.draft_model.architecture import DraftArchitecture
+from hass_core.draft_model.checkpoint import Draft
+from hass_core.draft_model.head import DraftHead
+from hass_core.draft_model.layers import DraftModel
+from hass_core.target_model.kv_cache import KVCache
+from hass_core.target_model.loader import Target
 
 ENDLESS = StopRule()
 

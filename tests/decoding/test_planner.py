@@ -8,19 +8,19 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hass_core.bench.decoding import bench_decode
 from hass_core.cli.app import app
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding import bench, planner
-from hass_core.decoding.bench import bench_decode
 from hass_core.decoding.choose import choose_decoder, decoder_of
 from hass_core.decoding.drafter import Drafter
 from hass_core.decoding.plain import PlainDecoder
 from hass_core.decoding.planner import LARGEST, Choice, Costs, Plan, Record, make_plan, observe
 from hass_core.decoding.probe import FixedTree, cycle_seconds
 from hass_core.decoding.speculative import SpeculativeDecoder
+from hass_core.draft_model.checkpoint import draft_info, save_draft
 from hass_core.errors import BadInput
-from hass_core.model.checkpoint import draft_info, save_draft
-from hass_core.target.runner import make_runner
+from hass_core.target_model.runner import make_runner
 from tests.decoding.conftest import ENDLESS, random_draft
 
 
@@ -164,7 +164,7 @@ def test_the_benchmark_decodes_plainly_where_no_tree_wins(monkeypatch, capsys, t
 def test_hass_plan_prints_the_curve_and_writes_it(monkeypatch, tmp_path, tiny_target):
     draft = random_draft(tiny_target)
     save_draft(tmp_path / "draft", draft.model, draft.head, draft_info(tiny_target))
-    monkeypatch.setattr("hass_core.target.loader.load_target", lambda config: tiny_target)
+    monkeypatch.setattr("hass_core.target_model.loader.load_target", lambda config: tiny_target)
     monkeypatch.setattr("hass_core.evaluation.session.planning_prompts", lambda target: [[5, 6, 7]])
     result = CliRunner().invoke(app, ["plan", str(tmp_path / "draft"), "-o", str(tmp_path / "plan.json")])
     assert result.exit_code == 0, result.output

@@ -8,8 +8,8 @@ from hass_core.decoding.drafter import Drafter
 from hass_core.decoding.replay import Answer, last_answer, replay, tree_tau
 from hass_core.decoding.speculative import SpeculativeDecoder
 from hass_core.decoding.tree import TreeShape
-from hass_core.target.capture import capture_features
-from hass_core.target.runner import make_runner
+from hass_core.target_model.capture import capture_features
+from hass_core.target_model.runner import make_runner
 from tests.decoding.conftest import ENDLESS, random_draft
 
 TREES = {

@@ -11,12 +11,12 @@ from hass_core.decoding.speculative import SpeculativeDecoder
 from hass_core.decoding.stop import StopRule
 from hass_core.decoding.tree import TreeShape
 from hass_core.errors import ContextTooLong, DraftMismatch, NonFinite
-from hass_core.target.generic import HFRunner
-from hass_core.target.loader import freeze
-from hass_core.target.runner import make_runner
+from hass_core.target_model.generic import HFRunner
+from hass_core.target_model.loader import freeze
+from hass_core.target_model.runner import make_runner
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.decoding.conftest import ENDLESS, OracleDrafter, random_draft, worst_draft
-from tests.target.conftest import VARIANTS, tiny_model
+from tests.target_model.conftest import VARIANTS, tiny_model
 
 GREEDY = SamplingConfig()
 WARM = SamplingConfig(temperature=0.9, top_p=0.9, top_k=40, min_p=0.01, repetition_penalty=1.2, seed=3)

@@ -17,7 +17,7 @@ from hass_core.decoding.tree import (
     pool_size,
     static_scores,
 )
-from hass_core.target.placement import attention_mask
+from hass_core.target_model.placement import attention_mask
 
 
 @st.composite

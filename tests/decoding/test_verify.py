@@ -10,8 +10,8 @@ from hass_core.decoding.sampling import draw, probabilities
 from hass_core.decoding.speculative import SpeculativeDecoder
 from hass_core.decoding.tree import Pool, Tree, TreeShape, ancestors, assemble
 from hass_core.decoding.verify import accept
-from hass_core.target.loader import freeze
-from hass_core.target.runner import make_runner
+from hass_core.target_model.loader import freeze
+from hass_core.target_model.runner import make_runner
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.decoding.conftest import ENDLESS, random_draft
 

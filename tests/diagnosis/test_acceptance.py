@@ -18,11 +18,11 @@ from hass_core.diagnosis.acceptance import diagnose
 from hass_core.diagnosis.causes import Cause, category_cause, context_cause, depth_cause
 from hass_core.diagnosis.chain import Cycle, chain_cycles
 from hass_core.diagnosis.variants import Settings, as_asked
+from hass_core.draft_model.checkpoint import draft_info, load_draft, save_draft
+from hass_core.draft_model.head import DraftHead
 from hass_core.errors import BadInput
 from hass_core.evaluation.benchmarks import Question
-from hass_core.model.checkpoint import draft_info, load_draft, save_draft
-from hass_core.model.head import DraftHead
-from hass_core.target.runner import make_runner
+from hass_core.target_model.runner import make_runner
 from tests.conftest import CHAT_TEMPLATE
 from tests.oracles.fitted import fitted_draft
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from hass_core.config import EvaluationConfig, TreeConfig
-from hass_core.model.architecture import DraftArchitecture
-from hass_core.model.checkpoint import draft_info, save_draft
-from hass_core.model.draft import DraftModel
-from hass_core.model.head import DraftHead
+from hass_core.draft_model.architecture import DraftArchitecture
+from hass_core.draft_model.checkpoint import draft_info, save_draft
+from hass_core.draft_model.head import DraftHead
+from hass_core.draft_model.layers import DraftModel
 
 TREE = TreeConfig(depth=3, top_k=3, nodes=8)
 

@@ -24,7 +24,7 @@ from hass_core.evaluation.measure import Examiner
 from hass_core.evaluation.metrics import METRICS, Measurement
 from hass_core.evaluation.render import markdown
 from hass_core.evaluation.report import Report
-from hass_core.target.loader import freeze
+from hass_core.target_model.loader import freeze
 
 from .conftest import TREE, random_draft
 
@@ -239,7 +239,7 @@ from tests.conftest import byte_tokenizer, tiny_llama
 from hass_core.config import RunConfig
 from hass_core.evaluation.evaluate import evaluate_draft
 from hass_core.store import Artifact, Store
-from hass_core.target.loader import freeze
+from hass_core.target_model.loader import freeze
 
 def kill(done, total, note=""):
     if note == "question mine/2":

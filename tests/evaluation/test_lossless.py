@@ -11,9 +11,9 @@ from hass_core.decoding.generation import Generation
 from hass_core.decoding.plain import PlainDecoder
 from hass_core.decoding.speculative import SpeculativeDecoder
 from hass_core.decoding.stop import StopRule
+from hass_core.draft_model.checkpoint import load_draft
 from hass_core.evaluation.lossless import certify, first_difference, in_float32, last_logits
-from hass_core.model.checkpoint import load_draft
-from hass_core.target.runner import make_runner
+from hass_core.target_model.runner import make_runner
 
 from .conftest import TREE
 

@@ -12,7 +12,7 @@ from hass_core.decoding.rivals.lookup import PromptLookupDecoder, lookup
 from hass_core.decoding.rivals.speculative_sampling import SpeculativeSamplingDecoder, first_layers
 from hass_core.decoding.stop import StopRule
 from hass_core.errors import BadInput, ConfigError, ContextTooLong
-from hass_core.target.runner import make_runner
+from hass_core.target_model.runner import make_runner
 
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7, 8, 5, 6], list(range(30, 70)), [9]]
 GREEDY = SamplingConfig()

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hass_core.config import TreeConfig
+from hass_core.draft_model.checkpoint import load_draft
 from hass_core.errors import BadInput, DraftMismatch
 from hass_core.export.card import serving_command
 from hass_core.export.checks import check_draft
 from hass_core.export.engines import ENGINES
 from hass_core.export.exporter import export_draft
 from hass_core.export.layout import Layout
-from hass_core.model.checkpoint import load_draft
 
 CHAIN = TreeConfig(kind="chain", depth=3, nodes=4)
 

@@ -17,7 +17,7 @@ from hass_core.features.reader import shard_names
 from hass_core.features.schema import FeatureInfo
 from hass_core.features.writer import FeatureWriter
 from hass_core.store import Store, store_at
-from hass_core.target.capture import capture_features
+from hass_core.target_model.capture import capture_features
 from tests.features.conftest import responses_artifact
 
 HASS = str(Path(sys.executable).with_name("hass"))

@@ -16,7 +16,7 @@ from hass_core.features import extract
 from hass_core.features.extract import extract_features
 from hass_core.features.reader import FeatureDataset, shard_names
 from hass_core.store import Artifact, Store
-from hass_core.target.loader import freeze
+from hass_core.target_model.loader import freeze
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.features.conftest import conversation, responses_artifact
 

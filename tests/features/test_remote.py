@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hass_core.bench.feature_store import bench_store
 from hass_core.errors import BadInput, CorruptFile, StoreError
 from hass_core.features import remote
-from hass_core.features.bench_store import bench_store
 from hass_core.features.reader import FeatureDataset
 from hass_core.features.schema import FeatureInfo
 from hass_core.features.writer import FeatureWriter

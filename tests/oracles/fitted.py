@@ -7,10 +7,10 @@ every tensor of the draft matters and every depth accepts something.
 import torch
 import torch.nn.functional as F
 
-from hass_core.model.architecture import DraftArchitecture
-from hass_core.model.draft import DraftModel
-from hass_core.target.capture import capture_features
-from hass_core.target.loader import Target
+from hass_core.draft_model.architecture import DraftArchitecture
+from hass_core.draft_model.layers import DraftModel
+from hass_core.target_model.capture import capture_features
+from hass_core.target_model.loader import Target
 from hass_core.training.alignment import Alignment
 from hass_core.training.batch import collate
 from hass_core.training.start import start_least_squares

@@ -16,12 +16,12 @@ from torch import Tensor
 from hass_core.config import TargetConfig
 from hass_core.data.holdout import heldout_prompts
 from hass_core.data.templates import encode_prompt
-from hass_core.model.architecture import DraftArchitecture
-from hass_core.model.checkpoint import draft_info, load_draft, save_draft
-from hass_core.model.draft import DraftModel
-from hass_core.model.head import DraftHead
-from hass_core.target.capture import capture_features
-from hass_core.target.loader import Target, load_target
+from hass_core.draft_model.architecture import DraftArchitecture
+from hass_core.draft_model.checkpoint import draft_info, load_draft, save_draft
+from hass_core.draft_model.head import DraftHead
+from hass_core.draft_model.layers import DraftModel
+from hass_core.target_model.capture import capture_features
+from hass_core.target_model.loader import Target, load_target
 
 PYTHON = os.environ.get("HASS_SPECULATORS_PYTHON")
 DRAFT = os.environ.get("HASS_ORACLE_DRAFT")  # a trained draft's folder

@@ -18,11 +18,11 @@ from hass_core.decoding.generation import Generation
 from hass_core.decoding.plain import PlainDecoder
 from hass_core.decoding.speculative import SpeculativeDecoder
 from hass_core.decoding.stop import StopRule
+from hass_core.draft_model.checkpoint import draft_info, load_draft, save_draft
+from hass_core.draft_model.head import DraftHead
 from hass_core.export.exporter import export_draft
-from hass_core.model.checkpoint import draft_info, load_draft, save_draft
-from hass_core.model.head import DraftHead
-from hass_core.target.loader import Target, load_target
-from hass_core.target.runner import make_runner
+from hass_core.target_model.loader import Target, load_target
+from hass_core.target_model.runner import make_runner
 from tests.oracles.fitted import fitted_draft
 
 PYTHON = os.environ.get("HASS_VLLM_PYTHON")

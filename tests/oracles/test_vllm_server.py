@@ -11,7 +11,7 @@ import pytest
 from hass_core.config import TargetConfig, parse_config
 from hass_core.data.prompts import collect_prompts
 from hass_core.data.responses import generate_responses
-from hass_core.target.loader import Target, load_target
+from hass_core.target_model.loader import Target, load_target
 from tests.flows.stack import answers, end, free_port, wait_for
 
 PYTHON = os.environ.get("HASS_VLLM_PYTHON")

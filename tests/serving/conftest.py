@@ -12,7 +12,7 @@ from hass_core.config import TreeConfig
 from hass_core.decoding.speculative import SpeculativeDecoder
 from hass_core.serving.app import make_app
 from hass_core.serving.service import Limits, Service
-from hass_core.target.runner import make_runner
+from hass_core.target_model.runner import make_runner
 from tests.decoding.conftest import random_draft
 from tests.flows.stack import free_port
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from hass_core.config import RunConfig, parse_config
-from hass_core.model.architecture import DraftArchitecture
-from hass_core.model.checkpoint import draft_info, save_draft
-from hass_core.model.draft import DraftModel
-from hass_core.model.head import DraftHead
+from hass_core.draft_model.architecture import DraftArchitecture
+from hass_core.draft_model.checkpoint import draft_info, save_draft
+from hass_core.draft_model.head import DraftHead
+from hass_core.draft_model.layers import DraftModel
 from hass_core.store import Artifact, Store
-from hass_core.target.loader import Target
+from hass_core.target_model.loader import Target
 
 
 @pytest.fixture(scope="session")

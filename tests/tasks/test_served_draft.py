@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hass_core.config import parse_config
-from hass_core.target.loader import load_target
+from hass_core.target_model.loader import load_target
 from tasks import tracking
 from tasks.tracking import open_retraining
 from tests.tasks.conftest import make_draft

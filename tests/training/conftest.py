@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from hass_core.draft_model.architecture import DraftArchitecture
+from hass_core.draft_model.layers import DraftModel
 from hass_core.features.schema import FeatureInfo
 from hass_core.features.writer import FeatureWriter
-from hass_core.model.architecture import DraftArchitecture
-from hass_core.model.draft import DraftModel
 from hass_core.store import Artifact, Store
-from hass_core.target.loader import Target
+from hass_core.target_model.loader import Target
 
 VOCABULARY, HIDDEN = 97, 32
 

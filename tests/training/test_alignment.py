@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hass_core.model.draft import DraftModel
+from hass_core.draft_model.layers import DraftModel
 from hass_core.training import attention
 from hass_core.training.alignment import Alignment
 from hass_core.training.batch import Batch, collate

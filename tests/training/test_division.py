@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 from accelerate import PartialState
 PartialState(cpu=True)
 from hass_core.store import Store
-from hass_core.target.loader import freeze
+from hass_core.target_model.loader import freeze
 from hass_core.training import loop, train
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.training.conftest import store_features

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hass_core.model.head import DraftHead
+from hass_core.draft_model.head import DraftHead
 from hass_core.training import losses
 from hass_core.training.batch import Batch, collate
 from hass_core.training.losses import Objective, distill

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hass_core.model.head import DraftHead
+from hass_core.draft_model.head import DraftHead
 from hass_core.training.alignment import Alignment
 from hass_core.training.batch import Batch, collate
 from hass_core.training.captured import shape_of

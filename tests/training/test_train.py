@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from hass_core.config import RunConfig, parse_config
+from hass_core.draft_model.checkpoint import load_draft
 from hass_core.errors import BadInput, DraftMismatch, NonFinite
 from hass_core.features.reader import FeatureDataset
-from hass_core.model.checkpoint import load_draft
 from hass_core.store import Artifact, Store
-from hass_core.target.loader import Target
+from hass_core.target_model.loader import Target
 from hass_core.training import bench, loop
 from hass_core.training.batch import collate
 from hass_core.training.metrics import read_records
@@ -128,7 +128,7 @@ import sys
 import torch
 torch.set_num_threads(1)
 from hass_core.store import Artifact, Store
-from hass_core.target.loader import freeze
+from hass_core.target_model.loader import freeze
 from hass_core.training.train import train_draft
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.training.conftest import store_features

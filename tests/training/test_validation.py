@@ -2,7 +2,7 @@
 
 import torch
 
-from hass_core.model.head import DraftHead
+from hass_core.draft_model.head import DraftHead
 from hass_core.training.alignment import Alignment
 from hass_core.training.losses import Objective
 from hass_core.training.validation import DEPTH, held_out, validate

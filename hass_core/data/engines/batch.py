@@ -16,9 +16,9 @@ from hass_core.cuda_graphs import captured
 from hass_core.data.engines.base import Request
 from hass_core.data.engines.sampling import sample, uniform_at
 from hass_core.errors import HassError
-from hass_core.target.compiling import compiled
-from hass_core.target.kv_cache import KVCache
-from hass_core.target.runner import Runner
+from hass_core.target_model.compiling import compiled
+from hass_core.target_model.kv_cache import KVCache
+from hass_core.target_model.runner import Runner
 
 MIN_ROWS = 2  # a row alone would be written at a place fixed on the host
 

@@ -15,8 +15,8 @@ from hass_core import kernels
 from hass_core.data.engines.base import Completion, Request, RequestQueue
 from hass_core.data.engines.batch import MIN_ROWS, Answer, Batch
 from hass_core.data.templates import special_token_ids
-from hass_core.target.loader import Target
-from hass_core.target.runner import make_runner
+from hass_core.target_model.loader import Target
+from hass_core.target_model.runner import make_runner
 
 REFILL_SHARE = 1 / 8  # read new prompts when this share of the rows is free: reading one alone wastes a pass
 STEPS_BETWEEN_LOOKS = {"cpu": 2, "cuda": 16}

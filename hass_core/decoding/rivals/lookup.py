@@ -11,7 +11,7 @@ from torch import Tensor
 from hass_core.config import TreeConfig
 from hass_core.decoding.tree import Tree, TreeShape, ancestors
 from hass_core.decoding.tree_decoder import TreeDecoder
-from hass_core.target.runner import Runner
+from hass_core.target_model.runner import Runner
 
 LONGEST_MATCH = 3
 DRAFT_TOKENS = 10

@@ -24,9 +24,9 @@ from hass_core.decoding.prefill import prefill
 from hass_core.decoding.sampling import probabilities
 from hass_core.decoding.stop import Answer, StopRule
 from hass_core.errors import ConfigError, TargetError
-from hass_core.target.kv_cache import KVCache
-from hass_core.target.loader import Target
-from hass_core.target.runner import Runner
+from hass_core.target_model.kv_cache import KVCache
+from hass_core.target_model.loader import Target
+from hass_core.target_model.runner import Runner
 
 DRAFT_TOKENS = 4
 SHARE_OF_LAYERS = 8  # the target's first eighth of layers drafts when no small model is given

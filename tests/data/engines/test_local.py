@@ -6,7 +6,7 @@ import torch
 from hass_core.config import SamplingShare
 from hass_core.data.engines.base import Request, RequestQueue
 from hass_core.data.engines.local import LocalEngine
-from hass_core.target.loader import Target
+from hass_core.target_model.loader import Target
 
 GREEDY = SamplingShare(temperature=0.0)
 WARM = SamplingShare(temperature=1.5, top_p=0.95, top_k=40)
@@ -87,7 +87,7 @@ def test_an_empty_queue_ends_at_once(tiny_target):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_captured_steps_give_the_same_answers_on_a_gpu():
-    from hass_core.target.loader import freeze
+    from hass_core.target_model.loader import freeze
     from tests.conftest import byte_tokenizer, tiny_llama
 
     target = freeze(tiny_llama().cuda(), byte_tokenizer(), name="tiny")

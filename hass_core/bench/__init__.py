@@ -1,0 +1,1 @@
+"""Benchmarks: what the product does, timed. Nothing of the product imports this package."""

@@ -1,0 +1,18 @@
+"""Results by the digest of what decides them, on a local disk or S3; see `hass_core.store.store`."""
+
+from hass_core.store.artifacts import Artifact, FileRecord, Manifest, digest_of
+from hass_core.store.file_cache import sha256_of
+from hass_core.store.store import MANIFEST, StageFolder, Store, full_disk_named, store_at
+
+__all__ = [
+    "MANIFEST",
+    "Artifact",
+    "FileRecord",
+    "Manifest",
+    "StageFolder",
+    "Store",
+    "digest_of",
+    "full_disk_named",
+    "sha256_of",
+    "store_at",
+]

@@ -1,0 +1,65 @@
+"""Tiny random models of several families."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hass_core.target_model.loader import Target, freeze
+from tests.conftest import VOCABULARY, byte_tokenizer
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+VARIANTS = {
+    "llama": {},
+    "llama, llama3 rope": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10_000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "llama, dynamic rope": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}},
+    "llama, wide heads": {"head_dim": 20},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+}
+OTHERS = {
+    "mistral, window": {"sliding_window": 8},
+    "qwen2, window": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3, window": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1, "head_dim": 16},
+    "gemma3_text": {"sliding_window": 8, "head_dim": 12},
+    "cohere": {"logit_scale": 0.25},
+}
+
+
+def tiny_model(variant: str, seed: int = 0) -> Target:
+    """A random two-layer target; `variant` is a key of VARIANTS, or a model type taking the same sizes."""
+    family = variant.split(",")[0]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **(SIZES | (VARIANTS | OTHERS).get(variant, {})))
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:  # zeros and ones would hide a missing term
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return freeze(model.float(), byte_tokenizer(), name=variant)
+
+
+@pytest.fixture(params=VARIANTS, scope="session")
+def any_target(request) -> Target:
+    return tiny_model(request.param)
