@@ -8,10 +8,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hass_core.bench import decoding as bench
 from hass_core.bench.decoding import bench_decode
 from hass_core.cli.app import app
 from hass_core.config import SamplingConfig, TreeConfig
-from hass_core.decoding import bench, planner
+from hass_core.decoding import planner
 from hass_core.decoding.choose import choose_decoder, decoder_of
 from hass_core.decoding.drafter import Drafter
 from hass_core.decoding.plain import PlainDecoder

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hass_core.training import bench
+from hass_core.bench import training as bench
 from hass_core.training.batch import collate
 from hass_core.training.captured import Captured
 from hass_core.training.loop import Run, train_step

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from hass_core.training import bench, loop
+from hass_core.bench import training as bench
+from hass_core.training import loop
 from hass_core.training.batch import collate
 from hass_core.training.checkpoint import checkpoints
 from hass_core.training.optim import MovingAverage, learning_rate

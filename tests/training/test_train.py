@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hass_core.bench import training as bench
 from hass_core.config import RunConfig, parse_config
 from hass_core.draft_model.checkpoint import load_draft
 from hass_core.errors import BadInput, DraftMismatch, NonFinite
 from hass_core.features.reader import FeatureDataset
 from hass_core.store import Artifact, Store
 from hass_core.target_model.loader import Target
-from hass_core.training import bench, loop
+from hass_core.training import loop
 from hass_core.training.batch import collate
 from hass_core.training.metrics import read_records
 from hass_core.training.train import draft_folder, train_draft
