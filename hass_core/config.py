@@ -4,31 +4,16 @@ A run is described by one TOML file (see `presets/`). `load_config("smollm2-cpu"
 reads a preset or a file and applies overrides. Derived quantities are methods elsewhere, never stored copies.
 """
 
-import difflib
 import os
-import tomllib
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from hass_core.errors import ConfigError
-
-
-class Settings(BaseModel):
-    """Base of all settings: immutable, and a misspelt key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @model_validator(mode="after")
-    def _without_secrets(self) -> "Settings":
-        for name, value in self:
-            if isinstance(value, str) and "://" in value and urlsplit(value).password:
-                raise ValueError(f"{name} holds a password, and settings are recorded; give it by the environment")
-        return self
+from hass_core.settings import Settings, apply_override, read_toml, validated
 
 
 class TargetConfig(Settings):
@@ -44,6 +29,7 @@ class TargetConfig(Settings):
     )
     device: str = Field(
         default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d{1,3})?|balanced)$",
         description="auto, cpu, cuda, cuda:1 …; balanced spreads the layers of a target larger than one GPU over all, "
         "which gives features only",
     )
@@ -323,71 +309,21 @@ def load_config(source: str | Path = "smollm2-cpu", overrides: Iterable[str] = (
 
     Raises ConfigError naming the setting, its value and the nearest known name.
     """
-    return parse_config(_read_toml(source), overrides, where=str(source))
+    return parse_config(_read(source), overrides, where=str(source))
 
 
 def parse_config(values: dict[str, Any], overrides: Iterable[str] = (), where: str = "settings") -> RunConfig:
     """Validate a nested dict of settings; see `load_config`."""
     for override in overrides:
-        _apply(values, override)
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, where)) from None
+        apply_override(values, override)
+    return validated(RunConfig, values, where)
 
 
-def _read_toml(source: str | Path) -> dict[str, Any]:
+def _read(source: str | Path) -> dict[str, Any]:
     path = Path(source)
-    if path.suffix != ".toml":
-        if str(source) not in preset_names():
-            raise ConfigError(
-                f"no preset named {source!r}; presets are {', '.join(preset_names())}, or give a .toml file"
-            )
-        text = (resources.files("hass_core") / "presets" / f"{source}.toml").read_text()
-    elif path.is_file():
-        text = path.read_text()
-    else:
-        raise ConfigError(f"settings file {path} does not exist")
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source}: not valid TOML: {error}") from None
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = None if text.lower() == "none" else text  # a bare word is a string
-    *sections, key = name.strip().split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-    values[key] = value
-
-
-def _explain(error: ValidationError, where: str) -> str:
-    lines = []
-    for problem in error.errors():
-        name = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"  {name}: no such setting{_nearest(problem['loc'])}")
-        elif problem["type"] == "value_error":  # our own checks: the message names the setting
-            lines.append(f"  {problem['msg'].removeprefix('Value error, ')}")
-        else:
-            lines.append(f"  {name} = {problem['input']!r}: {problem['msg'].lower()}")
-    return f"{where}: {len(lines)} bad setting{'s' * (len(lines) > 1)}\n" + "\n".join(lines)
-
-
-def _nearest(location: tuple[Any, ...]) -> str:
-    model: type[BaseModel] = RunConfig
-    for part in location[:-1]:
-        field = model.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return ""
-        model = annotation
-    matches = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
-    return f"; did you mean {'.'.join(map(str, (*location[:-1], matches[0])))}?" if matches else ""
+    if path.suffix == ".toml":
+        return read_toml(path)
+    if str(source) not in preset_names():
+        raise ConfigError(f"no preset named {str(source)!r}; presets are {', '.join(preset_names())}, or a .toml file")
+    with resources.as_file(resources.files("hass_core") / "presets" / f"{source}.toml") as preset:
+        return read_toml(preset)

