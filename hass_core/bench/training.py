@@ -36,7 +36,7 @@ from hass_core.training.loop import Run, train_step
 from hass_core.training.optim import make_optimizers
 from hass_core.training.packing import packs_of_pass
 from hass_core.training.padding import padded, shape_step
-from hass_core.training.sharding import can_be_captured, distribute
+from hass_core.training.sharding import can_be_captured, distribute, make_accelerator
 
 LLAMA3_ROPE = {"rope_type": "default", "rope_theta": 500_000.0}
 SHAPES: dict[str, dict[str, int]] = {
@@ -75,7 +75,7 @@ def bench_training(
     twin: bool = False,
 ) -> dict[str, object]:
     """Train for `steps` timed optimizer steps; the figures as a flat record."""
-    accelerator = Accelerator(cpu=choose_device(device).type == "cpu")
+    accelerator = make_accelerator(choose_device(device))
     where = accelerator.device
     config = TrainingConfig.model_validate(
         {"align_steps": align_steps, "tokens_per_pack": tokens_per_pack, "packs_per_batch": packs_per_batch,

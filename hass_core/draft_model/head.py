@@ -11,11 +11,13 @@ class DraftHead(nn.Module):
 
     weight: Tensor
     token_ids: Tensor | None
+    _drafted: Tensor | None  # [V] bool, whether the target's token is in the draft vocabulary
 
-    def __init__(self, weight: Tensor, token_ids: Tensor | None = None):
+    def __init__(self, weight: Tensor, token_ids: Tensor | None = None, drafted: Tensor | None = None):
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("token_ids", token_ids, persistent=False)
+        self.register_buffer("_drafted", drafted, persistent=False)
 
     @classmethod
     def from_target(cls, target_head: Tensor, token_ids: Tensor | None = None) -> "DraftHead":
@@ -23,7 +25,9 @@ class DraftHead(nn.Module):
         if token_ids is None:
             return cls(target_head)
         token_ids = token_ids.to(target_head.device)
-        return cls(target_head[token_ids].contiguous(), token_ids)
+        drafted = torch.zeros(len(target_head), dtype=torch.bool, device=target_head.device)
+        drafted[token_ids] = True
+        return cls(target_head[token_ids].contiguous(), token_ids, drafted)
 
     @property
     def size(self) -> int:
@@ -39,6 +43,6 @@ class DraftHead(nn.Module):
 
     def contains(self, token_ids: Tensor) -> Tensor:
         """Whether each of the target's tokens is in the draft vocabulary."""
-        if self.token_ids is None:
+        if self._drafted is None:
             return torch.ones_like(token_ids, dtype=torch.bool)
-        return torch.isin(token_ids, self.token_ids)
+        return self._drafted[token_ids]  # torch.isin sorts, which waits for the GPU: no CUDA graph may

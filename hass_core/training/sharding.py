@@ -11,11 +11,18 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def make_accelerator(device: torch.device) -> Accelerator:
+    """accelerate on this kind of device. DDP exchanges gradients only: the module's buffers, the target's embedding
+    among them, are frozen, and would else be sent from the first process to all others at every step."""
+    settings = DistributedDataParallelKwargs(broadcast_buffers=False)
+    return Accelerator(cpu=device.type == "cpu", kwargs_handlers=[settings])
 
 
 def distribute(module: nn.Module, accelerator: Accelerator, captured: bool = False) -> nn.Module:

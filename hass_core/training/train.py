@@ -40,7 +40,7 @@ from hass_core.training.metrics import MetricsFile, read_records
 from hass_core.training.optim import MovingAverage, make_optimizers
 from hass_core.training.packing import PackStream, sample_order
 from hass_core.training.padding import shape_step
-from hass_core.training.sharding import can_be_captured, distribute
+from hass_core.training.sharding import can_be_captured, distribute, make_accelerator
 from hass_core.training.start import start_least_squares
 from hass_core.training.tree_validation import recorded_answers
 from hass_core.training.validation import held_out
@@ -69,7 +69,7 @@ def train_draft(
     dataset = with_features(stored, target, config.features.max_tokens_per_batch)
     if len(dataset) == 0:
         raise BadInput(f"{features.url} holds no training conversation; generate more responses")
-    accelerator = Accelerator(cpu=target.device.type == "cpu")
+    accelerator = make_accelerator(target.device)
     torch.manual_seed(config.seed)
     head = make_head(config, stored, target)
     draft = make_draft(config, dataset, target)
@@ -77,7 +77,7 @@ def train_draft(
     validation = with_features(
         FeatureDataset(store, features, "validation"), target, config.features.max_tokens_per_batch
     )
-    run.held = held_out(_all(validation), target.head, config.training.tokens_per_pack)
+    run.held = held_out(_all(validation), target.head, config.training.tokens_per_pack, config.training.align_steps)
     run.answers = recorded_answers(_all(validation), run.head, config.training.tree_answers)
     at = resume(run)
     if accelerator.is_main_process:
@@ -195,13 +195,20 @@ def make_run(
         held=[],
         answers=[],
         tree=config.tree,
-        dtype=choose_dtype(training.dtype, head.weight.device),
+        dtype=compute_dtype(training.dtype, head.weight.device),
         folder=folder,
         metrics=None,
         packs_per_step=_division(config, accelerator).packs_per_step,
         packs_per_pass=stream.packs_in(1),
         captured=captured,
     )
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type to train in. `auto` is bfloat16 where the device has units for it, else float32: never float16, in
+    which a token's share of the gradient, some 1e-8, would be zero."""
+    dtype = choose_dtype(name, device)
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def make_feed(run: Run, dataset: Dataset) -> Feed:

@@ -20,7 +20,7 @@ from hass_core.training.alignment import Alignment
 from hass_core.training.batch import Batch, Conversation, collate
 from hass_core.training.losses import Objective, distill
 
-DEPTH = 5
+DEPTH = 5  # of the chains behind tau, whatever the number of alignment steps
 MAX_TOKENS = 65_536  # enough for an error of about 0.005 in tau
 ROWS_PER_CHUNK = 512
 
@@ -33,8 +33,11 @@ class HeldOut:
     choices: Tensor
 
 
-def held_out(conversations: Iterable[Conversation], head: Tensor, tokens_per_batch: int) -> list[HeldOut]:
-    """Batches of up to MAX_TOKENS tokens in all; `head` [V, H] is the target's whole head."""
+def held_out(
+    conversations: Iterable[Conversation], head: Tensor, tokens_per_batch: int, align_steps: int
+) -> list[HeldOut]:
+    """Batches of up to MAX_TOKENS tokens in all, for the chains and `align_steps` of the loss; `head` [V, H] is the
+    target's whole head."""
     groups: list[list[Conversation]] = [[]]
     total = 0
     for conversation in conversations:
@@ -44,7 +47,7 @@ def held_out(conversations: Iterable[Conversation], head: Tensor, tokens_per_bat
             break
         if sum(len(c.token_ids) for c in groups[-1]) >= tokens_per_batch:
             groups.append([])
-    batches = [collate(group, DEPTH).to(head.device) for group in groups if group]
+    batches = [collate(group, max(DEPTH, align_steps)).to(head.device) for group in groups if group]
     return [HeldOut(batch, _choices(batch.features[batch.targets], head)) for batch in batches]
 
 
@@ -54,9 +57,9 @@ def validate(
 ) -> dict[str, float]:
     """The record of one validation, keys as in metrics.py. The draft's weights are used as they are."""
     steps = len(objective.step_weights)
-    runner = Alignment(alignment.draft, DEPTH)
+    runner = Alignment(alignment.draft, max(DEPTH, steps))
     counts = sum(h.batch.counts for h in held)
-    right = held[0].batch.supervised.new_zeros(DEPTH, dtype=torch.long)
+    right = torch.zeros_like(held[0].batch.counts)
     chains = torch.zeros_like(right)
     parts = 0
     assert isinstance(counts, Tensor)
@@ -73,14 +76,14 @@ def validate(
     accuracy, chain = (right / counts.clamp(min=1)).tolist(), (chains / counts[0].clamp(min=1)).tolist()
     return {
         "val/loss": float(objective.combine(parts)),
-        "val/tau": 1 + sum(chain),
+        "val/tau": 1 + sum(chain[:DEPTH]),
         **{f"val/accuracy_step_{j}": value for j, value in enumerate(accuracy, 1)},
-        **{f"val/chain_{j}": value for j, value in enumerate(chain, 1)},
+        **{f"val/chain_{j}": value for j, value in enumerate(chain[:DEPTH], 1)},
     }
 
 
 def _hits(outputs: list[Tensor], held: HeldOut, head: DraftHead) -> Tensor:
-    """[DEPTH, P]: the draft's greedy choice is the target's, at supervised rows."""
+    """[steps, P]: the draft's greedy choice is the target's, at supervised rows."""
     batch = held.batch
     hits = []
     for output, anchors, supervised in zip(outputs, batch.target_anchors, batch.supervised, strict=True):
@@ -90,7 +93,7 @@ def _hits(outputs: list[Tensor], held: HeldOut, head: DraftHead) -> Tensor:
 
 
 def _chains(hits: Tensor, batch: Batch) -> Tensor:
-    """[DEPTH] anchors whose first j guesses are all right."""
+    """[steps] anchors whose first j guesses are all right."""
     by_anchor = torch.zeros(len(hits), len(batch.anchors), dtype=torch.long, device=hits.device)
     for row, hit, anchors in zip(by_anchor, hits, batch.target_anchors, strict=True):
         row[anchors[hit]] = 1

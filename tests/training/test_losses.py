@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hass_core.draft_model.head import DraftHead
 from hass_core.training import losses
@@ -127,6 +128,23 @@ def test_micro_batches_add_up_to_the_whole_batch(talks):
         first += len(part.anchors)
         parts += distill(own, part, head, Objective(), batch.counts)[0]
     torch.testing.assert_close(parts, whole)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: operations whose result's shape or value the host has to wait for."""
+
+    WAITS = ("isin", "_unique2", "nonzero", "masked_select", "_local_scalar_dense")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.WAITS, f"{func} waits for the GPU"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tokens", [None, 60], ids=["full vocabulary", "trimmed"])
+def test_nothing_in_the_loss_waits_for_the_gpu(talks, tokens):
+    batch, head, outputs = make_case(talks, tokens)
+    with NoWaiting():
+        distill(outputs, batch, head, Objective(), batch.counts)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

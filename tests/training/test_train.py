@@ -23,7 +23,7 @@ from hass_core.target_model.loader import Target
 from hass_core.training import loop
 from hass_core.training.batch import collate
 from hass_core.training.metrics import read_records
-from hass_core.training.train import draft_folder, train_draft
+from hass_core.training.train import compute_dtype, draft_folder, train_draft
 from tests.training.conftest import make_talk, store_features
 
 MEASURED = {"train/tokens_per_second", "train/waiting_for_data"}
@@ -206,6 +206,12 @@ def test_noise_disturbs_what_the_draft_is_given_and_not_what_it_is_to_predict(ta
             losses.append(loop.train_step(run, [collate(same, config.align_steps)], 0)[0])
     assert torch.equal(losses[0], losses[1])
     assert not torch.equal(losses[2], losses[3])
+
+
+def test_training_never_computes_in_float16(monkeypatch):
+    """What `auto` is for a target on a GPU without bfloat16."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert compute_dtype("auto", torch.device("cuda")) == torch.float32
 
 
 def test_features_of_another_target_are_refused(store, tiny_target):

@@ -1,5 +1,6 @@
 """The chain acceptance of validation against a slow walk through decoding."""
 
+import pytest
 import torch
 
 from hass_core.draft_model.head import DraftHead
@@ -13,7 +14,9 @@ from tests.training.test_alignment import draft_chain
 def test_the_chain_is_counted_as_a_decoder_would_walk_it(talks):
     draft, head = make_draft(), torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(5))
     head[7:] = head[:1] * 0.1  # few likely tokens, so that guesses are often right
-    record = validate(Alignment(draft, 3), DraftHead(head), held_out(talks, head, 40), Objective(), dtype=torch.float32)
+    record = validate(
+        Alignment(draft, 3), DraftHead(head), held_out(talks, head, 40, 3), Objective(), dtype=torch.float32
+    )
     anchors, right = 0, torch.zeros(DEPTH)
     with torch.no_grad():
         for talk in talks:
@@ -35,8 +38,22 @@ def test_the_chain_is_counted_as_a_decoder_would_walk_it(talks):
 
 def test_a_trimmed_head_is_judged_by_the_targets_full_choice(talks):
     draft, head = make_draft(), torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(5))
-    held = held_out(talks, head, 1000)
+    held = held_out(talks, head, 1000, 3)
     chosen = held[0].choices
     without = torch.tensor([t for t in range(VOCABULARY) if t not in set(chosen.tolist())])
     record = validate(Alignment(draft, 3), DraftHead.from_target(head, without), held, Objective(), torch.float32)
     assert record["val/tau"] == 1.0
+
+
+@pytest.mark.parametrize("align_steps", [6, 8])
+def test_more_alignment_steps_than_the_chain_has_change_only_the_loss(talks, align_steps):
+    draft, head = make_draft(), torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(5))
+    records = []
+    for steps in (3, align_steps):
+        objective = Objective(step_weights=(1.0,) * steps)
+        held = held_out(talks, head, 1000, steps)
+        records.append(validate(Alignment(draft, steps), DraftHead(head), held, objective, torch.float32))
+    few, many = records
+    assert {name: many[name] for name in few if name != "val/loss"} == {k: v for k, v in few.items() if k != "val/loss"}
+    assert many["val/loss"] > few["val/loss"]
+    assert f"val/accuracy_step_{align_steps}" in many
