@@ -43,7 +43,7 @@ ui: $(VENV)/.installed  ## open the MLflow UI at http://127.0.0.1:5000
 		--backend-store-uri sqlite:///$(CURDIR)/.hass/mlflow.db --artifacts-destination .hass/mlartifacts
 
 deploy: $(VENV)/.installed  ## create work pools and deployments on the Prefect server of PREFECT_API_URL
-	@PATH="$(CURDIR)/$(BIN):$$PATH" sh infra/deploy.sh
+	@$(BIN)/python -m infra.deploy
 
 stack: $(VENV)/.installed  ## run PostgreSQL, S3 store, MLflow, Prefect and workers on this machine until Ctrl-C
 	@$(BIN)/python -m infra.stack $(STACK)

@@ -1,6 +1,5 @@
 """MLflow, the Prefect server with pools and deployments, and the workers."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,10 +35,9 @@ def wait_for_servers(processes: Processes, environment: dict[str, str]) -> None:
 
 
 def deploy(environment: dict[str, str], root: Path) -> None:
-    """Create pools, automation and deployments, as `make deploy` does."""
-    beside_python = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    everything = without_other_servers() | environment | beside_python
-    done = subprocess.run(["sh", "infra/deploy.sh"], cwd=root, env=everything, capture_output=True, text=True)
+    """Create pools, automations and deployments, as `make deploy` does."""
+    command = [sys.executable, "-m", "infra.deploy"]
+    done = subprocess.run(command, cwd=root, env=without_other_servers() | environment, capture_output=True, text=True)
     if done.returncode:
         raise StackError(f"pools and deployments could not be made:\n{done.stdout[-1000:]}{done.stderr[-1000:]}")
 

@@ -35,9 +35,7 @@ class Stack:
         }
         self._processes: list[subprocess.Popen[bytes]] = []
         self.server = self.start_server()
-        self.prefect("work-pool", "create", "cpu", "--type", "process", "--overwrite")
-        self.prefect("work-pool", "create", "gpu", "--type", "process", "--overwrite")
-        self.prefect("--no-prompt", "deploy", "--all")
+        self.deploy()
         self.worker = self.start_worker()
 
     def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -60,6 +58,10 @@ class Stack:
         wait_for(lambda: answers(f"{self.api}/health"), "the Prefect server", 120)
         return server
 
+    def deploy(self) -> str:
+        """What `make deploy` runs; its output."""
+        return self._run(sys.executable, "-m", "infra.deploy", check=True).stdout
+
     def restart_server(self, seconds_away: float) -> None:
         """Stop the server as an operator does, and start it again after a while."""
         self.server.terminate()
@@ -73,9 +75,10 @@ class Stack:
 
     def prefect(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """A prefect command, run to its end."""
-        done = subprocess.run(
-            [*PREFECT, *arguments], cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False
-        )
+        return self._run(*PREFECT, *arguments, check=check)
+
+    def _run(self, *command: str, check: bool) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0 or not check, done.stdout + done.stderr + self.log("worker")
         return done
 
@@ -83,6 +86,10 @@ class Stack:
         """What a long-running command has printed."""
         path = self.home / f"{name}.log"
         return path.read_text(errors="replace")[-8000:] if path.exists() else ""
+
+    def api_patch(self, path: str, change: dict) -> None:
+        """Change something on the server as its UI does."""
+        httpx.patch(f"{self.api}/{path}", json=change, timeout=30).raise_for_status()
 
     def flow_runs(self) -> list[dict]:
         """All flow runs, newest first."""

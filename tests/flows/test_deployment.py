@@ -1,6 +1,7 @@
 """Deployments on a real server with a real process worker, and what happens when one of them dies."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +47,27 @@ def test_the_form_has_bounds_and_descriptions_and_the_schedule_is_weekly(stack):
     training = found["parameter_openapi_schema"]["definitions"]["TrainingChanges"]["properties"]
     assert training["passes"]["description"]
     assert training["align_steps"]["anyOf"][0]["maximum"] == 8
+
+
+def test_deploying_again_keeps_what_an_operator_set(stack):
+    def as_it_is() -> str:
+        names = "retrain/smollm2-cpu", "retrain/gpu", "promote-draft/smollm2-cpu"
+        shown = [stack.prefect("deployment", "inspect", name, "-o", "json").stdout for name in names]
+        shown += [stack.prefect("work-pool", "inspect", name, "-o", "json").stdout for name in ("cpu", "gpu")]
+        return re.sub(r'"(updated|last_polled)": .*', "", "".join(shown))
+
+    weekly = json.loads(stack.prefect("deployment", "inspect", "retrain/smollm2-cpu", "-o", "json").stdout)
+    schedule = weekly["schedules"][0]["id"]
+    stack.prefect("work-pool", "set-concurrency-limit", "gpu", "4")
+    stack.api_patch(f"deployments/{weekly['id']}", {"paused": True, "concurrency_limit": 3})
+    stack.api_patch(f"deployments/{weekly['id']}/schedules/{schedule}", {"active": False})
+    before = as_it_is()
+    assert '"paused": true' in before
+    try:
+        assert stack.deploy().splitlines() == ["10 deployments are up to date"]
+        assert as_it_is() == before
+    finally:
+        stack.api_patch(f"deployments/{weekly['id']}", {"paused": False, "concurrency_limit": 1})
 
 
 def test_a_wrong_parameter_is_refused_before_the_run_starts(stack):

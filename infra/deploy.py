@@ -1,0 +1,129 @@
+"""Work pools, automations and deployments on the Prefect server of PREFECT_API_URL: `make deploy`.
+
+May be repeated, and a second time changes nothing. What is absent is created; deployments and automations that are ours
+follow prefect.yaml and automations.yaml. What an operator set stays: pools with their templates and limits, the
+concurrency limit of a deployment, a paused deployment, a schedule switched off.
+
+Where the workers find the code is the environment's choice when this runs:
+
+    HASS_CODE_REPOSITORY   a git address: each run clones it at $HASS_CODE_COMMIT (default: this checkout's commit)
+    HASS_CODE_DIRECTORY    a folder on every worker, such as /app of the image
+    neither                this checkout's folder, for workers on this machine
+"""
+
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.events.schemas.automations import AutomationCore
+from prefect.exceptions import ObjectNotFound
+
+INFRA = Path(__file__).parent
+ROOT = INFRA.parent
+POOLS = {"cpu": 1, "gpu": 1}
+"""Runs that a new pool allows at once: two on one machine would spoil each other's timings and memory."""
+
+
+async def create_pools(client: PrefectClient) -> None:
+    """The process pools that are absent; one that is there stays as it is, whatever its type."""
+    for name, limit in POOLS.items():
+        try:
+            await client.read_work_pool(name)
+        except ObjectNotFound:
+            await client.create_work_pool(WorkPoolCreate(name=name, type="process", concurrency_limit=limit))
+            print(f"work pool {name} created, {limit} run at once")
+
+
+async def put_automations(client: PrefectClient) -> None:
+    """Create our automations, or bring them up to date by name; whether one is switched off is the operator's."""
+    for definition in yaml.safe_load((INFRA / "automations.yaml").read_text())["automations"]:
+        wanted = AutomationCore.model_validate(definition)
+        existing = await client.read_automations_by_name(wanted.name)
+        if not existing:
+            await client.create_automation(wanted)
+            print(f"automation {wanted.name} created")
+        for automation in existing:
+            kept = wanted.model_copy(update={"enabled": automation.enabled})
+            if _core(automation) != _core(kept):
+                await client.update_automation(automation.id, kept)
+                print(f"automation {wanted.name} updated")
+
+
+def _core(automation: AutomationCore) -> dict[str, Any]:
+    """What an automation does, without the ids that the server gave it and its parts."""
+    return _without_ids(automation.model_dump(mode="json", include=set(AutomationCore.model_fields)))
+
+
+def _without_ids(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_ids(part) for name, part in value.items() if name not in ("id", "owner_resource")}
+    return [_without_ids(part) for part in value] if isinstance(value, list) else value
+
+
+def with_code(definition: dict[str, Any]) -> dict[str, Any]:
+    """prefect.yaml with the step that brings the code to a worker."""
+    repository, folder = os.environ.get("HASS_CODE_REPOSITORY"), os.environ.get("HASS_CODE_DIRECTORY")
+    if repository:
+        step = {"git_clone": {"repository": repository, "commit_sha": os.environ.get("HASS_CODE_COMMIT") or _commit()}}
+    else:
+        step = {"set_working_directory": {"directory": folder or str(ROOT)}}
+    return {**definition, "pull": [{f"prefect.deployments.steps.{name}": what} for name, what in step.items()]}
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit("HASS_CODE_COMMIT is not set, and this folder is no git checkout that could name one")
+    return done.stdout.strip()
+
+
+def deploy_all() -> None:
+    """`prefect deploy --all` with the pull step."""
+    definition = with_code(yaml.safe_load((ROOT / "prefect.yaml").read_text()))
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix="hass-") as file:
+        yaml.safe_dump(definition, file, sort_keys=False)
+        file.flush()
+        command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", file.name]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"prefect deploy --all failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+async def restore(client: PrefectClient, before: DeploymentResponse) -> None:
+    """Give a deployment back what its operator had set before `prefect deploy`."""
+    after = await client.read_deployment(before.id)
+    if before.paused and not after.paused:
+        await client.pause_deployment(before.id)
+    limit = before.global_concurrency_limit
+    now = after.global_concurrency_limit
+    if limit and now and limit.limit != now.limit:
+        await client.update_deployment(before.id, DeploymentUpdate(concurrency_limit=limit.limit))
+    inactive = {schedule.slug for schedule in before.schedules if not schedule.active}
+    for schedule in after.schedules:
+        if schedule.slug in inactive and schedule.active:
+            await client.update_deployment_schedule(before.id, schedule.id, active=False)
+
+
+async def main() -> None:
+    """Create what is absent, change what is ours."""
+    async with get_client() as client:
+        await create_pools(client)
+        await put_automations(client)
+        before = await client.read_deployments()
+        await asyncio.to_thread(deploy_all)
+        for deployment in before:
+            await restore(client, deployment)
+        names = sorted(deployment.name for deployment in await client.read_deployments())
+    print(f"{len(names)} deployments are up to date")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
