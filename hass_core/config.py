@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -119,11 +119,16 @@ class DraftConfig(Settings):
     warm_start: str | None = Field(default=None, description="Folder of an existing draft to continue from")
 
 
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainingConfig(Settings):
     """HASS distillation (arXiv 2408.15766): harmonized context alignment and objective distillation."""
 
     align_steps: int = Field(default=3, ge=1, le=8, description="n: alignment steps per batch; 1 = EAGLE-2 training")
-    step_weights: tuple[float, ...] | None = Field(default=None, description="Weight of each step's loss; None = all 1")
+    step_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
+        default=None, description="Weight of each step's loss; None = all 1"
+    )
     detach_features: bool = Field(default=True, description="Stop gradients between steps, as HASS does")
     top_k: int = Field(default=10, ge=1, le=1024, description="K of the Top-K loss")
     top_k_weight: float = Field(default=1.0, ge=0, description="Weight of the Top-K loss; 0 = EAGLE-2's objective")
@@ -146,7 +151,7 @@ class TrainingConfig(Settings):
     lr_peak: float = Field(default=3e-4, gt=0, le=1, description="Highest learning rate")
     warmup_fraction: float = Field(default=0.01, ge=0, lt=1, description="Share of the steps spent warming up")
     schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="Decay after the warm-up")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's decay rates")
+    betas: tuple[Rate, Rate] = Field(default=(0.9, 0.95), description="AdamW's decay rates")
     weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay")
     clip_norm: float | None = Field(default=1.0, gt=0, description="Clip the gradient's norm")
     clip_value: float | None = Field(default=None, gt=0, description="Clip each gradient element, as the official code")
@@ -215,12 +220,16 @@ class EvaluationConfig(Settings):
     """What is measured, and on which questions."""
 
     benchmarks: tuple[str, ...] = Field(
-        default=("heldout",), description="heldout, mt_bench, humaneval, gsm8k, a question file, or NAME=FILE"
+        default=("heldout",),
+        min_length=1,
+        description="heldout, mt_bench, humaneval, gsm8k, a question file, or NAME=FILE",
     )
     methods: tuple[Literal["plain", "pld", "sps", "eagle", "eagle2", "hass"], ...] = Field(
-        default=("plain", "hass"), description="Decoders compared on the same questions"
+        default=("plain", "hass"), min_length=1, description="Decoders compared on the same questions"
     )
-    temperatures: tuple[float, ...] = Field(default=(0.0,), description="Sampling temperatures")
+    temperatures: tuple[Annotated[float, Field(ge=0, le=5)], ...] = Field(
+        default=(0.0,), min_length=1, description="Sampling temperatures"
+    )
     max_questions: int | None = Field(default=None, ge=1, description="Questions per benchmark")
     max_new_tokens: int = Field(default=128, ge=1, description="Tokens an answer may have")
     repeats: int = Field(
@@ -235,11 +244,14 @@ class TrackingConfig(Settings):
     """Where runs are recorded."""
 
     uri: str | None = Field(default=None, description="MLflow tracking server; None = SQLite beside the store")
-    experiment: str = Field(default="hass", description="MLflow experiment")
-    registered_model: str | None = Field(default=None, description="Registry name; None = hass-draft-<target>")
+    experiment: str = Field(default="hass", min_length=1, description="MLflow experiment")
+    registered_model: str | None = Field(
+        default=None, min_length=1, description="Registry name; None = hass-draft-<target>"
+    )
 
 
 Engine = Literal["vllm", "sglang", "eagle"]
+Stage = Literal["prompts", "responses", "features", "draft", "evaluation"]  # in their order
 
 
 class PromotionConfig(Settings):
@@ -279,6 +291,7 @@ class RunConfig(Settings):
     seed: int = Field(default=0, ge=0)
     store: str = Field(
         default_factory=lambda: os.environ.get("HASS_STORE", ".hass/store"),
+        min_length=1,
         description="Folder or s3://bucket/prefix of every stage's output; default: $HASS_STORE, else .hass/store",
     )
     target: TargetConfig = TargetConfig()

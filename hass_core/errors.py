@@ -1,5 +1,7 @@
 """One small class per mistake a user can make. A message says what, where and what to do next."""
 
+FINDINGS, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit statuses of every command, beside 0
+
 
 class HassError(Exception):
     """Something the user can mend. The command line prints the message without a traceback."""
@@ -47,3 +49,12 @@ class LeakedBenchmark(HassError):
 
 class TrackingError(HassError):
     """Runs cannot be recorded, or the model registry does not hold what is asked of it."""
+
+
+def sentence_of(error: BaseException) -> str | None:
+    """What a user is told of a mistake of theirs; None where the program is at fault and a traceback is due."""
+    if isinstance(error, HassError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:  # no such folder, no right, no space
+        return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
+    return None

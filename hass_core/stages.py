@@ -1,9 +1,9 @@
 """The five stages in order, each reusing what its store already holds. What the flows do, without a workflow engine."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
-from hass_core.config import RunConfig
+from hass_core.config import RunConfig, Stage
 from hass_core.data.prompts import collect_prompts
 from hass_core.data.responses import generate_responses
 from hass_core.evaluation.evaluate import evaluate_draft
@@ -14,7 +14,6 @@ from hass_core.store import Artifact, Store
 from hass_core.target_model.loader import Target, load_target
 from hass_core.training.train import train_draft
 
-Stage = Literal["prompts", "responses", "features", "draft", "evaluation"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Work = Callable[[RunConfig, Artifact, Store, Target, Progress], Artifact]
 

@@ -1,34 +1,30 @@
-"""`hass bench`: measure this machine. Each verb takes its module's options and prints one JSON line last."""
+"""`hass bench`: measure this machine; each verb prints one JSON line last. `python -m hass_core.bench.NAME` is the same.
 
-import runpy
-import sys
+Options are read and checked here. The benchmarks themselves load torch, and nothing of the product depends on them:
+they are imported by name, when they run.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
-app = typer.Typer(no_args_is_help=True)
-MODULES = {
-    "train": "hass_core.bench.training",
-    "decode": "hass_core.bench.decoding",
-    "features": "hass_core.bench.features",
-}
+from hass_core.cli.options import DraftOption, Overrides, TargetSource, out_folder
+from hass_core.config import TreeConfig, parse_config, read_settings
+from hass_core.errors import ConfigError
+
+app = typer.Typer()
+Shape = Literal["smollm2-135m", "llama3-8b", "tiny"]
+Optional = Annotated[str | None, typer.Option("--config", "-c", help="Preset or .toml file to take settings from")]
 
 
-def _add(verb: str, module: str) -> None:
-    @app.command(
-        verb,
-        help=f"Same as `python -m {module}`.",
-        add_help_option=False,
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    )
-    def bench(context: typer.Context) -> None:
-        sys.argv = [f"hass bench {verb}", *context.args]
-        runpy.run_module(module, run_name="__main__")
+def _run(module: str, **options: Any) -> None:
+    import_module(f"hass_core.bench.{module}").run(**options)
 
 
-for _verb, _module in MODULES.items():
-    _add(_verb, _module)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps the verbs sub-commands."""
+def _settings(config: str | None, overrides: list[str] | None, given: dict[str, Any]) -> Any:
+    """The settings of a file, if one is named, changed by --set, then by the options of their own."""
+    values = read_settings(config) if config else {}
+    changed = [f"{name}={value}" for name, value in given.items() if value is not None]
+    return parse_config(values, [*(overrides or []), *changed], where=config or "settings")

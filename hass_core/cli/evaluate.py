@@ -1,12 +1,15 @@
 """`hass evaluate`: a draft and its rivals on the same questions."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hass_core.cli.common import ConfigName, Overrides, console, progress_bar, settings
+from hass_core.cli.common import console, progress_bar, settings, show, show_json
+from hass_core.cli.options import AsJson, ConfigName, Out, Overrides, draft_folder
 from hass_core.errors import BadInput
+from hass_core.evaluation.method_names import HASS, check_methods
 
 
 def register(app: typer.Typer) -> None:
@@ -16,30 +19,41 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     draft: Annotated[list[str], typer.Option(help="Draft folder, or METHOD=FOLDER (eagle2=…, eagle=…, sps=…)")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report, table and figures")],
-    methods: Annotated[str, typer.Option(help="Comma-separated: plain,pld,sps,eagle,eagle2,hass")] = "plain,hass",
+    out: Out,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated: plain,pld,sps,eagle,eagle2,hass; default: as configured")
+    ] = None,
     benchmarks: Annotated[str | None, typer.Option(help="Comma-separated: heldout, NAME=FILE, a file, …")] = None,
     temperatures: Annotated[str | None, typer.Option(help="Comma-separated, such as 0,1")] = None,
     config: ConfigName = "smollm2-cpu",
     override: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Measure drafts and rivals; prints the paper's table: speed-up and τ for each benchmark and temperature."""
-    from hass_core.evaluation.evaluate import evaluate_folder  # imports torch: only when needed
-    from hass_core.evaluation.terminal import terminal
+    """Measure drafts and rivals; prints the paper's table: speed-up and τ for each benchmark and temperature.
 
+    Example: hass evaluate --draft .hass/store/draft/DIGEST -o report --temperatures 0,1
+    """
     changes = list(override or [])
-    if benchmarks:
-        changes.append(f"evaluation.benchmarks={benchmarks.split(',')}")
-    if temperatures:
+    if methods is not None:
+        changes.append(f"evaluation.methods={json.dumps(methods.split(','))}")
+    if benchmarks is not None:
+        changes.append(f"evaluation.benchmarks={json.dumps(benchmarks.split(','))}")
+    if temperatures is not None:
         changes.append(f"evaluation.temperatures=[{temperatures}]")
     chosen = settings(config, changes)
     own, others = split_drafts(draft)
+    check_methods(chosen.evaluation.methods, ({HASS: own} if own else {}) | others)
+    from hass_core.evaluation.evaluate import evaluate_folder  # imports torch: only when the command line is right
+    from hass_core.evaluation.terminal import terminal
+
     with progress_bar("evaluate") as report:
         result = evaluate_folder(
-            own, chosen.target, chosen.evaluation, chosen.tree, out, methods.split(","), others, report
+            own, chosen.target, chosen.evaluation, chosen.tree, out, chosen.evaluation.methods, others, report
         )
+    if as_json:
+        return show_json(result)
     console.print(terminal(result))
-    console.print(f"report and figures are in {out}", highlight=False)
+    show(f"report and figures are in {out}")
 
 
 def split_drafts(given: list[str]) -> tuple[Path | None, dict[str, Path]]:
@@ -47,8 +61,8 @@ def split_drafts(given: list[str]) -> tuple[Path | None, dict[str, Path]]:
     drafts: dict[str, Path] = {}
     for entry in given:
         name, named, folder = entry.partition("=")
-        method, path = (name, Path(folder)) if named else ("hass", Path(entry))
+        method, path = (name, Path(folder)) if named else (HASS, Path(entry))
         if method in drafts:
             raise BadInput(f"two drafts for the method {method}: {drafts[method]} and {path}")
-        drafts[method] = path
-    return drafts.pop("hass", None), drafts
+        drafts[method] = draft_folder(path)
+    return drafts.pop(HASS, None), drafts

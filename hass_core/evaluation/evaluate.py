@@ -21,7 +21,7 @@ from hass_core.draft_model.checkpoint import CONFIG, RANKS, VOCABULARY, WEIGHTS
 from hass_core.evaluation import figures
 from hass_core.evaluation.benchmarks import Question, assert_unseen, load_benchmarks
 from hass_core.evaluation.measure import check_lengths
-from hass_core.evaluation.methods import HASS, check_methods
+from hass_core.evaluation.method_names import HASS, check_methods
 from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.render import markdown
 from hass_core.evaluation.report import Report

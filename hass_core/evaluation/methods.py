@@ -16,26 +16,11 @@ from hass_core.decoding.rivals.lookup import PromptLookupDecoder
 from hass_core.decoding.rivals.speculative_sampling import SpeculativeSamplingDecoder, first_layers
 from hass_core.decoding.speculative import SpeculativeDecoder
 from hass_core.draft_model.checkpoint import load_draft
-from hass_core.errors import ConfigError, DraftMismatch
+from hass_core.errors import DraftMismatch
 from hass_core.evaluation.measure import PLAIN
+from hass_core.evaluation.method_names import EAGLE, PLD, SPS, draft_folder
 from hass_core.target_model.loader import Target, load_target
 from hass_core.target_model.runner import Runner, make_runner
-
-HASS, EAGLE, EAGLE2, SPS, PLD = "hass", "eagle", "eagle2", "sps", "pld"
-TAKES_DRAFT = (HASS, EAGLE, EAGLE2, SPS)
-
-
-def check_methods(methods: Sequence[str], drafts: Mapping[str, Path]) -> None:
-    """Raise ConfigError when a method lacks its draft, or a draft is given for no method."""
-    for name in drafts:
-        if name not in TAKES_DRAFT:
-            raise ConfigError(f"no method {name!r} takes a draft; those that do are {', '.join(TAKES_DRAFT)}")
-    if EAGLE2 in methods and EAGLE2 not in drafts:
-        raise ConfigError(
-            "the method eagle2 needs a draft of its own, trained on the same data with training.align_steps = 1 and "
-            "training.top_k_weight = 0; train one with `hass run draft -s training.align_steps=1 "
-            "-s training.top_k_weight=0` and name its folder with --draft eagle2=DIR, or leave the method out"
-        )
 
 
 def build_decoders(
@@ -56,14 +41,6 @@ def _build(method: str, runner: Runner, target: Target, drafts: Mapping[str, Pat
     if method == EAGLE:
         shape = tree.model_copy(update={"kind": "static"})
     return SpeculativeDecoder(runner, load_draft(folder, target), shape, name=method)
-
-
-def draft_folder(method: str, drafts: Mapping[str, Path]) -> Path:
-    """The draft a method decodes with: its own; EAGLE falls back on EAGLE-2's, which is trained alike, then HASS's."""
-    for name in (method, EAGLE2, HASS):
-        if name in drafts:
-            return drafts[name]
-    raise ConfigError(f"the method {method} needs a draft; name its folder with --draft {method}=DIR")
 
 
 def _small_model(target: Target, folder: Path | None) -> Target:

@@ -20,7 +20,8 @@ from hass_core.evaluation.benchmarks import Question
 from hass_core.evaluation.journal import Journal
 from hass_core.evaluation.lossless import Certificate, Prompt, certify, dtype_name, in_float32
 from hass_core.evaluation.measure import PLAIN, Examiner, encode, with_answers_due
-from hass_core.evaluation.methods import EAGLE, EAGLE2, HASS, build_decoders, draft_folder
+from hass_core.evaluation.method_names import EAGLE, EAGLE2, HASS, draft_folder
+from hass_core.evaluation.methods import build_decoders
 from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.report import Estimator
 from hass_core.memory import release_unused
