@@ -5,7 +5,7 @@
 answers the packaged held-out prompts and prints one JSON line last.
 """
 
-import argparse
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from hass_core.cli import main
 from hass_core.config import SamplingConfig, TargetConfig, TreeConfig
 from hass_core.data.holdout import heldout_prompts
 from hass_core.data.templates import encode_prompt
@@ -163,37 +164,25 @@ def _prompts(target: Target, count: int) -> tuple[list[list[int]], list[list[int
     return [prompt for prompt in spread if prompt not in others][:count], others
 
 
-def main() -> None:
-    """Parse the command line, measure, print the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default=TargetConfig().source)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--draft", type=Path, default=None, help="draft folder; without one, plain decoding only")
-    parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="choose the tree by measuring, on other prompts; where none wins, decode plainly",
-    )
-    tree = TreeConfig()
-    for name in ("depth", "top-k", "nodes"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(tree, name.replace("-", "_")))
-    parser.add_argument("--eight-bits", action="store_true", help="draft with weights in fp8")
-    for name, value in (("rows", 1), ("questions", 8), ("max-new-tokens", 128)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    options = parser.parse_args()
-
-    target = load_target(TargetConfig(source=options.target, dtype=options.dtype))
-    questions, others = _prompts(target, max(options.questions, options.rows))
-    draft = load_draft(options.draft, target) if options.draft else None
-    tree = TreeConfig(depth=options.depth, top_k=options.top_k, nodes=options.nodes, eight_bits=options.eight_bits)
-    if draft and options.plan:
-        measured = replace(draft, eight_bits=options.eight_bits)
-        plan = make_plan(make_runner(target), measured, others, options.rows)
-        print(plan.model_dump_json(indent=1))
-        draft, tree = (draft, plan.tree()) if plan.pays else (None, tree)
-    record = bench_decode(target, questions, draft, tree, options.max_new_tokens, options.rows)
-    print(record.model_dump_json())
+def run(
+    target_config: TargetConfig,
+    tree: TreeConfig,
+    draft_folder: Path | None,
+    plan: bool,
+    rows: int,
+    questions: int,
+    max_new_tokens: int,
+) -> None:
+    """Measure and print the record, after the plan where one was asked for."""
+    target = load_target(target_config)
+    measured, others = _prompts(target, max(questions, rows))
+    draft = load_draft(draft_folder, target) if draft_folder else None
+    if draft and plan:
+        found = make_plan(make_runner(target), replace(draft, eight_bits=tree.eight_bits), others, rows)
+        print(found.model_dump_json(indent=1))
+        draft, tree = (draft, found.tree()) if found.pays else (None, tree)
+    print(bench_decode(target, measured, draft, tree, max_new_tokens, rows).model_dump_json())
 
 
 if __name__ == "__main__":
-    main()
+    main(["bench", "decode", *sys.argv[1:]])

@@ -1,19 +1,20 @@
 """How fast features are written, read and computed on this machine. Run by `hass bench features`."""
 
-import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 
 from hass_core.bench.feature_store import bench_store
 from hass_core.bench.random_features import random_features
+from hass_core.cli import main
 from hass_core.config import TargetConfig
 from hass_core.features.reader import FeatureDataset
 from hass_core.features.schema import Encoding
@@ -99,23 +100,21 @@ def _best(work: Callable[[], object]) -> float:
     return min(seconds[1:])
 
 
-def main() -> None:
-    """Parse the command line, measure, print the record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hidden-size", type=int, default=4096)
-    parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--encoding", choices=get_args(Encoding), default="bf16")
-    parser.add_argument("--folder", type=Path, default=None, help="where to write (default: the temporary folder)")
-    parser.add_argument("--target", default=None, help="measure extraction beside plain prefill with this target")
-    parser.add_argument("--store", default=None, help="measure a store elsewhere instead: s3://BUCKET/FOLDER")
-    options = vars(parser.parse_args())
-    source, folder, url = (options.pop(name) for name in ("target", "folder", "store"))
-    if url:
-        print(json.dumps(asdict(bench_store(url, **options))))
+def run(
+    hidden_size: int,
+    gigabytes: float,
+    encoding: Encoding,
+    folder: Path | None,
+    target_source: str | None,
+    store: str | None,
+) -> None:
+    """Measure the store at that address, else this machine's disk, and print the record."""
+    if store:
+        print(json.dumps(asdict(bench_store(store, hidden_size, gigabytes, encoding))))
         return
-    target = load_target(TargetConfig(source=source)) if source else None
-    print(json.dumps(asdict(bench_features(target=target, folder=folder, **options))))
+    target = load_target(TargetConfig(source=target_source)) if target_source else None
+    print(json.dumps(asdict(bench_features(hidden_size, gigabytes, encoding, folder, target))))
 
 
 if __name__ == "__main__":
-    main()
+    main(["bench", "features", *sys.argv[1:]])

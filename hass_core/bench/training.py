@@ -11,10 +11,10 @@ With --twin the plain twin (twin.py) trains on the same conversations, in PyTorc
 does not suffice, on half as many packs to a step, and so on. The record says how many it took.
 """
 
-import argparse
 import gc
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 
 from hass_core.bench.dense_twin import PaddedBatch, dense_loss, dense_outputs, side_by_side
+from hass_core.cli import main
 from hass_core.config import TrainingConfig, TreeConfig
 from hass_core.draft_model.architecture import DraftArchitecture
 from hass_core.draft_model.head import DraftHead
@@ -36,7 +37,7 @@ from hass_core.training.loop import Run, train_step
 from hass_core.training.optim import make_optimizers
 from hass_core.training.packing import packs_of_pass
 from hass_core.training.padding import padded, shape_step
-from hass_core.training.sharding import can_be_captured, distribute, make_accelerator
+from hass_core.training.sharding import can_be_captured, distribute
 
 LLAMA3_ROPE = {"rope_type": "default", "rope_theta": 500_000.0}
 SHAPES: dict[str, dict[str, int]] = {
@@ -61,30 +62,20 @@ class Talk:
 
 def bench_training(
     shape: str,
-    align_steps: int = 3,
-    packs_per_batch: int = 8,
-    tokens_per_pack: int = 2048,
+    config: TrainingConfig,
+    device: str = "auto",
     conversation_tokens: int = 330,
     draft_vocabulary: int | None = None,
     steps: int = 10,
-    device: str = "auto",
-    compile_model: bool = True,
-    optimizer: str = "adamw",
-    recompute: bool = False,
-    accumulation_steps: int = 1,
     twin: bool = False,
 ) -> dict[str, object]:
     """Train for `steps` timed optimizer steps; the figures as a flat record."""
-    accelerator = make_accelerator(choose_device(device))
+    accelerator = Accelerator(cpu=choose_device(device).type == "cpu")
     where = accelerator.device
-    config = TrainingConfig.model_validate(
-        {"align_steps": align_steps, "tokens_per_pack": tokens_per_pack, "packs_per_batch": packs_per_batch,
-         "accumulation_steps": accumulation_steps, "optimizer": optimizer, "compile": compile_model,
-         "recompute": recompute}
-    )  # fmt: skip
+    accumulation_steps = config.accumulation_steps
     run = _make_run(SHAPES[shape], config, accelerator, draft_vocabulary)
     talks = _talks(SHAPES[shape], config, conversation_tokens, count=STEPS_OF_DATA * accumulation_steps)
-    batches = [collate(group, align_steps) for group in talks]
+    batches = [collate(group, config.align_steps) for group in talks]
     fed = [padded(batch, shape_step(config)) for batch in batches] if run.captured else batches
     if where.type == "cuda":
         fed = [batch.pin_memory() for batch in fed]
@@ -97,10 +88,10 @@ def bench_training(
     memory = _memory(where)
     rate = matmul_rate(where)
     record = {
-        "shape": shape, "align_steps": align_steps, "tokens_per_pack": tokens_per_pack,
-        "packs_per_batch": packs_per_batch, "accumulation_steps": accumulation_steps,
+        "shape": shape, "align_steps": config.align_steps, "tokens_per_pack": config.tokens_per_pack,
+        "packs_per_batch": config.packs_per_batch, "accumulation_steps": accumulation_steps,
         "conversation_tokens": conversation_tokens, "draft_vocabulary": run.head.size,
-        "optimizer": optimizer, "compiled": compile_model, "recompute": recompute,
+        "optimizer": config.optimizer, "compiled": config.compile, "recompute": config.recompute,
         "processes": accelerator.num_processes,
         "tokens_per_second": round(accelerator.num_processes * tokens / seconds), "step_ms": round(1e3 * seconds, 2),
         "tokens_per_step": round(tokens), "supervised_per_step": sum(len(b.targets) for b in timed) // steps,
@@ -254,24 +245,20 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def main() -> None:
-    """Parse the command line, run, print the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
-    for name, value in (("align-steps", 3), ("packs-per-batch", 8), ("tokens-per-pack", 2048), ("steps", 10)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--conversation-tokens", type=int, default=330)
-    parser.add_argument("--draft-vocabulary", type=int, default=None)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))
-    parser.add_argument("--recompute", action="store_true")
-    parser.add_argument("--accumulation-steps", type=int, default=1, help="micro-batches of a step")
-    parser.add_argument("--twin", action="store_true", help="time the plain twin as well")
-    parser.add_argument("--no-compile", dest="compile_model", action="store_false")
-    record = bench_training(**vars(parser.parse_args()))
+def run(
+    shape: str,
+    config: TrainingConfig,
+    device: str,
+    conversation_tokens: int,
+    draft_vocabulary: int | None,
+    steps: int,
+    twin: bool,
+) -> None:
+    """Measure and print the record, once for all processes."""
+    record = bench_training(shape, config, device, conversation_tokens, draft_vocabulary, steps, twin)
     if Accelerator().is_main_process:
         print(json.dumps(record))
 
 
 if __name__ == "__main__":
-    main()
+    main(["bench", "train", *sys.argv[1:]])

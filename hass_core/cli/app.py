@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _plain(message: str) -> str:
-    return " ".join(message.split()).rstrip(".")
+    return " ".join(message.replace("Value error, ", "").split()).rstrip(".")
 
 
 def _command(error: typer.TyperException) -> str:

@@ -13,7 +13,7 @@ from hass_core.errors import FINDINGS
 from hass_core.settings import validated
 from hass_core.store import store_at
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer()
 
 
 @app.command()

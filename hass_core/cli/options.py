@@ -41,8 +41,17 @@ def _if_given(check: Callable[[Path], Path]) -> Callable[[Path | None], Path | N
     return lambda path: None if path is None else check(path)
 
 
-def _target(source: str) -> str:
-    check_source(source)
+def folder_there(folder: Path | None) -> Path | None:
+    """`folder`, when it exists. Raises BadInput."""
+    if folder is not None and not folder.is_dir():
+        raise BadInput(f"there is no folder {folder}")
+    return folder
+
+
+def target_there(source: str | None) -> str | None:
+    """`source`, when it leads to a target or may be on the hub. Raises TargetError."""
+    if source is not None:
+        check_source(source)
     return source
 
 
@@ -57,7 +66,7 @@ DraftOption = Annotated[
     Path | None, typer.Option(help="Draft folder; without one, plain decoding", callback=_if_given(draft_folder))
 ]
 TargetSource = Annotated[
-    str, typer.Option("--target", "-t", help="Hugging Face id, folder, GGUF or package:NAME", callback=_target)
+    str, typer.Option("--target", "-t", help="Hugging Face id, folder, GGUF or package:NAME", callback=target_there)
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write", callback=_if_given(out_folder))]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout")]

@@ -8,8 +8,8 @@ from hass_core.bench import training as bench
 
 def test_micro_batches_share_a_step_and_the_twin_runs_beside_it():
     record = bench.bench_training(
-        "tiny", align_steps=2, packs_per_batch=1, accumulation_steps=2, tokens_per_pack=128, conversation_tokens=40,
-        steps=2, device="cpu", compile_model=False, twin=True,
+        "tiny", bench.TrainingConfig(align_steps=2, accumulation_steps=2, tokens_per_pack=128),
+        device="cpu", conversation_tokens=40, steps=2, twin=True,
     )  # fmt: skip
     assert record["accumulation_steps"] == 2
     assert 128 < record["tokens_per_step"] <= 256  # pyright: ignore[reportOperatorIssue]

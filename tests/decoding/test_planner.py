@@ -1,7 +1,6 @@
 """The planner's arithmetic, and a plan made by really measuring a tiny model."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
@@ -154,8 +153,8 @@ def test_the_benchmark_decodes_plainly_where_no_tree_wins(monkeypatch, capsys, t
     plan = Plan(device="cpu", dtype="float32", rows=1, plain_tokens_per_second=plain, best=choice, curve=[choice])
     monkeypatch.setattr(bench, "load_target", lambda config: tiny_target)
     monkeypatch.setattr(bench, "make_plan", lambda *arguments: plan)
-    monkeypatch.setattr(sys, "argv", f"bench --draft {tmp_path} --plan --questions 2 --max-new-tokens 4".split())
-    bench.main()
+    options = f"bench decode --draft {tmp_path} --plan --questions 2 --max-new-tokens 4"
+    app(options.split(), standalone_mode=False)
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["plain_tokens_per_second"] > 0
     assert (record["tree"] and record["tree"]["nodes"]) == (4 if pays else None)
