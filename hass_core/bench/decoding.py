@@ -17,12 +17,9 @@ from hass_core.cli import main
 from hass_core.config import SamplingConfig, TargetConfig, TreeConfig
 from hass_core.data.holdout import heldout_prompts
 from hass_core.data.templates import encode_prompt
-from hass_core.decoding.generation import Decoder, Generation
-from hass_core.decoding.plain import PlainDecoder
+from hass_core.decoding.answers import Generation, StopRule
+from hass_core.decoding.decoder import Decoder, PlainDecoder, SpeculativeDecoder
 from hass_core.decoding.planner import make_plan
-from hass_core.decoding.probe import bandwidth_bytes_per_second
-from hass_core.decoding.speculative import SpeculativeDecoder
-from hass_core.decoding.stop import StopRule
 from hass_core.draft_model.checkpoint import Draft, load_draft
 from hass_core.errors import BadInput
 from hass_core.target_model.loader import Target, load_target
@@ -164,6 +161,25 @@ def _prompts(target: Target, count: int) -> tuple[list[list[int]], list[list[int
     return [prompt for prompt in spread if prompt not in others][:count], others
 
 
+def bandwidth_bytes_per_second(device: torch.device) -> float:
+    """Bytes read and written per second by a large copy."""
+    source = torch.ones(1 << 28, dtype=torch.uint8, device=device)
+    goal = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(5):
+        _synchronize(device)
+        started = time.perf_counter()
+        goal.copy_(source)
+        _synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * source.numel() / best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def run(
     target_config: TargetConfig,
     tree: TreeConfig,
@@ -178,7 +194,7 @@ def run(
     measured, others = _prompts(target, max(questions, rows))
     draft = load_draft(draft_folder, target) if draft_folder else None
     if draft and plan:
-        found = make_plan(make_runner(target), replace(draft, eight_bits=tree.eight_bits), others, rows)
+        found = make_plan(make_runner(target), replace(draft, eight_bits=tree.eight_bits), others, StopRule(), rows)
         print(found.model_dump_json(indent=1))
         draft, tree = (draft, found.tree()) if found.pays else (None, tree)
     print(bench_decode(target, measured, draft, tree, max_new_tokens, rows).model_dump_json())

@@ -34,7 +34,7 @@ def chat(
     sampling = validated(SamplingConfig, {"temperature": temperature}, "sampling")
     from hass_core.cli.decoders import build_decoder
     from hass_core.data.templates import Message, decode, encode_prompt
-    from hass_core.decoding.stop import StopRule
+    from hass_core.decoding.answers import StopRule
     from hass_core.target_model.loader import load_target
 
     loaded = load_target(TargetConfig(source=target))

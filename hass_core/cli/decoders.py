@@ -7,15 +7,15 @@ from hass_core.cli.common import notes
 from hass_core.config import TreeConfig
 
 if TYPE_CHECKING:
-    from hass_core.decoding.generation import Decoder
+    from hass_core.decoding.decoder import Decoder
     from hass_core.target_model.loader import Target
 
 
 def build_decoder(target: "Target", folder: Path | None, tree: TreeConfig | None) -> "Decoder":
     """Plain without a draft; speculative with `tree`; measured and chosen when `tree` is None."""
-    from hass_core.decoding.choose import choose_decoder
-    from hass_core.decoding.plain import PlainDecoder
-    from hass_core.decoding.speculative import SpeculativeDecoder
+    from hass_core.decoding.answers import StopRule
+    from hass_core.decoding.decoder import PlainDecoder, SpeculativeDecoder
+    from hass_core.decoding.planner import choose_decoder
     from hass_core.draft_model.checkpoint import load_draft
     from hass_core.evaluation.session import planning_prompts
     from hass_core.target_model.runner import make_runner
@@ -27,7 +27,7 @@ def build_decoder(target: "Target", folder: Path | None, tree: TreeConfig | None
     if tree is not None:
         return SpeculativeDecoder(runner, draft, tree)
     with notes.status("measuring this machine and the draft"):
-        decoder, plan = choose_decoder(runner, draft, planning_prompts(target))
+        decoder, plan = choose_decoder(runner, draft, planning_prompts(target), StopRule.of(target))
     best = plan.best
     chosen = f"{best.nodes} nodes, {best.depth} levels" if plan.pays else "plain decoding, since no tree wins here"
     notes.print(f"[dim]chosen: {chosen}[/]")

@@ -29,6 +29,7 @@ def plan(
 
     Example: hass plan .hass/store/draft/DIGEST --out plan.json
     """
+    from hass_core.decoding.answers import StopRule
     from hass_core.decoding.planner import make_plan
     from hass_core.draft_model.checkpoint import load_draft
     from hass_core.evaluation.session import planning_prompts
@@ -37,7 +38,7 @@ def plan(
 
     loaded = load_target(TargetConfig(source=target))
     measured = replace(load_draft(draft, loaded), eight_bits=eight_bits)
-    found = make_plan(make_runner(loaded), measured, planning_prompts(loaded), rows)
+    found = make_plan(make_runner(loaded), measured, planning_prompts(loaded), StopRule.of(loaded), rows)
     if out is not None:
         out.write_text(found.model_dump_json(indent=1))
     if as_json:

@@ -3,25 +3,80 @@
 The cache's live rows are built from the target's own features and stay. The rows of a tree, built from the draft's
 own estimates, stand behind them and are overwritten by the next cycle.
 
-Shapes: B batch, R new rows, K children and frontier nodes, H hidden, D draft vocabulary, N tree nodes, C tree rows in
-the cache.
+Shapes: B batch, R new rows, T rows of one pass, K children and frontier nodes, H hidden, D draft vocabulary, N tree
+nodes, C tree rows in the cache, d head size.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hass_core import kernels
-from hass_core.decoding.draft_runner import DraftRunner
-from hass_core.decoding.prefill import last_of
-from hass_core.decoding.top_tokens import top_tokens
+from hass_core.decoding.sampling import top_tokens
 from hass_core.decoding.tree import ROOT, Pool, Tree, TreeShape, assemble, best, static_scores
 from hass_core.draft_model.checkpoint import Draft
+from hass_core.draft_model.layers import DraftModel
+from hass_core.target_model.block import DecoderBlock, LayerWeights
 from hass_core.target_model.compiling import compiled
-from hass_core.target_model.kv_cache import KVCache
-from hass_core.target_model.linear import Linear
+from hass_core.target_model.kv_cache import FixedShapes, KVCache, LayerShape, attention_of
+from hass_core.target_model.linear import Linear, few_rows
+from hass_core.target_model.rope import RopeTable
+
+
+class TreeDrafter(Protocol):
+    """Whatever proposes a tree: `Drafter` with a draft model, or a rival without one."""
+
+    shape: TreeShape
+    capturable: bool  # `extend` and `grow` can go into a CUDA graph
+    scratch_slots: int  # cache slots needed behind the live rows
+
+    def new_cache(self, batch_size: int, max_tokens: int) -> Any:
+        """What the drafter remembers of the rows; handed back to it in every call."""
+        ...
+
+    def clear(self, cache: Any) -> None:
+        """Forget the rows."""
+        ...
+
+    def extend(
+        self, cache: Any, features: Tensor, token_ids: Tensor, counts: Tensor, fixed: FixedShapes | None = None
+    ) -> Tensor:
+        """Take in true features [B, R, H] with their next tokens [B, R], the first `counts` [B] of each row.
+
+        Returns whatever `grow` starts from, behind each row's last live feature.
+        """
+        ...
+
+    def grow(self, cache: Any, root: Tensor, estimate: Tensor, fixed: FixedShapes | None = None) -> Tree:
+        """The tree over root tokens [B], from what `extend` returned."""
+        ...
+
+
+class NoDraft:
+    """Proposes the root alone, which is plain decoding; see `TreeDrafter`."""
+
+    shape = TreeShape(depth=0, top_k=0, nodes=1, static=True)
+    capturable = True
+    scratch_slots = 1
+
+    def new_cache(self, batch_size: int, max_tokens: int) -> "NoDraft":
+        return self
+
+    def clear(self, cache: "NoDraft") -> None:
+        pass
+
+    def extend(
+        self, cache: "NoDraft", features: Tensor, token_ids: Tensor, counts: Tensor, fixed: FixedShapes | None = None
+    ) -> Tensor:
+        return counts
+
+    def grow(self, cache: "NoDraft", root: Tensor, estimate: Tensor, fixed: FixedShapes | None = None) -> Tree:
+        alone = torch.zeros_like(root)[:, None]
+        return Tree(
+            root[:, None], alone, alone, alone, torch.ones_like(alone, dtype=torch.bool)[:, :, None], alone[:, 1:]
+        )
 
 
 class Children(NamedTuple):
@@ -35,7 +90,7 @@ class Frontier(NamedTuple):
     """The K nodes of a level that are drafted from."""
 
     token_ids: Tensor  # [B, K]
-    pairs: Tensor  # [B, K, 2H] the draft's input: the nodes' embeddings, and the features estimated before them
+    inputs: Tensor  # [B, K, 2H] the draft's: the nodes' embeddings, and the features estimated before them
     scores: Tensor  # [B, K]
     pool_index: Tensor  # [B, K]
     seen: Tensor  # [B, K, C] tree rows in the cache that the node sees, itself included
@@ -53,6 +108,61 @@ class Level(NamedTuple):
         scores = (self.frontier.scores[:, :, None] + self.children.scores).flatten(1)
         parents = self.frontier.pool_index[:, :, None].expand_as(self.children.token_ids).flatten(1)
         return Pool(self.children.token_ids.flatten(1), scores, parents)
+
+
+class DraftRunner:
+    """Rows in, estimated features out, with the weights that `model` has now: a CPU copies them, and so do 8 bits.
+
+    It computes what `DraftModel.forward` does, over a cache.
+    """
+
+    def __init__(self, model: DraftModel, eight_bits: bool = False):
+        architecture, activation = model.architecture, model.layer.mlp.activation
+        self.device, self.dtype = model.fc.weight.device, model.fc.weight.dtype
+        shape, cuda = LayerShape(architecture.num_key_value_heads, architecture.head_dim), self.device.type == "cuda"
+        self._block = DecoderBlock(
+            architecture.num_attention_heads, shape, architecture.rms_norm_eps, activation, cuda
+        )  # fmt: skip
+        self._fc, self._weights = (
+            Linear(model.fc.weight, model.fc.bias, eight_bits),
+            LayerWeights.of(model.layer, eight_bits),
+        )
+        self._silu = architecture.hidden_act == "silu"  # the kernels know no other activation
+        self.embedding = model.embedding
+        self.rope = RopeTable(model.rotary, self.device, self.dtype)
+        self._fused = compiled(fused_input, any_shape=True) if cuda else fused_input
+
+    def new_cache(self, batch_size: int, slots: int) -> KVCache:
+        """An empty cache of one layer."""
+        self.rope.grow(slots)
+        return KVCache.allocate([self._block.shape], batch_size, slots, self.device, self.dtype)
+
+    def inputs(self, token_ids: Tensor, features: Tensor) -> Tensor:
+        """What `forward` takes [B, T, 2H]: the tokens' embeddings, and the features before them [B, T, H]."""
+        return self._fused(token_ids, features, self.embedding)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        cache: KVCache,
+        visible: Tensor | None = None,
+        offset: int = 0,
+        fixed: FixedShapes | None = None,
+    ) -> Tensor:
+        """Estimated next features [B, T, H] of `inputs` [B, T, 2H], at positions with the `rotation` of `rope`.
+
+        They are written `offset` slots behind the live lengths, and see what
+        `hass_core.target_model.kv_cache.attention_of` says.
+        """
+        block, weights = self._block, self._weights
+        attention = attention_of(inputs.shape[1], cache, block.group, self.dtype, visible, offset, fixed)
+        attend = lambda qkv: attention(qkv, *rotation, *cache.layers[0])  # noqa: E731
+        lasting = fixed is not None and fixed.lasting
+        if lasting and self._silu and few_rows(inputs, inputs.shape[0] * inputs.shape[1]):
+            u = self._fc.of_few_rows(inputs)
+            return block.by_kernels(u, u, weights, attend, next_norm=None)[0]
+        return block(self._fc(inputs), weights, attend, lasting)
 
 
 class Drafter:
@@ -73,37 +183,40 @@ class Drafter:
 
     def clear(self, cache: KVCache) -> None:
         cache.clear()
-        cache.width, cache.steady = None, False
 
-    def extend(self, cache: KVCache, features: Tensor, token_ids: Tensor, counts: Tensor) -> Tensor:
+    def extend(
+        self, cache: KVCache, features: Tensor, token_ids: Tensor, counts: Tensor, fixed: FixedShapes | None = None
+    ) -> Tensor:
         """Append rows of true features [B, R, H] with their next tokens [B, R], `counts` [B] of each batch row live.
 
         Returns the estimated feature [B, H] behind each batch row's last live row.
         """
         positions = cache.lengths[:, None] + torch.arange(token_ids.shape[1], device=token_ids.device)
-        pairs = self._runner.pairs(token_ids, features)
-        outputs = self._runner.forward(pairs, self._runner.rope.at(positions), cache)
-        cache.lengthen(counts)
+        inputs = self._runner.inputs(token_ids, features)
+        outputs = self._runner.forward(inputs, self._runner.rope.at(positions), cache, fixed=fixed)
+        cache.lengthen(counts, fixed)
         return last_of(outputs, counts.clamp(min=1))
 
-    def grow(self, cache: KVCache, root: Tensor, estimate: Tensor) -> Tree:
+    def grow(self, cache: KVCache, root: Tensor, estimate: Tensor, fixed: FixedShapes | None = None) -> Tree:
         """The tree over root tokens [B], whose predecessor's estimated feature behind the root is `estimate` [B, H]."""
         shape, runner = self.shape, self._runner
-        begin, finish = (self._begin, self._finish) if cache.steady else (first_frontier, tree_of)
+        begin, finish = (self._begin, self._finish) if fixed and fixed.lasting else (first_frontier, tree_of)
         first, levels = self._children(estimate[:, None]), []
-        turns = self._turns(cache)
+        rotations = self._rotations(cache)
         features = estimate
         for number in range(shape.depth - 1):
             if number == 0:
                 frontier = begin(first, estimate, runner.embedding, self.scratch_slots)
             else:
                 frontier = next_frontier(levels[-1], features, runner.embedding, number)
-            features = runner.forward(frontier.pairs, turns[number], cache, frontier.seen, number * shape.top_k)
+            features = runner.forward(
+                frontier.inputs, rotations[number], cache, frontier.seen, number * shape.top_k, fixed
+            )  # fmt: skip
             levels.append(Level(frontier, self._children(features)))
         return finish(root, first, levels, shape)
 
-    def _turns(self, cache: KVCache) -> list[tuple[Tensor, Tensor]]:
-        """Of each level that is drafted from, what its K nodes are rotated by: all of a level stand at one position."""
+    def _rotations(self, cache: KVCache) -> list[tuple[Tensor, Tensor]]:
+        """Of each level that is drafted from, the rotation of its K nodes: all of a level stand at one position."""
         depths = torch.arange(self.shape.depth - 1, device=cache.lengths.device)
         positions = (depths[:, None] + cache.lengths).flatten()[:, None].expand(-1, self.shape.top_k)
         if not self._runner.rope.fixed:  # the positions of one call decide the frequencies
@@ -117,14 +230,19 @@ class Drafter:
         return Children(scores if self._by_rank is None else self._by_rank.expand(scores.shape), token_ids)
 
 
+def fused_input(token_ids: Tensor, features: Tensor, embedding: Tensor) -> Tensor:
+    """The draft's input [B, T, 2H]: the embeddings of tokens [B, T], and the features before them [B, T, H]."""
+    return torch.cat([F.embedding(token_ids, embedding), features], -1)
+
+
 def first_frontier(children: Children, estimate: Tensor, embedding: Tensor, tree_rows: int) -> Frontier:
     """All of the root's children [B, 1, K], behind the estimated feature [B, H]; C = `tree_rows`."""
     scores, token_ids = children.scores[:, 0], children.token_ids[:, 0]
     batch, top_k = token_ids.shape
     index = torch.arange(top_k, device=token_ids.device).expand(batch, -1)
     seen = index[:, :, None] == torch.arange(tree_rows, device=token_ids.device)
-    pairs = torch.cat([F.embedding(token_ids, embedding), estimate[:, None].expand(-1, top_k, -1)], -1)
-    return Frontier(token_ids, pairs, scores, index, seen)
+    inputs = fused_input(token_ids, estimate[:, None].expand(-1, top_k, -1), embedding)
+    return Frontier(token_ids, inputs, scores, index, seen)
 
 
 def next_frontier(level: Level, features: Tensor, embedding: Tensor, number: int) -> Frontier:
@@ -147,7 +265,7 @@ def next_frontier(level: Level, features: Tensor, embedding: Tensor, number: int
     itself = rows_from + torch.arange(top_k, device=chosen.device)[:, None] == rows
     return Frontier(
         token_ids,
-        torch.cat([F.embedding(token_ids, embedding), before], -1),
+        fused_input(token_ids, before, embedding),
         pool.scores.gather(1, chosen),
         candidates_from + chosen,
         frontier.seen.gather(1, parent.expand(-1, -1, frontier.seen.shape[2])) | itself,
@@ -159,3 +277,8 @@ def tree_of(root: Tensor, first: Children, levels: list[Level], shape: TreeShape
     roots = Pool(first.token_ids[:, 0], first.scores[:, 0], torch.full_like(first.token_ids[:, 0], ROOT))
     pools = [roots, *(level.pool for level in levels)]
     return assemble(root, Pool(*(torch.cat(part, 1) for part in zip(*pools, strict=True))), shape)
+
+
+def last_of(rows: Tensor, counts: Tensor) -> Tensor:
+    """[B, H]: of each row of [B, L, H] the element before `counts` [B]."""
+    return rows.gather(1, (counts - 1)[:, None, None].expand(-1, 1, rows.shape[2]))[:, 0]

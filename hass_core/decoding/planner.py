@@ -8,6 +8,8 @@ Cost: the time of verifying N nodes, of drafting D levels of K nodes, and what a
 """
 
 import math
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,14 +19,13 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from hass_core.config import SamplingConfig, TreeConfig
-from hass_core.decoding.draft_runner import DraftRunner
-from hass_core.decoding.drafter import Drafter
-from hass_core.decoding.plain import NoDraft
-from hass_core.decoding.probe import FixedTree, cycle_seconds
-from hass_core.decoding.stop import StopRule
-from hass_core.decoding.tree import Tree, TreeShape
-from hass_core.decoding.tree_decoder import TreeDecoder
+from hass_core.decoding.answers import StopRule
+from hass_core.decoding.decoder import Decoder, PlainDecoder, SpeculativeDecoder, TreeDecoder
+from hass_core.decoding.drafter import Drafter, DraftRunner, NoDraft, TreeDrafter
+from hass_core.decoding.session import Session
+from hass_core.decoding.tree import Tree, TreeShape, ancestors
 from hass_core.draft_model.checkpoint import Draft
+from hass_core.target_model.kv_cache import FixedShapes
 from hass_core.target_model.runner import Runner
 
 LARGEST = TreeConfig(kind="dynamic", depth=6, top_k=8, nodes=60)
@@ -34,6 +35,8 @@ NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 60)
 GPU_TOP_KS, GPU_NODES = (1, 4, 8), (2, 8, 16, 32, 60)
 VOCABULARIES = (16_384, 8_192, 4_096)
 VOCABULARY_LEVELS, VOCABULARY_TOP_K = 4, 4
+CONTEXT_TOKENS = 128  # of the rows that cycles are timed over
+WARM_CYCLES = 3  # on a GPU: compile, capture, first replay
 
 
 class Choice(BaseModel):
@@ -81,12 +84,30 @@ class Plan(BaseModel):
         )
 
 
-def make_plan(runner: Runner, draft: Draft, prompts: list[list[int]], rows: int = 1, max_new_tokens: int = 64) -> Plan:
+def choose_decoder(
+    runner: Runner, draft: Draft, prompts: list[list[int]], stop: StopRule, rows: int = 1
+) -> tuple[Decoder, Plan]:
+    """The decoder to use for `rows` rows at once, and the measurements behind it.
+
+    `prompts` (token ids) should resemble what will be decoded. Outputs are the same whichever is chosen.
+    """
+    plan = make_plan(runner, draft, prompts, stop, rows)
+    return decoder_of(plan, runner, draft), plan
+
+
+def decoder_of(plan: Plan, runner: Runner, draft: Draft) -> Decoder:
+    """Speculative with the plan's tree where that pays, else plain."""
+    return SpeculativeDecoder(runner, draft, plan.tree()) if plan.pays else PlainDecoder(runner)
+
+
+def make_plan(
+    runner: Runner, draft: Draft, prompts: list[list[int]], stop: StopRule, rows: int = 1, max_new_tokens: int = 64
+) -> Plan:
     """Measure and choose. `prompts` should resemble what will be decoded; a handful of them suffices.
 
     The draft is measured as it is, in 8 bits where it says so.
     """
-    records = observe(runner, draft, prompts, max_new_tokens)
+    records = observe(runner, draft, prompts, stop, max_new_tokens)
     costs = measure_costs(runner, draft, rows)
     shapes = candidates(draft.head.size)
     choices = [_choice(records, costs, *shape, v, rows) for shape in shapes for v in (None, *costs.saved)]
@@ -119,73 +140,67 @@ class Record:
     """One cycle with the largest tree: its nodes by falling score, and the accepted ones among them."""
 
     nodes: list[tuple[int, int, int]]  # depth; on the path from the root, the highest rank and the rarest token's
-    accepted: list[int]  # places in `nodes`, root downwards
+    accepted: list[int]  # indices into `nodes`, root downwards
 
     def gained(self, depth: int, top_k: int, nodes: int, vocabulary: int | None = None) -> int:
         """Tokens the cycle would have given with a smaller tree: accepted drafts and the new root."""
         most = vocabulary or math.inf
         fits = [d <= depth and rank < top_k and rarest < most for d, rank, rarest in self.nodes]
         gained = 1
-        for place in self.accepted:
-            if not fits[place] or sum(fits[:place]) >= nodes - 1:
+        for index in self.accepted:
+            if not fits[index] or sum(fits[:index]) >= nodes - 1:
                 break
             gained += 1
         return gained
 
 
 class Observer:
-    """A drafter that keeps the trees it grows with their scores; see `hass_core.decoding.session.TreeDrafter`."""
+    """A drafter that keeps the trees it grows with their scores; see `hass_core.decoding.drafter.TreeDrafter`."""
 
     capturable = False
 
     def __init__(self, drafter: Drafter):
         self._drafter, self.shape, self.scratch_slots = drafter, drafter.shape, drafter.scratch_slots
+        self.new_cache, self.clear, self.extend = drafter.new_cache, drafter.clear, drafter.extend
         self.trees: list[Tree] = []
 
-    def new_cache(self, batch_size: int, max_tokens: int) -> Any:
-        return self._drafter.new_cache(batch_size, max_tokens)
-
-    def clear(self, cache: Any) -> None:
-        self._drafter.clear(cache)
-
-    def extend(self, cache: Any, features: Tensor, token_ids: Tensor, counts: Tensor) -> Tensor:
-        return self._drafter.extend(cache, features, token_ids, counts)
-
-    def grow(self, cache: Any, root: Tensor, estimate: Tensor) -> Tree:
-        tree = self._drafter.grow(cache, root, estimate)
+    def grow(self, cache: Any, root: Tensor, estimate: Tensor, fixed: FixedShapes | None = None) -> Tree:
+        tree = self._drafter.grow(cache, root, estimate, fixed)
         self.trees.append(tree.to(torch.device("cpu")))
         return tree
 
 
-def observe(runner: Runner, draft: Draft, prompts: list[list[int]], max_new_tokens: int) -> list[Record]:
-    """Decode greedily with the largest tree and note every cycle."""
+def observe(
+    runner: Runner, draft: Draft, prompts: list[list[int]], stop: StopRule, max_new_tokens: int
+) -> list[Record]:
+    """Decode greedily with the largest tree and note every cycle up to the answers' ends."""
     observer = Observer(Drafter(draft, TreeShape.of(LARGEST, draft.head.size)))
-    place = torch.full((runner.vocab_size,), runner.vocab_size)
+    frequency_rank = torch.full((runner.vocab_size,), runner.vocab_size)
     if draft.ranks is not None:
-        place[draft.ranks] = torch.arange(len(draft.ranks))
+        frequency_rank[draft.ranks] = torch.arange(len(draft.ranks))
     decoder = TreeDecoder(runner, observer, name="observer")
     records: list[Record] = []
     for prompt in prompts:
         observer.trees.clear()
-        (generation,) = decoder.generate([prompt], SamplingConfig(), max_new_tokens, StopRule())
-        pairs = zip(observer.trees, generation.cycles, strict=True)
-        records += [_record(tree, place[tree.token_ids[0]].tolist(), cycle.ranks) for tree, cycle in pairs]
+        (generation,) = decoder.generate([prompt], SamplingConfig(), max_new_tokens, stop)
+        for tree, cycle in zip(observer.trees, generation.cycles, strict=True):
+            records.append(_record(tree, frequency_rank[tree.token_ids[0]].tolist(), cycle.ranks))
     return records
 
 
-def _record(tree: Tree, places: list[int], accepted_ranks: tuple[int, ...]) -> Record:
-    """`places`: where each node's token stands among the most frequent ones."""
+def _record(tree: Tree, frequency_ranks: list[int], accepted_ranks: tuple[int, ...]) -> Record:
+    """`frequency_ranks`: of each node's token, how many are more frequent."""
     parents, depths, ranks = (part[0].tolist() for part in (tree.parents, tree.depths, tree.ranks))
     worst, rarest = [0] * len(parents), [0] * len(parents)
     for node in range(1, len(parents)):  # parents come before children
         worst[node] = max(worst[parents[node]], ranks[node])
-        rarest[node] = max(rarest[parents[node]], places[node])
+        rarest[node] = max(rarest[parents[node]], frequency_ranks[node])
     order = tree.order[0].tolist()
-    place = {node: i for i, node in enumerate(order)}
+    index = {node: i for i, node in enumerate(order)}
     current, accepted = 0, []
     for rank in accepted_ranks:
         current = next(n for n in range(1, len(parents)) if parents[n] == current and ranks[n] == rank)
-        accepted.append(place[current])
+        accepted.append(index[current])
     return Record([(depths[node], worst[node], rarest[node]) for node in order], accepted)
 
 
@@ -242,7 +257,8 @@ def _saved(draft: Draft, drafted: Callable[[Draft, int, int], float]) -> dict[in
 def _choice(
     records: list[Record], costs: Costs, depth: int, top_k: int, nodes: int, vocabulary: int | None, rows: int
 ) -> Choice:
-    tau = sum(record.gained(depth, top_k, nodes, vocabulary) for record in records) / len(records)
+    gained = sum(record.gained(depth, top_k, nodes, vocabulary) for record in records)
+    tau = gained / len(records) if records else 1.0  # every answer ended with its first token: no tree gains any
     seconds = costs.cycle(depth, top_k, nodes, vocabulary)
     return Choice(
         depth=depth,
@@ -257,3 +273,45 @@ def _choice(
 
 def _speed(choice: Choice) -> float:
     return choice.tokens_per_second
+
+
+class FixedTree:
+    """Proposes the same star of N nodes for nothing: what remains of a cycle is the verification."""
+
+    def __init__(self, nodes: int):
+        self.shape = TreeShape(depth=1, top_k=nodes, nodes=nodes, static=True)
+        self.capturable, self.scratch_slots = True, 0
+
+    def new_cache(self, batch_size: int, max_tokens: int) -> Any:
+        return self
+
+    def clear(self, cache: Any) -> None:
+        pass
+
+    def extend(
+        self, cache: Any, features: Tensor, token_ids: Tensor, counts: Tensor, fixed: FixedShapes | None = None
+    ) -> Tensor:
+        return counts
+
+    def grow(self, cache: Any, root: Tensor, estimate: Tensor, fixed: FixedShapes | None = None) -> Tree:
+        node = torch.arange(self.shape.nodes, device=root.device).expand(len(root), -1)
+        parents = torch.zeros_like(node)
+        token_ids = torch.where(node == 0, root[:, None], node)  # siblings must differ, or several would be accepted
+        return Tree(token_ids, parents, node.clamp(max=1), parents, ancestors(parents, 1), node[:, 1:])
+
+
+def cycle_seconds(
+    runner: Runner, drafter: TreeDrafter, rows: int = 1, cycles: int = 8, context: int = CONTEXT_TOKENS
+) -> float:
+    """Median time of a cycle of `drafter` over `rows` rows of `context` tokens."""
+    capacity = (WARM_CYCLES + cycles) * (drafter.shape.depth + 1) + 1
+    context = min(context, runner.context_tokens - capacity - 1)
+    prompts = [[(7 * i + row) % runner.vocab_size for i in range(context)] for row in range(rows)]
+    session = Session(runner, drafter, SamplingConfig(), rows, context + capacity)
+    session.start(prompts, seed=0)
+    times = []
+    for _ in range(WARM_CYCLES + cycles):
+        started = time.perf_counter()
+        session.step([True] * rows)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[WARM_CYCLES:])

@@ -4,7 +4,7 @@ The target's tokens and features are known, so each cycle goes as in decoding: e
 features, grow the tree, accept along the recorded tokens. On the target's greedy answers the accepted counts are those
 of greedy decoding; on a sampled answer those of sampling with the same draws.
 
-Shapes: B answers at once, L tokens, H hidden, N tree nodes, R places of a path.
+Shapes: B answers at once, L tokens, H hidden, N tree nodes, R nodes of a tree's longest path.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hass_core.decoding.drafter import Drafter
-from hass_core.decoding.verify import accept
+from hass_core.decoding.tree import accept
 
-UNKNOWN = -1  # a token behind the end of the answer: no draft equals it
+UNKNOWN = -1  # a token past the end of the answer: no draft equals it
 ANSWERS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
-class Answer:
+class Recording:
     """A recorded conversation up to the end of one answer, which begins at token `start`."""
 
     token_ids: Tensor  # [L]
@@ -30,7 +30,7 @@ class Answer:
     start: int
 
 
-def last_answer(token_ids: Tensor, loss_mask: Tensor, features: Tensor) -> Answer | None:
+def last_answer(token_ids: Tensor, loss_mask: Tensor, features: Tensor) -> Recording | None:
     """The last run of supervised tokens with all that stands before it; None when it leaves nothing to draft."""
     supervised = loss_mask.nonzero().flatten().tolist()
     if not supervised:
@@ -40,11 +40,11 @@ def last_answer(token_ids: Tensor, loss_mask: Tensor, features: Tensor) -> Answe
         start -= 1
     if start == 0 or end - start < 2:
         return None
-    return Answer(token_ids[: end + 1], features[: end + 1], start)
+    return Recording(token_ids[: end + 1], features[: end + 1], start)
 
 
 @torch.no_grad()
-def replay(drafter: Drafter, answers: Sequence[Answer]) -> list[list[int]]:
+def replay(drafter: Drafter, answers: Sequence[Recording]) -> list[list[int]]:
     """Accepted drafts of every cycle of every answer."""
     found = []
     for first in range(0, len(answers), ANSWERS_AT_ONCE):
@@ -58,23 +58,23 @@ def tree_tau(cycles: Sequence[Sequence[int]]) -> float:
     return 1 + sum(counts) / max(1, len(counts))
 
 
-def _replay(drafter: Drafter, answers: Sequence[Answer]) -> list[list[int]]:
+def _replay(drafter: Drafter, answers: Sequence[Recording]) -> list[list[int]]:
     token_ids = pad_sequence([a.token_ids for a in answers], batch_first=True, padding_value=UNKNOWN)
     features = pad_sequence([a.features for a in answers], batch_first=True)
     lengths = torch.tensor([len(a.token_ids) for a in answers], device=token_ids.device)
-    root = torch.tensor([a.start for a in answers], device=token_ids.device)  # place of each answer's root token
-    places = drafter.shape.places
-    cache = drafter.new_cache(len(answers), token_ids.shape[1] + places + drafter.scratch_slots)
+    root = torch.tensor([a.start for a in answers], device=token_ids.device)  # position of each answer's root token
+    longest = drafter.shape.longest_path
+    cache = drafter.new_cache(len(answers), token_ids.shape[1] + longest + drafter.scratch_slots)
     read = int(root.max())
     estimate = drafter.extend(cache, features[:, :read], token_ids[:, 1 : read + 1].clamp(min=0), root)
     found: list[list[int]] = [[] for _ in answers]
     while (running := root + 1 < lengths).any():
         tree = drafter.grow(cache, _at(token_ids, root), estimate)
         drawn = _at(token_ids, root[:, None] + 1 + tree.depths)
-        counts = accept(tree, drawn, places).counts * running
+        counts = accept(tree, drawn, longest).counts * running
         for row, count in enumerate(counts.tolist()):
             found[row] += [count - 1] if count else []
-        rows = root[:, None] + torch.arange(places, device=root.device)
+        rows = root[:, None] + torch.arange(longest, device=root.device)
         window = features.gather(1, rows.clamp(max=features.shape[1] - 1)[:, :, None].expand(-1, -1, features.shape[2]))
         newest = drafter.extend(cache, window, _at(token_ids, rows + 1).clamp(min=0), counts)
         estimate = torch.where(running[:, None], newest, estimate)
@@ -82,8 +82,8 @@ def _replay(drafter: Drafter, answers: Sequence[Answer]) -> list[list[int]]:
     return found
 
 
-def _at(token_ids: Tensor, places: Tensor) -> Tensor:
-    """Tokens at places [B] or [B, …], UNKNOWN behind the end."""
-    flat = places.reshape(len(places), -1)
+def _at(token_ids: Tensor, positions: Tensor) -> Tensor:
+    """Tokens at positions [B] or [B, …], UNKNOWN past the end."""
+    flat = positions.reshape(len(positions), -1)
     taken = token_ids.gather(1, flat.clamp(max=token_ids.shape[1] - 1))
-    return torch.where(flat < token_ids.shape[1], taken, UNKNOWN).view(places.shape)
+    return torch.where(flat < token_ids.shape[1], taken, UNKNOWN).view(positions.shape)

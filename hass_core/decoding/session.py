@@ -1,62 +1,34 @@
 """The device side of decoding: one memory for B rows, and the cycle over it as a function of fixed shapes.
 
 A cycle drafts a tree from what the last cycle made certain, has the target read it in one pass, follows the draws,
-and moves the accepted keys and values into place. Nothing in it looks at the host, so on a GPU the whole cycle is
-captured as one CUDA graph per attended width; the host reads one small report a cycle, while the next cycle already
+and moves the accepted keys and values into their slots. Nothing in it looks at the host, so on a GPU the whole cycle
+is captured as one CUDA graph per attended width; the host reads one small report a cycle, while the next cycle already
 runs. On a CPU the same function runs as it is, over the live slots only.
 
-Shapes: B rows, N tree nodes, R places of a path, H hidden.
+Shapes: B rows, N tree nodes, R nodes of a tree's longest path, L prompt tokens, H hidden.
 """
 
 import logging
 import time
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from hass_core import kernels
 from hass_core.config import SamplingConfig
-from hass_core.cuda_graphs import captured
-from hass_core.decoding.batch import Batch
-from hass_core.decoding.draws import Draws
-from hass_core.decoding.prefill import last_of, pieces, prefill
-from hass_core.decoding.report import RowReport, packed, unpacked
-from hass_core.decoding.tree import Tree, TreeShape
-from hass_core.decoding.verify import Accepted, accept
+from hass_core.cuda_graphs import GraphCache
+from hass_core.decoding.drafter import TreeDrafter, last_of
+from hass_core.decoding.sampling import Sampler
+from hass_core.decoding.tree import Accepted, RowReport, Tree, accept, pack_report, unpack_report
 from hass_core.target_model.compiling import compiled
+from hass_core.target_model.kv_cache import FixedShapes, KVCache
 from hass_core.target_model.runner import Runner
 
 WIDTH_STEP = 256  # captured graphs attend to a multiple of this many slots
+TOKENS_PER_PIECE = 512  # of a prompt that is read at once: keeps its attention mask small
 
 log = logging.getLogger(__name__)
-
-
-class TreeDrafter(Protocol):
-    """Whatever proposes a tree: `Drafter` with a draft model, or a rival without one."""
-
-    shape: TreeShape
-    capturable: bool  # `extend` and `grow` can go into a CUDA graph
-    scratch_slots: int  # cache slots needed behind the live rows
-
-    def new_cache(self, batch_size: int, max_tokens: int) -> Any:
-        """What the drafter remembers of the rows; handed back to it in every call."""
-        ...
-
-    def clear(self, cache: Any) -> None:
-        """Forget the rows."""
-        ...
-
-    def extend(self, cache: Any, features: Tensor, token_ids: Tensor, counts: Tensor) -> Tensor:
-        """Take in true features [B, R, H] with their next tokens [B, R], the first `counts` [B] of each row.
-
-        Returns whatever `grow` starts from, behind each row's last live feature.
-        """
-        ...
-
-    def grow(self, cache: Any, root: Tensor, estimate: Tensor) -> Tree:
-        """The tree over root tokens [B], from what `extend` returned."""
-        ...
 
 
 class Session:
@@ -65,19 +37,18 @@ class Session:
     def __init__(self, runner: Runner, drafter: TreeDrafter, sampling: SamplingConfig, rows: int, slots: int):
         self._runner, self._drafter, self.shape = runner, drafter, drafter.shape
         self.rows, self.sampling = rows, sampling
-        behind = max(self.shape.nodes, drafter.scratch_slots, self.shape.places) + self.shape.places  # a cycle too many
-        self.slots = _rounded(slots + behind)
-        self._behind = behind
-        device, places = runner.device, self.shape.places
+        device, longest = runner.device, self.shape.longest_path
+        self._spare = max(self.shape.nodes, drafter.scratch_slots, longest) + longest  # a tree, and a cycle too many
+        self.slots = _rounded(slots + self._spare)
         self._cache = runner.new_cache(rows, self.slots)
         self._draft_cache = drafter.new_cache(rows, self.slots)
-        self._draws = Draws(sampling, rows, self.slots, runner.vocab_size, device)
+        self._sampler = Sampler(sampling, rows, self.slots, runner.vocab_size, device)
         # what the last cycle made certain: features and the token behind each; the last live one is the root
-        self._features = torch.zeros(rows, places, runner.hidden_size, device=device, dtype=runner.dtype)
-        self._token_ids = torch.zeros(rows, places, dtype=torch.long, device=device)
+        self._features = torch.zeros(rows, longest, runner.hidden_size, device=device, dtype=runner.dtype)
+        self._token_ids = torch.zeros(rows, longest, dtype=torch.long, device=device)
         self._counts = torch.zeros(rows, dtype=torch.long, device=device)
         self._open = torch.ones(rows, dtype=torch.long, device=device)
-        self._graphs = Graphs() if device.type == "cuda" and runner.capturable and drafter.capturable else None
+        self._graphs = GraphCache() if device.type == "cuda" and runner.capturable and drafter.capturable else None
         if device.type == "cuda" and self._graphs is None:
             log.info("decoding without CUDA graphs: %s or %s cannot be captured", runner, drafter)
         self._settle = compiled(settle) if device.type == "cuda" else settle
@@ -88,28 +59,28 @@ class Session:
     def holds(self, rows: int, slots: int, sampling: SamplingConfig) -> bool:
         """Whether this session can serve such a call; the seed is not part of it."""
         same = self.sampling.model_copy(update={"seed": 0}) == sampling.model_copy(update={"seed": 0})
-        return same and self.rows == rows and self.slots >= slots + self._behind
+        return same and self.rows == rows and self.slots >= slots + self._spare
 
     @torch.inference_mode()
-    def start(self, batch: Batch) -> list[RowReport]:
+    def start(self, prompts: list[list[int]], seed: int) -> list[RowReport]:
         """Read the prompts and draw each row's first token."""
         cache, device = self._cache, self._runner.device
         cache.clear()
-        cache.width, cache.steady = None, False
         self._drafter.clear(self._draft_cache)
         self._open.fill_(1)
         self._under_way = None
-        token_ids = batch.token_ids(device)
-        features = prefill(self._runner, token_ids, batch.lengths, cache)
-        self._draws.start(token_ids, cache.lengths, batch.seed)
-        for start, stop, live in pieces([length - 1 for length in batch.lengths]):
+        lengths = [len(prompt) for prompt in prompts]
+        token_ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
+        features = prefill(self._runner, token_ids, lengths, cache)
+        self._sampler.start(token_ids, cache.lengths, seed)
+        for start, stop, live in pieces([length - 1 for length in lengths]):
             counts = torch.tensor(live, device=device)
             self._drafter.extend(self._draft_cache, features[:, start:stop], token_ids[:, start + 1 : stop + 1], counts)
         last = last_of(features, cache.lengths)
-        root, sound = self._draws.draw(self._runner.logits(last[:, None]), cache.lengths[:, None])
+        root, sound = self._sampler.draw(self._runner.logits(last[:, None]), cache.lengths[:, None])
         self._features[:, 0], self._token_ids[:, 0] = last, root[:, 0]
         self._counts.fill_(1)
-        self._draws.note(root, self._counts)
+        self._sampler.remember(root, self._counts)
         return [RowReport([token], ok, (), ()) for (token,), (ok,) in zip(root.tolist(), sound.tolist(), strict=True)]
 
     @torch.inference_mode()
@@ -120,56 +91,79 @@ class Session:
         """
         if self._graphs is None:
             self._open.copy_(torch.tensor(open_rows))
-            return unpacked(self._cycle(int(self._counts.max())).tolist())
+            return unpack_report(self._cycle(int(self._counts.max())).tolist())
         launched = self._under_way or self._launch(self._graphs, open_rows)
         self._under_way = self._launch(self._graphs, open_rows) if self._ahead else None
         rows = launched.rows()
-        taken = [len(row.token_ids) * is_open for row, is_open in zip(rows, launched.open_rows, strict=True)]
-        self._cache.told(self._cache.host_lengths + taken)
+        self._cache.host_advance(
+            [len(row.token_ids) * is_open for row, is_open in zip(rows, launched.open_rows, strict=True)]
+        )
         return rows
 
-    def _launch(self, graphs: "Graphs", open_rows: list[bool]) -> "Launched":
+    def _launch(self, graphs: GraphCache, open_rows: list[bool]) -> "Launched":
         """Start a cycle."""
         if not all(open_rows):
             self._open.copy_(torch.tensor(open_rows))
-        width = self._cache.slots if self._ahead else _rounded(self._cache.longest + self._behind)
-        for memory in (self._cache, self._draft_cache):
-            memory.width, memory.steady = width, True
-        report = graphs.run(width, lambda: self._cycle(self.shape.places))
+        width = self._cache.slots if self._ahead else _rounded(self._cache.longest + self._spare)
+        report = graphs.run(width, lambda: self._cycle(self.shape.longest_path, FixedShapes(width)))
         self.draft_seconds = 0.0  # within a graph nobody can tell
         return Launched(report, open_rows)
 
-    def _cycle(self, places: int) -> Tensor:
-        """The packed report [B, 2 + 3R] of one cycle whose new features fill at most `places` places."""
-        runner, cache, counts = self._runner, self._cache, self._counts
+    def _cycle(self, new: int, fixed: FixedShapes | None = None) -> Tensor:
+        """The packed report [B, 2 + 3R] of one cycle; the last one made at most `new` tokens of a row certain."""
+        # draft: take in what became certain, grow a tree behind its last token
         started = time.perf_counter()
+        runner, cache, counts = self._runner, self._cache, self._counts
         root = self._token_ids.gather(1, (counts.clamp(min=1) - 1)[:, None])[:, 0]
         estimate = self._drafter.extend(
-            self._draft_cache, self._features[:, :places], self._token_ids[:, :places], counts
+            self._draft_cache, self._features[:, :new], self._token_ids[:, :new], counts, fixed
         )
-        tree = self._drafter.grow(self._draft_cache, root, estimate)
+        tree = self._drafter.grow(self._draft_cache, root, estimate, fixed)
         self.draft_seconds = time.perf_counter() - started
+
+        # verify: one pass of the target over all nodes, one draw at each
         positions = cache.lengths[:, None] + tree.depths
-        visible = tree.visible if self.shape.nodes > 1 else None
-        features = runner.forward(tree.token_ids, positions.clamp(max=runner.context_tokens - 1), cache, visible)
-        drawn, sound = self._draws.draw(runner.logits(features), positions + 1, tree)
-        settled = self._settle if self._graphs else settle
-        accepted, kept, report = settled(tree, drawn, sound, features, self.shape.places)
-        self._draws.note(accepted.token_ids, accepted.counts)
+        mask = tree.visible if self.shape.nodes > 1 else None
+        features = runner.forward(tree.token_ids, positions.clamp(max=runner.context_tokens - 1), cache, mask, fixed)
+        drawn, sound = self._sampler.draw(runner.logits(features), positions + 1, tree)
+
+        # accept: the path along which the draws are the tree's own tokens
+        follow = self._settle if fixed else settle
+        accepted, kept, report = follow(tree, drawn, sound, features, self.shape.longest_path)
+        self._sampler.remember(accepted.token_ids, accepted.counts)
         if self.shape.nodes > 1:
             cache.move(accepted.path)
         counts.copy_(accepted.counts * self._open)
-        cache.lengthen(counts)
+        cache.lengthen(counts, fixed)
         self._features.copy_(kept)
         self._token_ids.copy_(accepted.token_ids)
         return report
 
 
-def settle(tree: Tree, drawn: Tensor, sound: Tensor, features: Tensor, places: int) -> tuple[Accepted, Tensor, Tensor]:
+def settle(tree: Tree, drawn: Tensor, sound: Tensor, features: Tensor, longest: int) -> tuple[Accepted, Tensor, Tensor]:
     """What stands of a tree after the draws [B, N], the features [B, R, H] along it, and the packed report."""
-    accepted = accept(tree, drawn, places)
+    accepted = accept(tree, drawn, longest)
     kept = features.gather(1, accepted.path[:, :, None].expand(-1, -1, features.shape[2]))
-    return accepted, kept, packed(tree, accepted, sound)
+    return accepted, kept, pack_report(tree, accepted, sound)
+
+
+def prefill(runner: Runner, token_ids: Tensor, lengths: list[int], cache: KVCache) -> Tensor:
+    """Features [B, L, H] of right-padded prompts [B, L]; the cache then holds `lengths` tokens a row."""
+    features = []
+    for start, stop, live in pieces(lengths):
+        position_ids = torch.arange(start, stop, device=token_ids.device).expand(len(lengths), -1)
+        features.append(runner.forward(token_ids[:, start:stop], position_ids, cache))
+        cache.advance(live)
+    return torch.cat(features, 1)
+
+
+def pieces(lengths: list[int]) -> list[tuple[int, int, list[int]]]:
+    """(start, stop, live tokens of each row) for rows of `lengths` tokens."""
+    cuts = range(0, max(lengths), TOKENS_PER_PIECE)  # none for rows of no tokens
+    return [
+        (start, stop, [max(0, min(length, stop) - start) for length in lengths])
+        for start, stop in ((cut, min(cut + TOKENS_PER_PIECE, max(lengths))) for cut in cuts)
+    ]
 
 
 class Launched:
@@ -189,30 +183,7 @@ class Launched:
         """Wait for the report."""
         if self._copied is not None:
             self._copied.synchronize()
-        return unpacked(self._report.tolist())
-
-
-class Graphs:
-    """Captured cycles by attended width. The first cycle of a width runs as it is, which also compiles its kernels."""
-
-    def __init__(self) -> None:
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._warm: set[int] = set()
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def run(self, width: int, cycle: Any) -> Tensor:
-        """The report of one cycle."""
-        if width not in self._warm:
-            self._warm.add(width)
-            return cycle()
-        if width not in self._captured:
-            torch.cuda.synchronize()
-            with captured(self._pool) as graph:
-                report = cycle()
-            self._captured[width] = (graph, report)
-        graph, report = self._captured[width]
-        graph.replay()
-        return report
+        return unpack_report(self._report.tolist())
 
 
 def _rounded(slots: int) -> int:

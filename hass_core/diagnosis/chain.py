@@ -10,9 +10,8 @@ from itertools import pairwise
 import numpy as np
 
 from hass_core.config import SamplingConfig, TreeConfig
-from hass_core.decoding.generation import Generation
-from hass_core.decoding.speculative import SpeculativeDecoder
-from hass_core.decoding.stop import StopRule
+from hass_core.decoding.answers import Generation, StopRule
+from hass_core.decoding.decoder import SpeculativeDecoder
 from hass_core.draft_model.checkpoint import Draft
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import make_runner

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from hass_core.config import SamplingConfig
-from hass_core.decoding.generation import Decoder
-from hass_core.decoding.stop import StopRule
+from hass_core.decoding.answers import StopRule
+from hass_core.decoding.decoder import Decoder
 from hass_core.progress import Progress, no_progress
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import Runner, make_runner

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from hass_core.config import EvaluationConfig, SamplingConfig
 from hass_core.data.dialogue import stable_hash
 from hass_core.data.templates import Message, SkippedConversation, decode, encode_prompt
-from hass_core.decoding.generation import CycleTrace, Decoder, Generation
-from hass_core.decoding.stop import StopRule
+from hass_core.decoding.answers import CycleTrace, Generation, StopRule
+from hass_core.decoding.decoder import Decoder
 from hass_core.errors import BadInput, ContextTooLong, NonFinite
 from hass_core.evaluation.benchmarks import Question
 from hass_core.evaluation.journal import Journal

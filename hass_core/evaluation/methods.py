@@ -10,11 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hass_core.config import TargetConfig, TreeConfig
-from hass_core.decoding.generation import Decoder
-from hass_core.decoding.plain import PlainDecoder
+from hass_core.decoding.decoder import Decoder, PlainDecoder, SpeculativeDecoder
 from hass_core.decoding.rivals.lookup import PromptLookupDecoder
 from hass_core.decoding.rivals.speculative_sampling import SpeculativeSamplingDecoder, first_layers
-from hass_core.decoding.speculative import SpeculativeDecoder
 from hass_core.draft_model.checkpoint import load_draft
 from hass_core.errors import DraftMismatch
 from hass_core.evaluation.measure import PLAIN

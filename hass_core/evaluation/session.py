@@ -14,6 +14,7 @@ import torch
 from hass_core.config import EvaluationConfig, TreeConfig
 from hass_core.data.holdout import TRAINING_FILE, packaged_prompts
 from hass_core.data.templates import encode_prompt
+from hass_core.decoding.answers import StopRule
 from hass_core.decoding.planner import LARGEST, Plan, make_plan
 from hass_core.draft_model.checkpoint import load_draft
 from hass_core.evaluation.benchmarks import Question
@@ -95,7 +96,8 @@ class Session:
             progress(0, 1, "choosing the tree")
             prompts = planning_prompts(self._target)
             draft = replace(load_draft(folder, self._target), eight_bits=self._tree.eight_bits)
-            return make_plan(make_runner(self._target), draft, prompts, max_new_tokens=PLANNING_TOKENS).model_dump()
+            runner, stop = make_runner(self._target), StopRule.of(self._target)
+            return make_plan(runner, draft, prompts, stop, max_new_tokens=PLANNING_TOKENS).model_dump()
 
         plan = Plan.model_validate(self._step("plan", work))
         return plan, plan.tree()

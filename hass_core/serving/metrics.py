@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from hass_core.decoding.generation import Step
+from hass_core.decoding.answers import Step
 
 
 class Metrics:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hass_core.config import SamplingConfig
-from hass_core.decoding.stop import Finished
+from hass_core.decoding.answers import Finished
 
 MAX_STOP_STRINGS = 16
 StopString = Annotated[str, Field(min_length=1, max_length=200)]

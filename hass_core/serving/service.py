@@ -5,8 +5,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from hass_core.data.templates import SkippedConversation, encode_prompt
-from hass_core.decoding.generation import Decoder, Step
-from hass_core.decoding.stop import Finished, StopRule
+from hass_core.decoding.answers import Finished, Step, StopRule
+from hass_core.decoding.decoder import Decoder
 from hass_core.errors import BadInput, ContextTooLong
 from hass_core.serving.metrics import Metrics
 from hass_core.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from hass_core.decoding.stop import Finished
+from hass_core.decoding.answers import Finished
 
 CUT = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from hass_core.config import SamplingConfig
-from hass_core.decoding.generation import Decoder, Step
-from hass_core.decoding.stop import StopRule
+from hass_core.decoding.answers import Step, StopRule
+from hass_core.decoding.decoder import Decoder
 
 IDLE_SECONDS = 0.2  # how soon an idle worker notices that it shall end
 

@@ -11,9 +11,15 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from hass_core.errors import TargetError
-from hass_core.target_model.kv_cache import KVCache, LayerShape
+from hass_core.target_model.kv_cache import (
+    FixedShapes,
+    KVCache,
+    LayerShape,
+    additive,
+    cache_mask,
+    tree_attention_mask,
+)
 from hass_core.target_model.loader import Target
-from hass_core.target_model.placement import additive, attention_mask, causal_mask
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -49,10 +55,17 @@ class HFRunner:
         return self._head(features)
 
     @torch.no_grad()
-    def forward(self, token_ids: Tensor, position_ids: Tensor, cache: KVCache, visible: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        cache: KVCache,
+        visible: Tensor | None = None,
+        fixed: FixedShapes | None = None,
+    ) -> Tensor:
         slots = cache.lengths[:, None] + torch.arange(token_ids.shape[1], device=self.device)
-        width = cache.reach(token_ids.shape[1])
-        mask = causal_mask(slots, width) if visible is None else attention_mask(visible, cache.lengths, width)
+        width = cache.width(token_ids.shape[1], fixed)
+        mask = cache_mask(slots, width) if visible is None else tree_attention_mask(visible, cache.lengths, width)
         out = self._body(
             input_ids=token_ids,
             position_ids=position_ids,

@@ -40,14 +40,15 @@ def _made(target: Target) -> "PackedPass | None":
     if target.is_spread:
         return None
     made = PackedPass(target)
-    return made if made.rope.fixed and made.head_dim <= FLASH_HEAD_DIM and made.head_dim % 8 == 0 else None
+    head_dim = made.block.shape.head_dim
+    return made if made.rope.fixed and head_dim <= FLASH_HEAD_DIM and head_dim % 8 == 0 else None
 
 
 @dataclass(frozen=True)
 class Rows:
     """Where the rows stand."""
 
-    starts: Tensor  # [B + 1] int32: of each row, and the end of the last
+    cu_seqlens: Tensor  # [B + 1] int32: where each row starts, and the end of the last
     longest: int
 
 
@@ -63,37 +64,37 @@ class PackedPass(FusedRunner):
         numbers = torch.from_numpy(np.concatenate([*token_ids, positions, starts], dtype=np.int32, casting="unsafe"))
         if self.device.type == "cuda":
             numbers = numbers.pin_memory().to(self.device, non_blocking=True)
-        ids, places, borders = numbers.split([len(positions), len(positions), len(starts)])
+        ids, position_ids, cu_seqlens = numbers.split([len(positions), len(positions), len(starts)])
         self.rope.grow(max(lengths))
-        turns = torch.cat(self.rope.at(places[None]), dim=2)[0]
-        rows = Rows(borders, max(lengths))
-        x = F.embedding(ids, self.embedding)
+        rotation = torch.cat(self.rope.at(position_ids[None]), dim=2)[0]
+        rows = Rows(cu_seqlens, max(lengths))
+        x, block = F.embedding(ids, self.embedding), self.block
         for weights in self.layers:
-            mixed = self._before(x[None], weights)[0]
-            x = added_product(self._attended(mixed, turns, rows), weights.o, x)
-            x = added_product(gate(weights.gate_up(self._normed(x, weights.mlp_norm))), weights.down, x)
-        return self._normed(x, self.final_norm)
+            qkv = block.before(x[None], weights)[0]
+            x = added_product(self._attended(qkv, rotation, rows), weights.o, x)
+            x = added_product(gate(weights.gate_up(block.normed(x, weights.mlp_norm))), weights.down, x)
+        return block.normed(x, self.final_norm)
 
-    def _attended(self, mixed: Tensor, turns: Tensor, rows: Rows) -> Tensor:
+    def _attended(self, qkv: Tensor, rotation: Tensor, rows: Rows) -> Tensor:
         """[T, A·d] from queries, keys and values [T, A + 2·KV, d]."""
-        kv = self.shape.num_key_value_heads
-        queries, keys = turn(mixed, turns, self.heads + kv).split([self.heads, kv], dim=1)
-        return attention(queries, keys, mixed[:, -kv:], rows).flatten(1)
+        heads, kv = self.block.heads, self.block.shape.num_key_value_heads
+        queries, keys = rotate(qkv, rotation, heads + kv).split([heads, kv], dim=1)
+        return attention(queries, keys, qkv[:, -kv:], rows).flatten(1)
 
 
-def gate(mixed: Tensor) -> Tensor:
+def gate(gate_up: Tensor) -> Tensor:
     """SiLU(gate) · up [T, I] from the gates and what they gate, side by side [T, 2·I]."""
-    if kernels.usable(mixed):
-        return _many_rows().gate(mixed)
-    gates, gated = mixed.chunk(2, dim=-1)
+    if kernels.usable(gate_up):
+        return _many_rows().gate(gate_up)
+    gates, gated = gate_up.chunk(2, dim=-1)
     return F.silu(gates) * gated
 
 
-def turn(mixed: Tensor, turns: Tensor, heads: int) -> Tensor:
-    """The first heads of mixed [T, A + 2·KV, d], turned by cosines and signed sines [T, 2, d]."""
-    if kernels.usable(mixed):
-        return _many_rows().turn(mixed, turns, heads)
-    return rotated(mixed[:, :heads], turns[:, :1], turns[:, 1:])
+def rotate(qkv: Tensor, rotation: Tensor, heads: int) -> Tensor:
+    """The first heads of qkv [T, A + 2·KV, d], rotated by cosines and signed sines [T, 2, d]."""
+    if kernels.usable(qkv):
+        return _many_rows().rotate(qkv, rotation, heads)
+    return rotated(qkv[:, :heads], rotation[:, :1], rotation[:, 1:])
 
 
 def added_product(x: Tensor, layer: Linear, residual: Tensor) -> Tensor:
@@ -113,10 +114,10 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tens
     """Causal attention within each row: [T, A, d] from queries [T, A, d], keys and values [T, KV, d]."""
     if queries.is_cuda:
         return torch.ops.aten._flash_attention_forward(
-            queries, keys, values, rows.starts, rows.starts, rows.longest, rows.longest, 0.0, True, False
+            queries, keys, values, rows.cu_seqlens, rows.cu_seqlens, rows.longest, rows.longest, 0.0, True, False
         )[0]
     each = []
-    for start, end in pairwise(rows.starts.tolist()):
+    for start, end in pairwise(rows.cu_seqlens.tolist()):
         q, k, v = (x[start:end].transpose(0, 1)[None] for x in (queries, keys, values))
         each.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
     return torch.cat(each)

@@ -11,7 +11,7 @@ from torch import Tensor
 from hass_core.errors import TargetError
 from hass_core.target_model.fused import FusedRunner
 from hass_core.target_model.generic import HFRunner
-from hass_core.target_model.kv_cache import KVCache
+from hass_core.target_model.kv_cache import FixedShapes, KVCache
 from hass_core.target_model.loader import Target
 
 
@@ -23,18 +23,26 @@ class Runner(Protocol):
     context_tokens: int
     device: torch.device
     dtype: torch.dtype
-    capturable: bool  # a pass with `cache.width` set can go into a CUDA graph
+    capturable: bool  # a pass of fixed shapes can go into a CUDA graph
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         """An empty cache for rows of up to `max_tokens` tokens."""
         ...
 
-    def forward(self, token_ids: Tensor, position_ids: Tensor, cache: KVCache, visible: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        cache: KVCache,
+        visible: Tensor | None = None,
+        fixed: FixedShapes | None = None,
+    ) -> Tensor:
         """Features after the final norm [B, T, H] of new tokens [B, T] at `position_ids` [B, T].
 
-        Their keys and values go into the slots behind each row's live length, which stays as it is: `cache.advance` or
-        `cache.keep` makes them live. Each token sees its row's live slots, and of the new tokens those up to itself or
-        those that `visible` [B, T, T] says.
+        Their keys and values go into the slots behind each row's live length, which stays as it is: `cache.advance`
+        makes them live. Each token sees its row's live slots, and of the new tokens those up to itself or those that
+        the tree attention mask `visible` [B, T, T] says. With `fixed`, nothing depends on what the host knows of the
+        lengths.
         """
         ...
 

@@ -6,28 +6,17 @@ must stay: set them to zero, not to None.
 """
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from hass_core.cuda_graphs import captured
+from hass_core.cuda_graphs import GraphCache
 from hass_core.training.batch import Batch
 
 MOST_GRAPHS = 12  # batches of still other shapes run eagerly
 
 Backward = Callable[[Batch, Tensor], Tensor]
-
-
-@dataclass
-class _Graph:
-    """`replay` reads `batch` and `counts`, writes `parts` and adds to the gradients."""
-
-    batch: Batch
-    counts: Tensor
-    parts: Tensor
-    graph: torch.cuda.CUDAGraph
 
 
 class Captured:
@@ -36,29 +25,11 @@ class Captured:
 
     def __init__(self, backward: Backward):
         self._backward = backward
-        self._graphs: dict[Hashable, _Graph | None] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs = GraphCache(MOST_GRAPHS)
 
     def __call__(self, batch: Batch, counts: Tensor) -> Tensor:
-        shape = shape_of(batch)
-        if shape not in self._graphs:
-            if len(self._graphs) < MOST_GRAPHS:
-                self._graphs[shape] = None
-            return self._backward(batch, counts)
-        kept = self._graphs[shape]
-        if kept is None:
-            kept = self._graphs[shape] = self._capture(batch, counts)
-        else:
-            for own, new in zip(tensors_of(kept.batch), tensors_of(batch), strict=True):
-                own.copy_(new)
-            kept.counts.copy_(counts)
-        kept.graph.replay()
-        return kept.parts.clone()
-
-    def _capture(self, batch: Batch, counts: Tensor) -> _Graph:
-        with captured(self._pool) as graph:
-            parts = self._backward(batch, counts)
-        return _Graph(batch, counts, parts, graph)
+        inputs = [*tensors_of(batch), counts]
+        return self._graphs.run(shape_of(batch), lambda: self._backward(batch, counts), inputs).clone()
 
 
 def shape_of(batch: Batch) -> Hashable:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hass_core.config import TrainingConfig, TreeConfig
-from hass_core.decoding.replay import Answer
+from hass_core.decoding.replay import Recording
 from hass_core.draft_model.head import DraftHead
 from hass_core.errors import NonFinite
 from hass_core.progress import Progress
@@ -48,7 +48,7 @@ class Run:
     optimizers: list[Optimizer]
     average: MovingAverage | None
     held: list[HeldOut]
-    answers: list[Answer]  # replayed with trees of the shape `tree`
+    answers: list[Recording]  # replayed with trees of the shape `tree`
     tree: TreeConfig
     dtype: torch.dtype
     folder: StageFolder

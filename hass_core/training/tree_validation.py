@@ -11,7 +11,7 @@ import torch
 
 from hass_core.config import TreeConfig
 from hass_core.decoding.drafter import Drafter
-from hass_core.decoding.replay import Answer, last_answer, replay, tree_tau
+from hass_core.decoding.replay import Recording, last_answer, replay, tree_tau
 from hass_core.decoding.tree import TreeShape
 from hass_core.draft_model.checkpoint import Draft
 from hass_core.draft_model.head import DraftHead
@@ -19,18 +19,18 @@ from hass_core.draft_model.layers import DraftModel
 from hass_core.training.batch import Conversation
 
 
-def recorded_answers(conversations: Iterable[Conversation], head: DraftHead, limit: int) -> list[Answer]:
+def recorded_answers(conversations: Iterable[Conversation], head: DraftHead, limit: int) -> list[Recording]:
     """Up to `limit` last answers, on the head's device and in its type."""
     found = (last_answer(c.token_ids, c.loss_mask, c.features) for c in conversations)
     device, dtype = head.weight.device, head.weight.dtype
     return [
-        Answer(a.token_ids.to(device), a.features.to(device, dtype), a.start)
+        Recording(a.token_ids.to(device), a.features.to(device, dtype), a.start)
         for a in islice((a for a in found if a is not None), limit)
     ]
 
 
 @torch.no_grad()
-def validate_tree(draft: DraftModel, head: DraftHead, answers: list[Answer], tree: TreeConfig) -> dict[str, float]:
+def validate_tree(draft: DraftModel, head: DraftHead, answers: list[Recording], tree: TreeConfig) -> dict[str, float]:
     """`val/tree_tau`: tokens per cycle. The draft runs in the head's type, as it will when it decodes."""
     model = copy.deepcopy(draft, {id(draft.embedding): draft.embedding}).to(head.weight.dtype)
     drafter = Drafter(Draft(model, head, {}), TreeShape.of(tree, head.size))

@@ -21,8 +21,8 @@ from hass_core.config import EvaluationConfig, RunConfig, SamplingConfig, TreeCo
 from hass_core.data.prompts import collect_prompts
 from hass_core.data.responses import generate_responses
 from hass_core.data.templates import encode_prompt
-from hass_core.decoding.speculative import SpeculativeDecoder
-from hass_core.decoding.stop import StopRule
+from hass_core.decoding.answers import StopRule
+from hass_core.decoding.decoder import SpeculativeDecoder
 from hass_core.draft_model.checkpoint import load_draft
 from hass_core.evaluation.benchmarks import load_benchmarks
 from hass_core.features.extract import extract_features

@@ -14,10 +14,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hass_core.bench.training import SHAPES
-from hass_core.decoding.drafter import Drafter
-from hass_core.decoding.plain import NoDraft
-from hass_core.decoding.probe import FixedTree, cycle_seconds
-from hass_core.decoding.session import TreeDrafter
+from hass_core.decoding.drafter import Drafter, NoDraft, TreeDrafter
+from hass_core.decoding.planner import FixedTree, cycle_seconds
 from hass_core.decoding.tree import TreeShape
 from hass_core.draft_model.architecture import DraftArchitecture
 from hass_core.draft_model.checkpoint import Draft

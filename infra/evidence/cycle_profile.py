@@ -17,9 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from hass_core.config import SamplingConfig
-from hass_core.decoding.batch import Batch
 from hass_core.decoding.session import Session
-from hass_core.decoding.stop import StopRule
 from hass_core.store.provenance import provenance
 from hass_core.target_model.runner import Runner, make_runner
 from infra.evidence.cycle import LAYERS, drafters_of, random_target
@@ -30,9 +28,8 @@ WARM, TIMED, SHOWN = 5, 4, 24
 def kernels_of(runner: Runner, drafter: Any, context: int = 200) -> dict[str, Any]:
     """A cycle's kernels, averaged over TIMED cycles of one row of `context` tokens."""
     capacity = (WARM + TIMED + 1) * (drafter.shape.depth + 1) + 1
-    batch = Batch([[7 * i % runner.vocab_size for i in range(context)]], capacity, StopRule(), runner.context_tokens, 0)
     session = Session(runner, drafter, SamplingConfig(), 1, context + capacity)
-    session.start(batch)
+    session.start([[7 * i % runner.vocab_size for i in range(context)]], seed=0)
     for _ in range(WARM):
         session.step([True])
     torch.cuda.synchronize()

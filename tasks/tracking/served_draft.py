@@ -18,7 +18,7 @@ class ServedDraft(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load target and draft. Raises DraftMismatch when the target has changed since training."""
         from hass_core.config import TargetConfig, TreeConfig
-        from hass_core.decoding.speculative import SpeculativeDecoder
+        from hass_core.decoding.decoder import SpeculativeDecoder
         from hass_core.draft_model.checkpoint import load_draft
         from hass_core.target_model.loader import load_target
         from hass_core.target_model.runner import make_runner
@@ -35,7 +35,7 @@ class ServedDraft(PythonModel):
         """One answer per prompt."""
         from hass_core.config import SamplingConfig
         from hass_core.data.templates import encode_prompt
-        from hass_core.decoding.stop import StopRule
+        from hass_core.decoding.answers import StopRule
 
         options, tokenizer = params or {}, self.target.tokenizer
         prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in model_input.iloc[:, 0]]

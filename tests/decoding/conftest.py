@@ -5,14 +5,14 @@ import random
 import pytest
 import torch
 
+from hass_core.decoding.answers import StopRule
 from hass_core.decoding.drafter import Drafter
-from hass_core.decoding.stop import StopRule
 from hass_core.decoding.tree import ROOT, Pool, Tree, TreeShape, assemble, pool_size
 from hass_core.draft_model.architecture import DraftArchitecture
 from hass_core.draft_model.checkpoint import Draft
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
-from hass_core.target_model.kv_cache import KVCache
+from hass_core.target_model.kv_cache import FixedShapes, KVCache
 from hass_core.target_model.loader import Target
 
 ENDLESS = StopRule()
@@ -40,7 +40,9 @@ class OracleDrafter(Drafter):
         self._sequences = [p + a for p, a in zip(prompts, answers, strict=True)]
         self._vocab, self._luck, self._random = draft.head.size, luck, random.Random(0)
 
-    def grow(self, cache: KVCache, root: torch.Tensor, estimate: torch.Tensor) -> Tree:
+    def grow(
+        self, cache: KVCache, root: torch.Tensor, estimate: torch.Tensor, fixed: FixedShapes | None = None
+    ) -> Tree:
         pairs = zip(self._sequences, cache.lengths.tolist(), strict=True)
         rows = [self._pool(sequence[length + 1 :]) for sequence, length in pairs]
         tokens, scores, parents = (torch.tensor(part) for part in zip(*rows, strict=True))

@@ -12,12 +12,21 @@ from hass_core.bench.decoding import bench_decode
 from hass_core.cli.app import app
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding import planner
-from hass_core.decoding.choose import choose_decoder, decoder_of
+from hass_core.decoding.decoder import PlainDecoder, SpeculativeDecoder
 from hass_core.decoding.drafter import Drafter
-from hass_core.decoding.plain import PlainDecoder
-from hass_core.decoding.planner import LARGEST, Choice, Costs, Plan, Record, make_plan, observe
-from hass_core.decoding.probe import FixedTree, cycle_seconds
-from hass_core.decoding.speculative import SpeculativeDecoder
+from hass_core.decoding.planner import (
+    LARGEST,
+    Choice,
+    Costs,
+    FixedTree,
+    Plan,
+    Record,
+    choose_decoder,
+    cycle_seconds,
+    decoder_of,
+    make_plan,
+    observe,
+)
 from hass_core.draft_model.checkpoint import draft_info, save_draft
 from hass_core.errors import BadInput
 from hass_core.target_model.runner import make_runner
@@ -52,7 +61,7 @@ def test_a_smaller_vocabulary_saves_at_every_level_and_never_more_than_the_level
 
 def test_observed_cycles_account_for_the_decoders_own_acceptance(tiny_target, prompts):
     runner, draft = make_runner(tiny_target), random_draft(tiny_target)
-    records = observe(runner, draft, prompts[:2], 40)
+    records = observe(runner, draft, prompts[:2], ENDLESS, 40)
     decoder = SpeculativeDecoder(runner, draft, LARGEST)
     own = [c for p in prompts[:2] for c in decoder.generate([p], SamplingConfig(), 40, ENDLESS)[0].cycles]
     assert [r.gained(LARGEST.depth, LARGEST.top_k, LARGEST.nodes) for r in records] == [1 + c.accepted for c in own]
@@ -61,7 +70,7 @@ def test_observed_cycles_account_for_the_decoders_own_acceptance(tiny_target, pr
 
 def test_a_plan_is_measured_serialises_and_gives_a_tree_to_decode_with(tiny_target, prompts):
     runner, draft = make_runner(tiny_target), random_draft(tiny_target)
-    plan = make_plan(runner, draft, prompts[:1], max_new_tokens=16)
+    plan = make_plan(runner, draft, prompts[:1], ENDLESS, max_new_tokens=16)
     assert Plan.model_validate(json.loads(plan.model_dump_json())) == plan
     assert plan.best.tokens_per_second == max(choice.tokens_per_second for choice in plan.curve)
     assert plan.pays == (plan.best.tokens_per_second > plan.plain_tokens_per_second)
@@ -83,7 +92,7 @@ def test_a_plan_may_confine_the_draft_to_frequent_tokens(tiny_target, prompts, m
     answer = PlainDecoder(runner).generate(prompts[:1], SamplingConfig(), 24, ENDLESS)[0].token_ids
     frequent = torch.tensor(list(dict.fromkeys(answer + list(range(runner.vocab_size)))))
     draft = replace(random_draft(tiny_target), ranks=frequent)
-    plan = make_plan(runner, draft, prompts[:1], max_new_tokens=16)
+    plan = make_plan(runner, draft, prompts[:1], ENDLESS, max_new_tokens=16)
     assert plan.best.vocabulary == 32  # it holds every token of the answer, and saves most
     narrow = SpeculativeDecoder(runner, draft, plan.tree())
     assert narrow.generate(prompts[:1], SamplingConfig(), 24, ENDLESS)[0].token_ids == answer
@@ -91,14 +100,14 @@ def test_a_plan_may_confine_the_draft_to_frequent_tokens(tiny_target, prompts, m
 
 def test_a_plan_for_a_draft_in_eight_bits_decodes_with_it(tiny_target, prompts):
     runner, draft = make_runner(tiny_target), random_draft(tiny_target)
-    plan = make_plan(runner, replace(draft, eight_bits=True), prompts[:1], max_new_tokens=8)
+    plan = make_plan(runner, replace(draft, eight_bits=True), prompts[:1], ENDLESS, max_new_tokens=8)
     assert plan.tree().eight_bits
-    assert not make_plan(runner, draft, prompts[:1], max_new_tokens=8).tree().eight_bits
+    assert not make_plan(runner, draft, prompts[:1], ENDLESS, max_new_tokens=8).tree().eight_bits
 
 
 def test_a_plan_that_does_not_pay_decodes_plainly(tiny_target, prompts):
     runner, draft = make_runner(tiny_target), random_draft(tiny_target)
-    decoder, plan = choose_decoder(runner, draft, prompts[:1])
+    decoder, plan = choose_decoder(runner, draft, prompts[:1], ENDLESS)
     assert decoder.name == ("hass" if plan.pays else "plain")
     never, always = (plan.model_copy(update={"plain_tokens_per_second": speed}) for speed in (1e9, 1e-9))
     chosen = [decoder_of(p, runner, draft) for p in (never, always)]

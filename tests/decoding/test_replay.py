@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from hass_core.config import SamplingConfig, TreeConfig
+from hass_core.decoding.decoder import SpeculativeDecoder
 from hass_core.decoding.drafter import Drafter
-from hass_core.decoding.replay import Answer, last_answer, replay, tree_tau
-from hass_core.decoding.speculative import SpeculativeDecoder
+from hass_core.decoding.replay import Recording, last_answer, replay, tree_tau
 from hass_core.decoding.tree import TreeShape
 from hass_core.target_model.capture import capture_features
 from hass_core.target_model.runner import make_runner
@@ -19,10 +19,10 @@ TREES = {
 }
 
 
-def record(target, prompt: list[int], answer: list[int]) -> Answer:
+def record(target, prompt: list[int], answer: list[int]) -> Recording:
     ids = prompt + answer
     features = capture_features(target, [ids])[0].to(target.dtype)
-    return Answer(torch.tensor(ids), features, len(prompt))
+    return Recording(torch.tensor(ids), features, len(prompt))
 
 
 def helpful_draft(target):
@@ -55,7 +55,7 @@ def test_with_exact_features_every_cycle_is_the_same(tiny_target, prompts):
     for prompt, generation in zip(prompts, generations, strict=True):
         ids = torch.tensor([prompt + generation.token_ids])
         exact = tiny_target.model.model(input_ids=ids).last_hidden_state[0].detach()
-        answers.append(Answer(ids[0], exact, len(prompt)))
+        answers.append(Recording(ids[0], exact, len(prompt)))
     replayed = replay(Drafter(draft, TreeShape.of(tree, draft.head.size)), answers)
     decoded = [[cycle.accepted for cycle in g.cycles] for g in generations]
     assert [cycles[:-1] for cycles in replayed] == [cycles[:-1] for cycles in decoded]  # the limit cuts the last

@@ -5,18 +5,17 @@ import torch
 
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding import session as session_module
-from hass_core.decoding.drafter import Drafter
-from hass_core.decoding.plain import NoDraft, PlainDecoder
+from hass_core.decoding.answers import StopRule
+from hass_core.decoding.decoder import PlainDecoder, SpeculativeDecoder
+from hass_core.decoding.drafter import Drafter, NoDraft
 from hass_core.decoding.session import Session
-from hass_core.decoding.speculative import SpeculativeDecoder
-from hass_core.decoding.stop import StopRule
 from hass_core.decoding.tree import TreeShape
 from hass_core.draft_model.architecture import DraftArchitecture
 from hass_core.draft_model.checkpoint import Draft
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
 from hass_core.target_model.fused import FusedRunner
-from hass_core.target_model.kv_cache import KVCache
+from hass_core.target_model.kv_cache import FixedShapes, KVCache
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import make_runner
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -27,7 +26,7 @@ WARM = SamplingConfig(temperature=0.9, top_p=0.9, top_k=40, min_p=0.01, repetiti
 
 
 class FixedWidths:
-    """Stands in for `Graphs`: the same fixed shapes, without a capture."""
+    """Stands in for `GraphCache`: the same fixed shapes, without a capture."""
 
     def __init__(self):
         self.widths = set()
@@ -46,8 +45,8 @@ def test_cycles_of_fixed_width_give_the_same_tokens(monkeypatch, tiny_target, pr
     monkeypatch.setattr(session_module, "WIDTH_STEP", 32)
     graphs, start = FixedWidths(), Session.start
 
-    def start_with_fixed_widths(self, batch):
-        reports = start(self, batch)
+    def start_with_fixed_widths(self, prompts, seed):
+        reports = start(self, prompts, seed)
         self._graphs, self._ahead = graphs, ahead
         for cache in {id(c): c for c in (self._cache, self._draft_cache) if isinstance(c, KVCache)}.values():
             cache.lengths = cache.lengths.clone()  # as on a GPU, the host has a copy of its own
@@ -74,13 +73,10 @@ def test_nothing_in_a_cycle_on_a_gpu_reads_back_or_mixes_devices(monkeypatch, ro
             draft = Draft(draft_model, DraftHead.from_target(target.head, torch.arange(50)), {})
             drafter = Drafter(draft, TreeShape.of(TREE.model_copy(update={"kind": kind}), 50))
         session = Session(runner, drafter, sampling, rows, 40)
-        session._cache.width = session._cache.slots
-        if kind != "plain":
-            session._draft_cache.width = session._cache.slots
     with torch.inference_mode():  # without the default device: what a cycle makes, it must make where it belongs
-        report = session._cycle(session.shape.places)
+        report = session._cycle(session.shape.longest_path, FixedShapes(session.slots))
     assert report.device.type == "meta"
-    assert report.shape == (rows, 2 + 3 * session.shape.places)
+    assert report.shape == (rows, 2 + 3 * session.shape.longest_path)
 
 
 def test_a_decoder_keeps_one_session_and_uses_it_again(tiny_target, prompts):
@@ -97,7 +93,7 @@ def test_long_prompts_are_read_in_pieces(monkeypatch, tiny_target):
     runner, draft = make_runner(tiny_target), random_draft(tiny_target)
     prompts = [[(5 * i) % 200 + 3 for i in range(n)] for n in (50, 7, 33)]
     whole = SpeculativeDecoder(runner, draft, TREE).generate(prompts, SamplingConfig(), 30, ENDLESS)
-    monkeypatch.setattr("hass_core.decoding.prefill.TOKENS_PER_PIECE", 16)
+    monkeypatch.setattr("hass_core.decoding.session.TOKENS_PER_PIECE", 16)
     parts = SpeculativeDecoder(runner, draft, TREE).generate(prompts, SamplingConfig(), 30, ENDLESS)
     assert [g.token_ids for g in parts] == [g.token_ids for g in whole]
     assert [g.cycles for g in parts] == [g.cycles for g in whole]

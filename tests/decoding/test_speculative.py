@@ -4,11 +4,9 @@ import pytest
 import torch
 
 from hass_core.config import SamplingConfig, TreeConfig
-from hass_core.decoding.draft_runner import DraftRunner
-from hass_core.decoding.drafter import Drafter
-from hass_core.decoding.plain import PlainDecoder
-from hass_core.decoding.speculative import SpeculativeDecoder
-from hass_core.decoding.stop import StopRule
+from hass_core.decoding.answers import StopRule
+from hass_core.decoding.decoder import PlainDecoder, SpeculativeDecoder
+from hass_core.decoding.drafter import Drafter, DraftRunner
 from hass_core.decoding.tree import TreeShape
 from hass_core.errors import ContextTooLong, DraftMismatch, NonFinite
 from hass_core.target_model.generic import HFRunner
@@ -85,7 +83,7 @@ def test_a_perfect_draft_is_accepted_to_its_full_depth_every_cycle(prompts):
     draft.model.layer.mlp.down_proj.weight.zero_()
     for tree in TREES.values():
         decoder = SpeculativeDecoder(make_runner(target), draft, tree)
-        deepest = decoder.shape.places - 1
+        deepest = decoder.shape.longest_path - 1
         (generation,) = decoder.generate(prompts[:1], GREEDY, 1 + 4 * (deepest + 1), ENDLESS)
         assert [c.accepted for c in generation.cycles] == [deepest] * 4
         assert all(set(c.ranks) == {0} for c in generation.cycles)

@@ -17,7 +17,7 @@ from hass_core.decoding.tree import (
     pool_size,
     static_scores,
 )
-from hass_core.target_model.placement import attention_mask
+from hass_core.target_model.kv_cache import tree_attention_mask
 
 
 @st.composite
@@ -101,7 +101,7 @@ def test_the_mask_shows_the_live_slots_and_then_the_tree(batch, rows, spare, see
     lengths = torch.randint(0, 9, (batch,), generator=generator)
     visible = torch.rand(batch, rows, rows, generator=generator) < 0.5
     width = int(lengths.max()) + rows + spare
-    mask = attention_mask(visible, lengths, width)
+    mask = tree_attention_mask(visible, lengths, width)
     for b in range(batch):
         for t in range(rows):
             for slot in range(width):
@@ -125,11 +125,11 @@ def test_counting_ranks_orders_as_a_stable_sort_does(batch, size, seed):
 
 def test_a_chain_is_one_path_and_no_tree_outgrows_its_pool():
     chain = TreeShape.of(TreeConfig(kind="chain", depth=5, top_k=8, nodes=60), 1000)
-    assert (chain.top_k, chain.nodes, chain.places) == (1, 6, 6)
+    assert (chain.top_k, chain.nodes, chain.longest_path) == (1, 6, 6)
     small = TreeShape.of(TreeConfig(depth=2, top_k=3, nodes=60), 1000)
     assert small.nodes == 1 + 3 + 9
     assert TreeShape.of(TreeConfig(depth=2, top_k=30, nodes=60), draft_vocab_size=16).top_k == 16
-    assert TreeShape.of(TreeConfig(depth=6, top_k=2, nodes=3), 1000).places == 3
+    assert TreeShape.of(TreeConfig(depth=6, top_k=2, nodes=3), 1000).longest_path == 3
 
 
 def test_ancestors_of_a_bushy_tree():

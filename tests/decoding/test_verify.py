@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from hass_core.config import SamplingConfig, TreeConfig
+from hass_core.decoding.decoder import SpeculativeDecoder
 from hass_core.decoding.sampling import draw, probabilities
-from hass_core.decoding.speculative import SpeculativeDecoder
-from hass_core.decoding.tree import Pool, Tree, TreeShape, ancestors, assemble
-from hass_core.decoding.verify import accept
+from hass_core.decoding.tree import Pool, Tree, TreeShape, accept, ancestors, assemble
 from hass_core.target_model.loader import freeze
 from hass_core.target_model.runner import make_runner
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -36,7 +35,7 @@ def outcomes(distribution: torch.Tensor) -> dict[tuple[int, ...], float]:
         probability = 1.0
         for node, token in enumerate(drawn):
             probability *= float(distribution[node, token])
-        result = accept(TREE, torch.tensor([drawn]), places=3)
+        result = accept(TREE, torch.tensor([drawn]), longest_path=3)
         run = tuple(result.token_ids[0, : int(result.counts[0])].tolist())
         found[run] = found.get(run, 0.0) + probability
     return found
@@ -121,7 +120,7 @@ def test_verification_follows_the_draws_in_every_row_by_itself():
     )
     tree = assemble(torch.tensor([4, 4, 4]), pool, shape)  # 5 ─ {7, 8}, 6 ─ {9}
     drawn = torch.tensor([[5, 8, 0, 0, 1, 0], [6, 9, 3, 0, 0, 0], [1, 7, 9, 0, 0, 0]])
-    result = accept(tree, drawn, shape.places)
+    result = accept(tree, drawn, shape.longest_path)
     rows = [ids[:count] for ids, count in zip(result.token_ids.tolist(), result.counts.tolist(), strict=True)]
     assert rows == [[5, 8, 1], [6, 3], [1]]
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from hass_core.cli.acceptance_report import show_diagnosis
 from hass_core.config import SamplingConfig
 from hass_core.data.templates import encode_prompt
-from hass_core.decoding.plain import PlainDecoder
-from hass_core.decoding.stop import StopRule
+from hass_core.decoding.answers import StopRule
+from hass_core.decoding.decoder import PlainDecoder
 from hass_core.diagnosis import chain
 from hass_core.diagnosis.acceptance import diagnose
 from hass_core.diagnosis.causes import Cause, category_cause, context_cause, depth_cause

@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from hass_core.config import SamplingConfig
-from hass_core.decoding.generation import Generation
-from hass_core.decoding.plain import PlainDecoder
-from hass_core.decoding.speculative import SpeculativeDecoder
-from hass_core.decoding.stop import StopRule
+from hass_core.decoding.answers import Generation, StopRule
+from hass_core.decoding.decoder import PlainDecoder, SpeculativeDecoder
 from hass_core.draft_model.checkpoint import load_draft
 from hass_core.evaluation.lossless import certify, first_difference, in_float32, last_logits
 from hass_core.target_model.runner import make_runner

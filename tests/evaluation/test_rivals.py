@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from hass_core.config import SamplingConfig
-from hass_core.decoding.plain import PlainDecoder
+from hass_core.decoding.answers import StopRule
+from hass_core.decoding.decoder import PlainDecoder
 from hass_core.decoding.rivals.lookup import PromptLookupDecoder, lookup
 from hass_core.decoding.rivals.speculative_sampling import SpeculativeSamplingDecoder, first_layers
-from hass_core.decoding.stop import StopRule
 from hass_core.errors import BadInput, ConfigError, ContextTooLong
 from hass_core.target_model.runner import make_runner
 

@@ -13,9 +13,8 @@ from hass_core.kernels.frontier import best_candidates
 from hass_core.kernels.tiles import Tiles
 from hass_core.kernels.top_k import row_top_k
 from hass_core.kernels.tree_attention import tree_attention
-from hass_core.target_model.kv_cache import KVCache, LayerShape
+from hass_core.target_model.kv_cache import KVCache, LayerShape, MaskedAttention
 from hass_core.target_model.linear import Linear, in_eight_bits, restored
-from hass_core.target_model.placement import MaskedPlacement
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ATTENTION = {  # batch, new tokens, heads, key-value heads, head size, slots, offset, columns of `visible`
@@ -32,7 +31,7 @@ ATTENTION = {  # batch, new tokens, heads, key-value heads, head size, slots, of
 
 
 def check_attention(name: str, batch: int, tokens: int, heads: int, kv: int, dim: int, slots: int, offset, columns):
-    mixed = torch.randn(batch, tokens, heads + 2 * kv, dim, device=DEVICE)
+    qkv = torch.randn(batch, tokens, heads + 2 * kv, dim, device=DEVICE)
     cos, sin = torch.randn(2, batch, tokens, 1, dim, device=DEVICE)
     visible = None
     if columns is not None:
@@ -43,9 +42,9 @@ def check_attention(name: str, batch: int, tokens: int, heads: int, kv: int, dim
     cache.blocks[0].normal_()
     cache.advance(torch.randint(0, slots - offset - tokens, (batch,)).tolist())
     keys, values = (part.clone() for part in cache.layers[0])
-    got = tree_attention(mixed, cos, sin, keys, values, cache.lengths, offset, visible)
-    place = MaskedPlacement.of(tokens, cache, visible, heads // kv, torch.float32, offset)
-    expected = place.attention(mixed, cos, sin, *cache.layers[0])
+    got = tree_attention(qkv, cos, sin, keys, values, cache.lengths, offset, visible)
+    attention = MaskedAttention.of(tokens, cache, heads // kv, torch.float32, visible, offset)
+    expected = attention(qkv, cos, sin, *cache.layers[0])
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}")
     torch.testing.assert_close(keys, cache.layers[0][0], msg=lambda text: f"{name}, keys: {text}")
     torch.testing.assert_close(values, cache.layers[0][1], msg=lambda text: f"{name}, values: {text}")

@@ -14,10 +14,8 @@ import pytest
 from hass_core.config import SamplingConfig, TargetConfig, TreeConfig
 from hass_core.data.holdout import heldout_prompts
 from hass_core.data.templates import encode_prompt
-from hass_core.decoding.generation import Generation
-from hass_core.decoding.plain import PlainDecoder
-from hass_core.decoding.speculative import SpeculativeDecoder
-from hass_core.decoding.stop import StopRule
+from hass_core.decoding.answers import Generation, StopRule
+from hass_core.decoding.decoder import PlainDecoder, SpeculativeDecoder
 from hass_core.draft_model.checkpoint import draft_info, load_draft, save_draft
 from hass_core.draft_model.head import DraftHead
 from hass_core.export.exporter import export_draft

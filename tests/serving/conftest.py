@@ -9,7 +9,7 @@ import pytest
 import uvicorn
 
 from hass_core.config import TreeConfig
-from hass_core.decoding.speculative import SpeculativeDecoder
+from hass_core.decoding.decoder import SpeculativeDecoder
 from hass_core.serving.app import make_app
 from hass_core.serving.service import Limits, Service
 from hass_core.target_model.runner import make_runner

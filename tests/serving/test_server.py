@@ -16,8 +16,8 @@ from openai import OpenAI
 
 from hass_core.config import SamplingConfig
 from hass_core.data.templates import encode_prompt
-from hass_core.decoding.plain import PlainDecoder
-from hass_core.decoding.stop import StopRule
+from hass_core.decoding.answers import StopRule
+from hass_core.decoding.decoder import PlainDecoder
 from hass_core.serving.service import Limits
 from hass_core.target_model.runner import make_runner
 from tests.flows.stack import answers, free_port, wait_for

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from hass_core.errors import TargetError
-from hass_core.target_model.fused import FusedRunner, side_by_side
+from hass_core.target_model.block import side_by_side
+from hass_core.target_model.fused import FusedRunner
 from hass_core.target_model.generic import HFRunner
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import Runner, make_runner
@@ -65,9 +67,9 @@ def test_tree_rows_see_their_ancestors_only_and_the_kept_path_lives_on(runner, b
     run, target = runner
     prompts = [random_ids(n, seed=n) for n in (9, 14)][:batch]
     cache = run.new_cache(batch, 48)
-    for i, prompt in enumerate(prompts):
-        run.forward(torch.tensor([prompt]), torch.arange(len(prompt))[None], cache.rows(i, i + 1))
-        cache.rows(i, i + 1).advance(len(prompt))
+    padded = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    run.forward(padded, torch.arange(padded.shape[1]).expand(batch, -1), cache)
+    cache.advance([len(prompt) for prompt in prompts])
     tree = torch.tensor([random_ids(5, seed=3)] * batch)  # 0 ── 1 ── 3, 0 ── 2 ── 4
     depth = torch.tensor([0, 1, 1, 2, 2])
     parents = [[0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4]]
@@ -79,7 +81,8 @@ def test_tree_rows_see_their_ancestors_only_and_the_kept_path_lives_on(runner, b
         for node, path in enumerate(parents):
             expected = truth(target, prompt + tree[b, path].tolist())[-1]
             torch.testing.assert_close(features[b, node], expected, **CLOSE)
-    cache.keep(torch.tensor([[0, 2, 4]] * batch), counts=[3, 2][:batch])
+    cache.move(torch.tensor([[0, 2, 4]] * batch))
+    cache.advance([3, 2][:batch])
     after = run.forward(torch.tensor([[7]] * batch), cache.lengths[:, None], cache)
     for b, prompt in enumerate(prompts):
         kept = tree[b, [0, 2, 4]].tolist()[: [3, 2][b]]
@@ -96,7 +99,7 @@ def test_logits_equal_the_models_own(any_target):
 
 @pytest.mark.parametrize("packs", [True, False])
 def test_a_runner_leaves_the_model_as_it_was(monkeypatch, packs):
-    monkeypatch.setattr("hass_core.target_model.fused.packable", lambda weight: packs)
+    monkeypatch.setattr("hass_core.target_model.block.packable", lambda weight: packs)
     target, ids = tiny_model("qwen2"), random_ids(10)
     before = truth(target, ids)
     FusedRunner(target)

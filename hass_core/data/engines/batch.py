@@ -7,24 +7,23 @@ Shapes: B rows, S slots, V vocabulary.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hass_core.cuda_graphs import captured
+from hass_core.cuda_graphs import GraphCache
 from hass_core.data.engines.base import Request
-from hass_core.data.engines.sampling import sample, uniform_at
+from hass_core.decoding.sampling import sample_rows, uniform_at
 from hass_core.errors import HassError
 from hass_core.target_model.compiling import compiled
-from hass_core.target_model.kv_cache import KVCache
+from hass_core.target_model.kv_cache import FixedShapes
 from hass_core.target_model.runner import Runner
 
-MIN_ROWS = 2  # a row alone would be written at a place fixed on the host
+MIN_ROWS = 2  # a row alone takes products of another kind, whose last digits differ
 
 
 @dataclass
-class Answer:
+class RunningAnswer:
     """An answer in the making."""
 
     request: Request
@@ -41,38 +40,38 @@ class Answer:
         return len(self.request.prompt_token_ids) + self.request.max_new_tokens
 
 
-class Batch:
-    """Key-value cache, last tokens and sampling settings of B rows. A row without an answer computes scrap."""
+class RunningBatch:
+    """KV cache, last tokens and sampling settings of B rows. A row without an answer computes scrap.
 
-    def __init__(self, runner: Runner, rows: int, slots: int, steady: bool = False):
+    A batch of a size that will be `lasting` compiles its steps.
+    """
+
+    def __init__(self, runner: Runner, rows: int, slots: int, lasting: bool = False):
         self.runner, self.rows, self.slots = runner, max(rows, MIN_ROWS), slots
         device = runner.device
-        cache = runner.new_cache(self.rows, slots)
-        self.lengths = torch.zeros(self.rows, dtype=torch.long, device=device)
-        # rows differ in length as far as the host knows: the runner then places each row by its own length
-        self.cache = KVCache(cache.blocks, self.lengths, np.arange(self.rows))
-        self.cache.steady = steady
-        self._sample = compiled(sample) if steady and device.type == "cuda" else sample
+        self.cache = runner.new_cache(self.rows, slots)
+        self.lengths = self.cache.lengths
+        self._lasting = lasting
+        self._sample = compiled(sample_rows) if lasting and device.type == "cuda" else sample_rows
         self.tokens = torch.zeros(self.rows, dtype=torch.long, device=device)
         self.seeds = torch.zeros(self.rows, dtype=torch.long, device=device)
         self.temperature = torch.zeros(self.rows, device=device)
         self.top_p = torch.ones(self.rows, device=device)
         self.top_k = torch.zeros(self.rows, dtype=torch.long, device=device)
-        self.answers: dict[int, Answer] = {}  # by row
+        self.answers: dict[int, RunningAnswer] = {}  # by row
         self._row_numbers = torch.arange(self.rows, device=device)
-        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph | None] = {}
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._graphs = GraphCache() if device.type == "cuda" else None
 
     @property
     def free(self) -> list[int]:
         """Numbers of the rows without an answer."""
         return [row for row in range(self.rows) if row not in self.answers]
 
-    def resized(self, rows: int, slots: int, steady: bool = False) -> "Batch":
-        """The running answers, in order, in a batch of another size; `steady` when that size will last."""
+    def resized(self, rows: int, slots: int, lasting: bool = False) -> "RunningBatch":
+        """The running answers, in order, in a batch of another size; `lasting` when that size stays."""
         kept = sorted(self.answers)
         try:
-            other = Batch(self.runner, rows, slots, steady)
+            other = RunningBatch(self.runner, rows, slots, lasting)
         except torch.OutOfMemoryError as error:
             raise HassError(
                 f"the keys and values of {rows} conversations of {slots} tokens do not fit beside those of {self.rows} "
@@ -98,7 +97,7 @@ class Batch:
     def start(self, requests: Sequence[Request]) -> None:
         """Read the prompts into free rows and draw the first token of each answer."""
         rows = self.free[: len(requests)]
-        self.answers |= {row: Answer(request) for row, request in zip(rows, requests, strict=True)}
+        self.answers |= {row: RunningAnswer(request) for row, request in zip(rows, requests, strict=True)}
         index = torch.tensor(rows, device=self.lengths.device)
         for name, values in _settings(requests).items():
             getattr(self, name)[index] = values.to(index.device)
@@ -124,28 +123,16 @@ class Batch:
         drawn = torch.empty(self.rows, count, dtype=torch.long, device=self.tokens.device)
         key = (width, *self.filters)
         for i in range(count):
-            self._run(key)
+            if self._graphs is None:
+                self._step(*key)
+            else:
+                self._graphs.run(key, lambda: self._step(*key))
             drawn[:, i] = self.tokens
         return drawn
 
-    def _run(self, key: tuple[int, int, bool]) -> None:
-        """One step; on a GPU a graph of it, captured when the same step comes a second time."""
-        if self.tokens.device.type != "cuda":
-            self._step(*key)
-        elif key not in self._graphs:
-            self._step(*key)  # the first one warms up what cannot be captured
-            self._graphs[key] = None
-        else:
-            graph = self._graphs[key]
-            if graph is None:
-                with captured(self._pool) as graph:
-                    self._step(*key)
-                self._graphs[key] = graph
-            graph.replay()
-
     def _step(self, width: int, max_top_k: int, use_top_p: bool) -> None:
-        self.cache.width = width
-        features = self.runner.forward(self.tokens[:, None], self.lengths[:, None], self.cache)
+        fixed = FixedShapes(width, self._lasting)
+        features = self.runner.forward(self.tokens[:, None], self.lengths[:, None], self.cache, fixed=fixed)
         drawn = self._draw(features[:, 0], self._row_numbers, self.lengths, max_top_k, use_top_p, self._sample)
         self.tokens.copy_(drawn)
         # a row that has ended goes on until the host looks; it must not run over the end of its slots
@@ -158,7 +145,7 @@ class Batch:
         positions: Tensor,
         max_top_k: int,
         use_top_p: bool,
-        draw: Callable[..., Tensor] = sample,
+        draw: Callable[..., Tensor] = sample_rows,
     ) -> Tensor:
         logits = self.runner.logits(features)
         uniform = uniform_at(self.seeds[index], positions)

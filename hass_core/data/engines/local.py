@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hass_core import kernels
 from hass_core.data.engines.base import Completion, Request, RequestQueue
-from hass_core.data.engines.batch import MIN_ROWS, Answer, Batch
+from hass_core.data.engines.batch import MIN_ROWS, RunningAnswer, RunningBatch
 from hass_core.data.templates import special_token_ids
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import make_runner
@@ -40,7 +40,7 @@ class LocalEngine:
 
     def complete(self, queue: RequestQueue) -> Iterator[Completion]:
         """See `Engine`."""
-        batch, ended = Batch(self._runner, 0, 0), []
+        batch, ended = RunningBatch(self._runner, 0, 0), []
         while True:
             batch = self._refilled(batch, queue)
             drawn = self._started(batch) if batch.answers else None
@@ -49,7 +49,7 @@ class LocalEngine:
                 return
             ended = [] if drawn is None else self._ended(batch, drawn.tolist())
 
-    def _refilled(self, batch: Batch, queue: RequestQueue) -> Batch:
+    def _refilled(self, batch: RunningBatch, queue: RequestQueue) -> RunningBatch:
         """Give free rows the next prompts; let the batch grow to what they need, and shrink when none are left."""
         running = len(batch.answers)
         free = self._max_rows - running
@@ -57,11 +57,11 @@ class LocalEngine:
             return batch
         new = queue.take(free)
         if new:
-            longest = max(a.final_length for a in [*batch.answers.values(), *map(Answer, new)])
+            longest = max(a.final_length for a in [*batch.answers.values(), *map(RunningAnswer, new)])
             slots = max(batch.slots, rounded_up(longest + self._look, SLOT_STEP))
             rows = max(batch.rows, running + len(new))
             if (rows, slots) != (batch.rows, batch.slots):
-                batch = batch.resized(rows, slots, steady=rows == self._max_rows)
+                batch = batch.resized(rows, slots, lasting=rows == self._max_rows)
             for part in self._parts(new):
                 batch.start(part)
         elif running <= batch.rows // 2 and batch.rows > MIN_ROWS:
@@ -79,7 +79,7 @@ class LocalEngine:
         if part:
             yield part
 
-    def _started(self, batch: Batch) -> Tensor:
+    def _started(self, batch: RunningBatch) -> Tensor:
         """Some more tokens of every row [B, n], being drawn."""
         width = batch.slots  # the kernels read live slots only, whatever the width
         if not kernels.usable(batch.lengths):
@@ -87,7 +87,7 @@ class LocalEngine:
             width = min(width, rounded_up(longest + self._look, self._width_step))
         return batch.steps(self._look, width)
 
-    def _ended(self, batch: Batch, drawn: list[list[int]]) -> list[Completion]:
+    def _ended(self, batch: RunningBatch, drawn: list[list[int]]) -> list[Completion]:
         """Give the answers the tokens drawn for them, up to their ends; take those that have ended out of the batch."""
         ended = []
         for row, answer in list(batch.answers.items()):

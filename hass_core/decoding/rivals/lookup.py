@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from hass_core.config import TreeConfig
+from hass_core.decoding.decoder import TreeDecoder
 from hass_core.decoding.tree import Tree, TreeShape, ancestors
-from hass_core.decoding.tree_decoder import TreeDecoder
+from hass_core.target_model.kv_cache import FixedShapes
 from hass_core.target_model.runner import Runner
 
 LONGEST_MATCH = 3
@@ -18,7 +19,7 @@ DRAFT_TOKENS = 10
 
 
 class PromptLookupDecoder(TreeDecoder):
-    """See `hass_core.decoding.generation.Decoder`."""
+    """See `hass_core.decoding.decoder.Decoder`."""
 
     def __init__(self, runner: Runner, draft_tokens: int = DRAFT_TOKENS):
         super().__init__(runner, LookupDrafter(draft_tokens, runner.device), name="pld")
@@ -29,7 +30,7 @@ Contexts = list[list[int]]
 
 
 class LookupDrafter:
-    """See `hass_core.decoding.session.TreeDrafter`."""
+    """See `hass_core.decoding.drafter.TreeDrafter`."""
 
     def __init__(self, draft_tokens: int, device: torch.device):
         self.shape = TreeShape.of(TreeConfig(kind="chain", depth=draft_tokens, top_k=1), 1)
@@ -43,13 +44,15 @@ class LookupDrafter:
         for context in cache:
             context.clear()
 
-    def extend(self, cache: Contexts, features: Tensor, token_ids: Tensor, counts: Tensor) -> Tensor:
+    def extend(
+        self, cache: Contexts, features: Tensor, token_ids: Tensor, counts: Tensor, fixed: FixedShapes | None = None
+    ) -> Tensor:
         """Remember the tokens [B, R] just made certain; there is no feature to estimate."""
         for context, new, count in zip(cache, token_ids.tolist(), counts.tolist(), strict=True):
             context += new[:count]
         return features[:, 0]
 
-    def grow(self, cache: Contexts, root: Tensor, estimate: Tensor) -> Tree:
+    def grow(self, cache: Contexts, root: Tensor, estimate: Tensor, fixed: FixedShapes | None = None) -> Tree:
         """A chain behind root tokens [B]."""
         depth, batch = self.shape.depth, len(cache)
         drafted = [lookup(context, depth) for context in cache]

@@ -1,6 +1,6 @@
 """Speculative sampling with a small language model (SPS; Leviathan et al. arXiv 2211.17192, Chen et al. 2302.01318).
 
-The small model draws a chain of tokens x ~ q. The target's p at every place comes from one pass. Token x is accepted
+The small model draws a chain of tokens x ~ q. The target's p at every position comes from one pass. Token x is accepted
 with probability min(1, p(x) / q(x)); the first rejected one is replaced by a draw from max(0, p − q), renormalised;
 when all are accepted, one more token is drawn from p. Each token's distribution is the target's own p. Greedy
 decoding is the same with p and q point masses.
@@ -18,11 +18,18 @@ import torch
 from torch import Tensor
 
 from hass_core.config import SamplingConfig
-from hass_core.decoding.batch import check_prompts, check_sound
-from hass_core.decoding.generation import CycleTrace, Generation, Step, Timing
-from hass_core.decoding.prefill import prefill
+from hass_core.decoding.answers import (
+    Answer,
+    CycleTrace,
+    Generation,
+    Step,
+    StopRule,
+    Timing,
+    check_prompts,
+    check_sound,
+)
 from hass_core.decoding.sampling import probabilities
-from hass_core.decoding.stop import Answer, StopRule
+from hass_core.decoding.session import prefill
 from hass_core.errors import ConfigError, TargetError
 from hass_core.target_model.kv_cache import KVCache
 from hass_core.target_model.loader import Target
@@ -33,7 +40,7 @@ SHARE_OF_LAYERS = 8  # the target's first eighth of layers drafts when no small 
 
 
 class SpeculativeSamplingDecoder:
-    """See `hass_core.decoding.generation.Decoder`. Prompts of a batch are answered one after the other."""
+    """See `hass_core.decoding.decoder.Decoder`. Prompts of a batch are answered one after the other."""
 
     name = "sps"
 

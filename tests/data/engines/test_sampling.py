@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hass_core.data.engines.sampling import draw, nucleus_edge, sample, uniform_at
+from hass_core.decoding.sampling import draw_weighted, nucleus_edge, sample_rows, uniform_at
 
 V = 700  # not a multiple of the chunk
 
@@ -18,7 +18,7 @@ def drawn(logits: torch.Tensor, count: int, temperature=1.0, top_p=1.0, top_k=0)
     """Counts [V] of `count` draws from one row of logits."""
     rows = logits.expand(count, -1)
     settings = torch.full((count,), temperature), torch.full((count,), top_p), torch.full((count,), top_k)
-    ids = sample(rows.clone(), *settings, uniforms(count), top_k, top_p < 1)
+    ids = sample_rows(rows.clone(), *settings, uniforms(count), top_k, top_p < 1)
     return torch.bincount(ids, minlength=len(logits))
 
 
@@ -71,14 +71,14 @@ def test_the_nucleus_edge_is_the_last_kept_score():
 def test_each_row_has_its_own_settings():
     rows = LOGITS.expand(3, -1).clone()
     settings = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([1.0, 1e-6, 1.0]), torch.tensor([0, 0, 1])
-    ids = sample(rows, *settings, uniforms(3), 1, True)
+    ids = sample_rows(rows, *settings, uniforms(3), 1, True)
     assert ids.tolist() == [int(LOGITS.argmax())] * 3
 
 
 def test_no_token_of_zero_weight_is_ever_drawn():
     weights = torch.zeros(4, V)
     weights[:, 300] = 1.0
-    assert draw(weights, torch.tensor([0.0, 0.3, 0.999, 1 - 2**-24])).tolist() == [300] * 4
+    assert draw_weighted(weights, torch.tensor([0.0, 0.3, 0.999, 1 - 2**-24])).tolist() == [300] * 4
 
 
 def test_the_random_numbers_are_even_and_depend_on_seed_and_position_only():
