@@ -24,13 +24,12 @@ def draft(
     as_json: AsJson = False,
 ) -> None:
     """Check a draft's tensors and config.json for one engine, against its target."""
-    from hass_core.draft_model.checkpoint import draft_info
     from hass_core.export.checks import check_draft
     from hass_core.export.engines import ENGINES
     from hass_core.target_model.loader import load_target
 
     loaded = load_target(TargetConfig(source=target, device="cpu"))
-    findings = check_draft(folder, loaded.model.config, ENGINES[engine], loaded.embedding, draft_info(loaded))
+    findings = check_draft(folder, loaded.model.config, ENGINES[engine], loaded.embedding, loaded)
     if as_json:
         show_json(findings)
         raise typer.Exit(FINDINGS if findings else 0)

@@ -36,7 +36,7 @@ from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, StageFolder, Store, digest_of, sha256_of
 from hass_core.target_model.loader import Target
 
-STEP_VERSION = 1
+STEP_VERSION = 2  # 2: the target by its identity
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 PROMPTS_SCHEMA = pa.schema(
     [
@@ -87,8 +87,8 @@ def _key(config: RunConfig, target: Target, forbidden_hashes: list[str]) -> dict
         "files": [_content(file) for file in config.prompts.files],
         "builtin": digest_of([r.messages for r in packaged_prompts(TRAINING_FILE)]) if config.prompts.builtin else None,
         "forbidden": digest_of(forbidden_hashes),
-        "target": target.fingerprint if config.prompts.self_written else None,
-        "template": target.template_hash,
+        "target": target.identity.parts(*(() if config.prompts.self_written else ("tokenizer", "template"))),
+        "dtype": str(target.dtype) if config.prompts.self_written else None,
         "seed": config.seed,
         "version": STEP_VERSION,
     }

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hass_core.config import RunConfig
+from hass_core.config import ResponsesConfig, RunConfig
 from hass_core.data.conversations import Record
 from hass_core.data.dialogue import Dialogue
 from hass_core.data.engines.base import Engine, Request, RequestQueue
@@ -30,7 +30,7 @@ from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, FileRecord, StageFolder, Store
 from hass_core.target_model.loader import Target
 
-STEP_VERSION = 1
+STEP_VERSION = 2  # 2: the target by its identity, and its type
 RESPONSES_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -71,15 +71,21 @@ def make_engine(config: RunConfig, target: Target) -> Engine:
 
 
 def _key(config: RunConfig, prompts: Artifact, target: Target) -> dict[str, Any]:
-    unset = set() if config.responses.languages else {"languages"}  # answers from before this setting stay valid
     return {
         "prompts": prompts.digest,
-        "responses": config.responses.model_dump(exclude=SPEED_ONLY | unset),
-        "target": target.fingerprint,
-        "template": target.template_hash,
+        "responses": config.responses.model_dump(exclude=SPEED_ONLY | {"server_model"}),
+        "target": target.identity.parts(),
+        **_decided_by_engine(config.responses, target),
         "seed": config.seed,
         "version": STEP_VERSION,
     }
+
+
+def _decided_by_engine(settings: ResponsesConfig, target: Target) -> dict[str, Any]:
+    """A local target answers in its own type; a server does as the model does that it is asked for."""
+    if settings.engine == "transformers":
+        return {"dtype": str(target.dtype)}
+    return {"server_model": settings.server_model}
 
 
 class _Run:

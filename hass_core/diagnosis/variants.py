@@ -4,7 +4,6 @@ Each function returns None where its cause is not there.
 """
 
 import copy
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from hass_core.errors import BadInput
 from hass_core.evaluation.benchmarks import Question
 from hass_core.evaluation.lossless import in_float32
 from hass_core.export.checks import rope_of
+from hass_core.target_model.identity import recorded_template, template_digest
 from hass_core.target_model.loader import Target
 
 
@@ -122,14 +122,14 @@ def sampling_cause(case: Case) -> Cause:
 
 def template_cause(case: Case) -> Cause | None:
     """Another chat template than in training. Raises BadInput when the template given is not the recorded one."""
-    trained = case.draft.info.get("template_hash", case.target.template_hash)
-    if trained == case.target.template_hash:
+    trained, ours = recorded_template(case.draft.info), case.target.identity.template
+    if trained in (None, ours):
         return None
-    what = f"the draft was trained under the chat template {trained}, the target has {case.target.template_hash}"
+    what = f"the draft was trained under the chat template {trained}, the target has {ours}"
     mend = "serve with the template of training, or train again with this one"
     if case.settings.trained_template is None:
         return Cause("template", None, f"{what}; its cost is unknown without that template (--trained-template)", mend)
-    given = hashlib.sha256(case.settings.trained_template.encode()).hexdigest()[:16]
+    given = template_digest(case.settings.trained_template)
     if given != trained:
         raise BadInput(
             f"--trained-template has the hash {given}, the draft's record says {trained}; give that template"
@@ -142,9 +142,9 @@ def template_cause(case: Case) -> Cause | None:
 
 def target_cause(case: Case) -> Cause | None:
     """Another target's weights; that cannot be weighed without that target."""
-    trained = case.draft.info.get("target_fingerprint", case.target.fingerprint)
-    if trained == case.target.fingerprint:
+    differing = [part for part in case.target.differing(case.draft.info) if part != "template"]  # that is weighed
+    if not differing:
         return None
     name = case.draft.info.get("target", "another target")
-    what = f"the draft was trained for {name} ({trained}), not {case.target.name} ({case.target.fingerprint})"
+    what = f"the draft was trained for {name}, which differs from {case.target.name} in its {' and '.join(differing)}"
     return Cause("target", None, what, "use the target it was trained for, or train a draft for this one")

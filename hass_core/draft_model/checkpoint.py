@@ -45,13 +45,8 @@ class Draft:
 
 
 def draft_info(target: Target, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The `hass` section: which target and template the draft belongs to, and whatever `extra` tells."""
-    return {
-        "target": target.name,
-        "target_fingerprint": target.fingerprint,
-        "template_hash": target.template_hash,
-        **(extra or {}),
-    }
+    """The `hass` section: which target the draft belongs to, and whatever `extra` tells."""
+    return {**target.record(), **(extra or {})}
 
 
 def save_draft(
@@ -74,7 +69,7 @@ def save_draft(
 def load_draft(folder: Path, target: Target, check: bool = True) -> Draft:
     """Load a draft for `target`, on its device and in its dtype.
 
-    Sizes must always agree; `check=False` skips comparing fingerprint and template. Raises DraftMismatch naming both
+    Sizes must always agree; `check=False` skips comparing the target with the record. Raises DraftMismatch naming both
     sides, CorruptFile when a file is missing or broken.
     """
     config, tensors = _read(folder)
@@ -134,10 +129,8 @@ def _compare_sizes(folder: Path, config: dict[str, Any], target: Target) -> None
 
 
 def _compare_origin(folder: Path, info: dict[str, Any], target: Target) -> None:
-    sides = {"target_fingerprint": target.fingerprint, "template_hash": target.template_hash}
-    for name, ours in sides.items():
-        if info.get(name, ours) != ours:  # imported EAGLE drafts do not tell
-            raise DraftMismatch(
-                f"the draft in {folder} was trained for {info.get('target', 'another target')} with {name} "
-                f"{info[name]}, the target {target.name} has {ours}; train a draft for this target"
-            )
+    if differing := target.differing(info):  # imported EAGLE drafts tell nothing
+        raise DraftMismatch(
+            f"the draft in {folder} was trained for {info.get('target', 'another target')}, which differs from the "
+            f"target {target.name} in its {' and '.join(differing)}; train a draft for this target"
+        )

@@ -28,10 +28,11 @@ from hass_core.evaluation.report import Report
 from hass_core.evaluation.session import Session
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, StageFolder, Store, digest_of
+from hass_core.store.content import content_of
 from hass_core.store.provenance import provenance
 from hass_core.target_model.loader import Target, load_target
 
-STEP_VERSION = 2
+STEP_VERSION = 3  # 3: the target by its identity, questions with their categories
 REPORT = "report.json"
 
 
@@ -128,8 +129,8 @@ class Work:
 
     def identity(self) -> dict[str, Any]:
         """All that determines the measurements of drafts that lie in folders."""
-        weights = {name: (folder / WEIGHTS).stat().st_mtime_ns for name, folder in self.drafts.items()}
-        return {"drafts": weights, **_measured_by(self.config, self.tree, self.target, self.questions)}
+        drafts = {name: _content(folder) for name, folder in self.drafts.items()}
+        return {"drafts": drafts, **_measured_by(self.config, self.tree, self.target, self.questions)}
 
 
 def write_outputs(
@@ -144,6 +145,11 @@ def write_outputs(
     pq.write_table(pa.Table.from_pylist([m.model_dump() for m in measured]), table)
     drawn = figures.draw_report(report, folder) + figures.draw_training(training, folder)
     return [*(folder / name for name in texts), table, *drawn]
+
+
+def _content(draft: Path) -> list[str]:
+    files = [draft / name for name in (CONFIG, WEIGHTS, VOCABULARY, RANKS)]
+    return [content_of(file) if file.is_file() else "" for file in files]
 
 
 def _told_by(draft: Path) -> dict[str, Any]:
@@ -175,9 +181,8 @@ def _measured_by(
     return {
         "evaluation": config.model_dump(mode="json", exclude={"benchmarks"}),
         "tree": tree.model_dump(),
-        "questions": digest_of([[q.benchmark, q.id, q.messages] for q in questions]),
-        "target": target.fingerprint,
-        "template": target.template_hash,
+        "questions": digest_of([[q.benchmark, q.id, q.category, q.messages] for q in questions]),
+        "target": target.identity.parts(),
         "device": device_name(target.device),
         "dtype": str(target.dtype),
         "version": STEP_VERSION,

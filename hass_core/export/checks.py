@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from hass_core.errors import BadInput
 from hass_core.export.engines import Engine
 from hass_core.export.layout import Layout, read_config, read_tensors
+from hass_core.target_model.loader import Target
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ def check_draft(
     target: PretrainedConfig,
     engine: Engine,
     embedding: Tensor | None = None,
-    origin: dict[str, Any] | None = None,
+    origin: Target | None = None,
 ) -> list[Finding]:
     """All faults of a draft folder; empty when it will serve.
 
     `target` is the target's Hugging Face configuration; its token `embedding` [V, H], when given, is compared too,
-    and with `origin` (see `draft_info`) the record of the target that the draft was trained for.
+    and with the target itself, `origin`, what the draft records of the one that it was trained for.
     Raises BadInput when the folder cannot be read at all or holds another kind of model.
     """
     config, tensors = read_config(folder), read_tensors(folder)
@@ -54,7 +55,7 @@ def check_draft(
     layout = Layout.from_config(config)
     text = target.get_text_config()
     return [
-        *_origin(config.get("hass", {}), origin or {}),
+        *_origin(config.get("hass", {}), origin),
         *_names(tensors, layout, engine),
         *_shapes(tensors, layout),
         *_values(tensors),
@@ -66,17 +67,15 @@ def check_draft(
     ]
 
 
-def _origin(trained: dict[str, Any], given: dict[str, Any]) -> Iterator[Finding]:
-    for field in ("target_fingerprint", "template_hash"):
-        ours, theirs = trained.get(field), given.get(field)
-        if ours and theirs and ours != theirs:  # imported EAGLE drafts do not tell
-            yield Finding(
-                field,
-                f"the draft was trained for {trained.get('target', 'another target')} with {field} {ours}, "
-                f"{given.get('target', 'the target')} has {theirs}",
-                "it loads, and few of its guesses are accepted",
-                "serve it with the target it was trained for (--target), or train a draft for this one",
-            )
+def _origin(record: dict[str, Any], target: Target | None) -> Iterator[Finding]:
+    if target and (differing := target.differing(record)):  # imported EAGLE drafts tell nothing
+        yield Finding(
+            "target",
+            f"the draft was trained for {record.get('target', 'another target')}, which differs from {target.name} in "
+            f"its {' and '.join(differing)}",
+            "it loads, and few of its guesses are accepted",
+            "serve it with the target it was trained for (--target), or train a draft for this one",
+        )
 
 
 def _names(tensors: dict[str, Tensor], layout: Layout, engine: Engine) -> Iterator[Finding]:

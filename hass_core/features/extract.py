@@ -30,9 +30,9 @@ from hass_core.store import Artifact, FileRecord, StageFolder, Store
 from hass_core.target_model.capture import Capture, batches_for
 from hass_core.target_model.loader import Target
 
-STEP_VERSION = 3
+STEP_VERSION = 4  # 4: the target by its identity, row groups by their size
 SAMPLE_CONVERSATIONS, SAMPLE_PARTS = 64, 8
-SPEED_ONLY = {"max_tokens_per_batch", "row_group_mb"}
+SPEED_ONLY = {"max_tokens_per_batch"}  # row groups decide in which order conversations are trained on
 
 Spread = Callable[[list[str]], Iterable[str]]
 """Has `extract_part` run for each of these parts, anywhere, and gives each name once its part is in the store."""
@@ -106,7 +106,7 @@ class _Extraction:
             hidden_size=target.embedding.shape[1],
             encoding=config.features.encoding,
             target_fingerprint=target.fingerprint,
-            template_hash=target.template_hash,
+            template_hash=target.identity.template,
         )
 
     def complete(self, names: list[str], parts: Iterator[Part]) -> float:
@@ -173,7 +173,7 @@ def _key(config: RunConfig, responses: Artifact, target: Target) -> dict[str, An
     return {
         "responses": responses.digest,
         "features": config.features.model_dump(exclude=SPEED_ONLY),
-        "target": target.fingerprint,
+        "target": target.identity.parts(),
         "dtype": str(target.dtype),
         "version": STEP_VERSION,
     }

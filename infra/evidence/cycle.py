@@ -22,6 +22,7 @@ from hass_core.draft_model.checkpoint import Draft
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
 from hass_core.store.provenance import provenance
+from hass_core.target_model.identity import TargetIdentity
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import make_runner
 
@@ -40,7 +41,7 @@ def random_target(shape: str, device: torch.device) -> Target:
     )  # fmt: skip
     with device:
         model = cast(Any, LlamaForCausalLM(config)).to(torch.bfloat16).eval().requires_grad_(False)
-    return Target(shape, "", model, cast(Any, None), "", "")
+    return Target(shape, "", model, cast(Any, None), TargetIdentity("", "", "", "", ""))
 
 
 def drafters_of(target: Target) -> dict[str, TreeDrafter]:

@@ -129,7 +129,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target = random_target(options.shape, device)
     no_end = cast(Any, SimpleNamespace(eos_token_id=0))
-    target = replace(target, fingerprint="made-up", template_hash="made up", tokenizer=no_end)
+    target = replace(target, identity=replace(target.identity, weights="made up"), tokenizer=no_end)
     config = load_config("smollm2-gpu", [*SETTINGS, f"training.passes={options.passes}", *options.set])
     local = Store(options.folder / "local")
     started = time.perf_counter()

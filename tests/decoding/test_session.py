@@ -15,6 +15,7 @@ from hass_core.draft_model.checkpoint import Draft
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
 from hass_core.target_model.fused import FusedRunner
+from hass_core.target_model.identity import TargetIdentity
 from hass_core.target_model.kv_cache import FixedShapes, KVCache
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import make_runner
@@ -66,7 +67,7 @@ def test_nothing_in_a_cycle_on_a_gpu_reads_back_or_mixes_devices(monkeypatch, ro
     monkeypatch.setattr("hass_core.target_model.linear.packable", lambda weight: False)
     with torch.device("meta"), torch.inference_mode():
         model = tiny_llama()
-        target = Target("meta", "", model.eval(), byte_tokenizer(), "", "")
+        target = Target("meta", "", model.eval(), byte_tokenizer(), TargetIdentity("", "", "", "", ""))
         runner, drafter = FusedRunner(target), NoDraft()
         if kind != "plain":
             draft_model = DraftModel(DraftArchitecture.from_target_config(model.config), target.embedding)

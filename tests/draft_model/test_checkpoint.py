@@ -11,6 +11,7 @@ from hass_core.draft_model.checkpoint import draft_info, load_draft, save_draft
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
 from hass_core.errors import CorruptFile, DraftMismatch
+from hass_core.target_model.identity import sampled_fingerprint
 
 
 @pytest.fixture
@@ -43,18 +44,40 @@ def test_the_head_scores_only_its_own_tokens(folder, tiny_target):
 
 
 def test_another_targets_draft_is_refused_naming_both(folder, tiny_target):
-    other = dataclasses.replace(tiny_target, name="other", fingerprint="0123456789abcdef")
-    with pytest.raises(
-        DraftMismatch, match=f"trained for tiny .*{tiny_target.fingerprint}.*other has 0123456789abcdef"
-    ):
+    identity = dataclasses.replace(tiny_target.identity, weights="other", config="other")
+    other = dataclasses.replace(tiny_target, name="other", identity=identity)
+    with pytest.raises(DraftMismatch, match=r"trained for tiny, which .* other in its weights and config"):
         load_draft(folder, other)
     assert load_draft(folder, other, check=False).info["target"] == "tiny"
 
 
 def test_another_chat_template_is_refused(folder, tiny_target):
-    other = dataclasses.replace(tiny_target, template_hash="feed")
-    with pytest.raises(DraftMismatch, match=f"template_hash {tiny_target.template_hash}.*has feed"):
+    other = dataclasses.replace(tiny_target, identity=dataclasses.replace(tiny_target.identity, template="feed"))
+    with pytest.raises(DraftMismatch, match="in its template"):
         load_draft(folder, other)
+
+
+def test_other_end_tokens_do_not_make_a_draft_anothers(folder, tiny_target):
+    other = dataclasses.replace(tiny_target, identity=dataclasses.replace(tiny_target.identity, ends="feed"))
+    assert load_draft(folder, other).info["target"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("changed", "differing"),
+    [({}, None), ({"target_fingerprint": "feed"}, "weights"), ({"template_hash": "feed"}, "template")],
+)
+def test_a_draft_from_before_identities_is_compared_by_what_it_tells(folder, tiny_target, changed, differing):
+    elder = {
+        "target": "tiny",
+        "target_fingerprint": sampled_fingerprint(tiny_target.model),
+        "template_hash": tiny_target.identity.template,
+    }
+    rewrite(folder, hass=elder | changed)
+    if differing is None:
+        assert load_draft(folder, tiny_target).info == elder
+        return
+    with pytest.raises(DraftMismatch, match=f"in its {differing}; train"):
+        load_draft(folder, tiny_target)
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "vocab_size"])

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,13 +152,13 @@ def test_a_draft_of_another_target_is_not_exported(draft, config, embedding, tmp
     assert not (tmp_path / "vllm").exists()
 
 
-def test_a_draft_of_another_target_of_the_same_size_is_named(draft, config, embedding, tmp_path):
-    edit_config(hass={"target": "elder", "target_fingerprint": "0123", "template_hash": "abcd"})(draft)
+def test_a_draft_of_another_target_of_the_same_size_is_named(draft, config, embedding, tiny_target, tmp_path):
+    edit_config(hass=tiny_target.record() | {"target": "elder"})(draft)
     folder = exported(draft, config, embedding, "vllm", tmp_path)
-    same = {"target": "elder", "target_fingerprint": "0123", "template_hash": "abcd"}
-    assert check_draft(folder, config, ENGINES["vllm"], embedding, same) == []
-    (finding,) = check_draft(folder, config, ENGINES["vllm"], embedding, same | {"target_fingerprint": "4567"})
-    assert "trained for elder with target_fingerprint 0123, elder has 4567" in str(finding)
+    assert check_draft(folder, config, ENGINES["vllm"], embedding, tiny_target) == []
+    other = replace(tiny_target, identity=replace(tiny_target.identity, weights="other"))
+    (finding,) = check_draft(folder, config, ENGINES["vllm"], embedding, other)
+    assert "trained for elder, which differs from tiny in its weights" in str(finding)
     assert "few of its guesses are accepted" in str(finding)
 
 

@@ -8,6 +8,7 @@ from hass_core.config import TargetConfig
 from hass_core.errors import TargetError
 from hass_core.target_model import loader
 from hass_core.target_model.capture import capture_features
+from hass_core.target_model.identity import TargetIdentity
 from hass_core.target_model.loader import Target, load_target
 from hass_core.target_model.packed import packed_pass
 from hass_core.target_model.runner import make_runner
@@ -27,7 +28,7 @@ def folder(tmp_path):
 def spread(folder, tmp_path) -> Target:
     places = dict.fromkeys(HERE, "cpu") | {"model.layers.1": "disk"}
     model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "rest")
-    return Target("spread", str(folder), model.eval().requires_grad_(False), byte_tokenizer(), "fingerprint", "hash")
+    return Target("spread", str(folder), model.eval().requires_grad_(False), byte_tokenizer(), TargetIdentity(*"abcde"))
 
 
 def test_its_features_are_those_of_the_same_target_in_one_place(spread, folder):

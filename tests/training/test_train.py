@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_training_lowers_the_loss_and_leaves_a_loadable_draft(store, tiny_target
     assert losses[-1] < 0.98 * losses[0]
     assert {"val/tau", "val/chain_5", "val/accuracy_step_1"} <= artifact.summary.keys()
     draft = load_draft(Path(folder.local_path("config.json")).parent, tiny_target)
-    assert draft.info["target_fingerprint"] == tiny_target.fingerprint
+    assert draft.info["target_identity"] == tiny_target.identity.parts()
 
 
 def test_the_progress_line_tells_loss_speed_and_the_time_left(store, tiny_target, features):
@@ -215,9 +216,9 @@ def test_training_never_computes_in_float16(monkeypatch):
 
 
 def test_features_of_another_target_are_refused(store, tiny_target):
-    stranger = type(tiny_target)(**{**tiny_target.__dict__, "fingerprint": "feedfeedfeedfeed"})
+    stranger = replace(tiny_target, identity=replace(tiny_target.identity, weights="other"))
     features = store_features(store, stranger)
-    with pytest.raises(DraftMismatch, match="feedfeedfeedfeed"):
+    with pytest.raises(DraftMismatch, match=stranger.fingerprint):
         train_draft(settings(), features, store, tiny_target)
 
 
