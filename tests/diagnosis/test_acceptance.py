@@ -1,6 +1,5 @@
 """Each cause planted in a draft that is else sound: named first, with the τ it costs."""
 
-import hashlib
 import io
 import json
 import shutil
@@ -22,6 +21,7 @@ from hass_core.draft_model.checkpoint import draft_info, load_draft, save_draft
 from hass_core.draft_model.head import DraftHead
 from hass_core.errors import BadInput
 from hass_core.evaluation.benchmarks import Question
+from hass_core.target_model.identity import template_digest
 from hass_core.target_model.runner import make_runner
 from tests.conftest import CHAT_TEMPLATE
 from tests.oracles.fitted import fitted_draft
@@ -101,7 +101,7 @@ def test_a_trimmed_vocabulary_costs_the_tau_it_takes(planted, healthy, tiny_targ
 
 def test_another_template_is_named_first_and_weighed_once_it_is_given(planted, tiny_target, questions):
     template = CHAT_TEMPLATE.replace("assistant", "robot")
-    edit(planted, hass={"template_hash": hashlib.sha256(template.encode()).hexdigest()[:16]})
+    edit(planted, hass={"target_identity": {"template": template_digest(template)}})
     unknown = diagnose(planted, tiny_target, questions, SETTINGS).causes[0]
     assert (unknown.name, unknown.loss, unknown.matters) == ("template", None, True)
     given = Settings(max_new_tokens=32, trained_template=template)

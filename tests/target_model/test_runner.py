@@ -143,8 +143,6 @@ def test_models_that_cannot_be_decoded_exactly_are_refused_by_name():
         tiny_model("cohere")
     with pytest.raises(TargetError, match=r"qwen3_next has layers of kind \['linear_attention'\]"):
         tiny_model("qwen3_next")
-    with pytest.raises(TargetError, match="mamba keeps no keys and values"):
-        tiny_model("mamba")
 
 
 def test_a_cache_cleared_is_a_cache_unused(tiny_target):
