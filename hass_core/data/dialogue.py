@@ -7,11 +7,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hass_core.config import ResponsesConfig, SamplingShare
-from hass_core.data.conversations import Record
+from hass_core.data.conversations import Record, as_stored
 from hass_core.data.engines.base import Completion, Request
 from hass_core.data.language import language_gate
 from hass_core.data.quality import is_loop
-from hass_core.data.templates import Message, SkippedConversation, decode, encode_prompt, special_token_ids
+from hass_core.data.rendering import Message, SkippedConversation, decode, special_token_ids
+from hass_core.data.templates import encode_prompt
 
 MIN_ANSWER_TOKENS = 8  # room for less is not worth a request
 
@@ -23,6 +24,7 @@ class Dialogue:
         self.record = record
         self.sampling = choose_sampling(record.id, config.sampling)
         self.problem: str | None = None  # why the conversation is skipped
+        self.detail: str | None = None  # what a server said of it
         self._max_new_tokens = config.max_new_tokens
         self._drop_repetitive = config.drop_repetitive
         self._language_problem = language_gate(config.languages)
@@ -39,7 +41,7 @@ class Dialogue:
         if self.problem or not self._awaits_answer():
             return None
         try:
-            prompt = encode_prompt(tokenizer, self._messages, self._answers)
+            prompt = encode_prompt(tokenizer, self._messages, self._answers, self.record.tools)
         except SkippedConversation as problem:
             return self._stop(problem.reason)
         room = min(self._max_new_tokens, context_tokens - len(prompt))
@@ -52,13 +54,17 @@ class Dialogue:
             max_new_tokens=room,
             seed=self._seed + len(self._answers),
             messages=tuple(self._messages),
+            tools=self.record.tools,
         )
 
     def accept(self, completion: Completion, tokenizer: PreTrainedTokenizerBase) -> None:
         """Add the generated answer, or note why the conversation is skipped."""
+        if completion.error:
+            self.problem, self.detail = completion.error, completion.detail
+            return
         body = completion.token_ids[:-1] if completion.finished else completion.token_ids
         text = decode(tokenizer, body)
-        self.problem = completion.error or self._answer_problem(body, text, special_token_ids(tokenizer))
+        self.problem = self._answer_problem(body, text, special_token_ids(tokenizer))
         if self.problem is None:
             self._messages.append({"role": "assistant", "content": text})
             self._answers.append(completion.token_ids)
@@ -70,7 +76,7 @@ class Dialogue:
             "id": self.record.id,
             "category": self.record.category,
             "source": self.record.source,
-            "messages": self._messages,
+            **as_stored(self._messages, self.record.tools),
             "answer_token_ids": self._answers,
             "finished": all(self._finished),
             "num_new_tokens": sum(map(len, self._answers)),

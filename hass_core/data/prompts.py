@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hass_core.config import RunConfig
-from hass_core.data.conversations import Record, user_text
+from hass_core.data.conversations import Record, as_stored, from_stored, user_text
 from hass_core.data.engines.local import LocalEngine
 from hass_core.data.holdout import (
     TRAINING_FILE,
@@ -36,7 +36,7 @@ from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, StageFolder, Store, digest_of, sha256_of
 from hass_core.target_model.loader import Target
 
-STEP_VERSION = 2  # 2: the target by its identity
+STEP_VERSION = 3  # 2: the target by its identity; 3: roles, system, history and tools are read, answers to come have stand-ins
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 PROMPTS_SCHEMA = pa.schema(
     [
@@ -44,6 +44,7 @@ PROMPTS_SCHEMA = pa.schema(
         ("category", pa.string()),
         ("source", pa.string()),
         ("messages", MESSAGES),
+        ("extras", pa.string()),  # JSON of tools and tool calls; null where a conversation has none
         ("sha256", pa.string()),
     ]
 )
@@ -59,7 +60,7 @@ def collect_prompts(config: RunConfig, store: Store, target: Target, progress: P
     folder = store.stage("prompts", _key(config, target, sorted(forbidden.hashes)))
     if done := folder.artifact():
         return done
-    check_template(target.tokenizer)
+    check_template(target.tokenizer, target.eos_token_ids)
     selection = Selection(config.prompts, target.tokenizer, forbidden)
     for candidate in _given(config):
         if selection.full:
@@ -78,7 +79,12 @@ def collect_prompts(config: RunConfig, store: Store, target: Target, progress: P
 def read_prompts(store: Store, artifact: Artifact) -> list[Record]:
     """The records of a finished prompts stage."""
     rows = pq.read_table(store.open(artifact).local_path("prompts.parquet")).to_pylist()
-    return [Record(r["id"], r["category"], r["source"], tuple(r["messages"])) for r in rows]
+    return [_record(row) for row in rows]
+
+
+def _record(row: dict[str, Any]) -> Record:
+    messages, tools = from_stored(row)
+    return Record(row["id"], row["category"], row["source"], tuple(messages), tools)
 
 
 def _key(config: RunConfig, target: Target, forbidden_hashes: list[str]) -> dict[str, Any]:
@@ -175,7 +181,7 @@ def _write(folder: StageFolder, selection: Selection) -> None:
             "id": record.id,
             "category": record.category,
             "source": record.source,
-            "messages": list(record.messages),
+            **as_stored(record.messages, record.tools),
             "sha256": normalized_hash(user_text(record.messages)),
         }
         for record in selection.kept

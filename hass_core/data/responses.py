@@ -24,26 +24,29 @@ from hass_core.data.engines.openai import OpenAIEngine
 from hass_core.data.language import language_gate
 from hass_core.data.prompts import MESSAGES, read_prompts
 from hass_core.data.quality import metric_name
+from hass_core.data.rendering import next_role_token
 from hass_core.data.templates import check_template
 from hass_core.errors import HassError
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, FileRecord, StageFolder, Store
 from hass_core.target_model.loader import Target
 
-STEP_VERSION = 2  # 2: the target by its identity, and its type
+STEP_VERSION = 3  # 2: the target by its identity, and its type; 3: tools and tool calls go to the template
 RESPONSES_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("category", pa.string()),
         ("source", pa.string()),
         ("messages", MESSAGES),
+        ("extras", pa.string()),  # JSON of tools and tool calls; null where a conversation has none
         ("answer_token_ids", pa.list_(pa.list_(pa.int32()))),  # one list per assistant message; empty = not generated
         ("finished", pa.bool_()),  # every answer ended by itself
         ("num_new_tokens", pa.int32()),
         ("temperature", pa.float32()),
     ]
 )
-SKIPPED_SCHEMA = pa.schema([("id", pa.string()), ("reason", pa.string())])
+SKIPPED_SCHEMA = pa.schema([("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+JOURNAL = "answers.jsonl"
 SPEED_ONLY = {"max_sequences_per_batch", "server_concurrency", "server_url"}  # do not change what is answered
 
 
@@ -54,12 +57,12 @@ def generate_responses(
     folder = store.stage("responses", _key(config, prompts, target))
     if done := folder.artifact():
         return done
-    check_template(target.tokenizer)
+    check_template(target.tokenizer, target.eos_token_ids)
     language_gate(config.responses.languages)
     records = read_prompts(store, prompts)[: config.responses.max_conversations]
     run = _Run(config, records, folder, target, progress)
     run.complete()
-    return folder.finish(_finish(folder, len(records), run.tokens_per_second))
+    return folder.finish(_finish(folder, len(records), run.tokens_per_second, _note(target)))
 
 
 def make_engine(config: RunConfig, target: Target) -> Engine:
@@ -100,7 +103,7 @@ class _Run:
         for name in folder.finished():
             self._shards.pop(name, None)
         self._shard_of = {record.id: name for name, shard in self._shards.items() for record in shard}
-        self._journal = Journal(folder.scratch() / "answers.jsonl")
+        self._journal = Journal(folder.scratch() / JOURNAL)
         self._open = {name: {r.id for r in shard} for name, shard in self._shards.items()}
         self._running: dict[str, Dialogue] = {}
         self._total, self._new_tokens, self._started = len(records), 0, time.perf_counter()
@@ -138,7 +141,8 @@ class _Run:
         request = dialogue.next_request(self._target.tokenizer, self._target.context_tokens)
         if request is None:
             name = dialogue.record.id
-            self._journal.add(name, {"skip": dialogue.problem} if dialogue.problem else {"row": dialogue.row()})
+            skipped = {"skip": dialogue.problem, "detail": dialogue.detail}
+            self._journal.add(name, skipped if dialogue.problem else {"row": dialogue.row()})
             del self._running[name]
             self._close(name)
         return request
@@ -157,7 +161,9 @@ class _Run:
         del self._open[name]
         rows = [outcome["row"] for _, outcome in outcomes if "row" in outcome]
         notes = {
-            "skipped": [[key, outcome["skip"]] for key, outcome in outcomes if "skip" in outcome],
+            "skipped": [
+                [key, outcome["skip"], outcome.get("detail")] for key, outcome in outcomes if "skip" in outcome
+            ],
             "response_tokens": sum(row["num_new_tokens"] for row in rows),
             "finished": sum(row["finished"] for row in rows),
         }
@@ -193,10 +199,10 @@ def part_name(number: int) -> str:
     return f"part-{number:05d}.parquet"
 
 
-def _finish(folder: StageFolder, given: int, tokens_per_second: float) -> dict[str, Any]:
-    """Write the table of skipped conversations, reconcile the counts and sum up."""
+def _finish(folder: StageFolder, given: int, tokens_per_second: float, note: str) -> dict[str, Any]:
+    """Write the table of skipped conversations, reconcile the counts and sum up; `note` is told when all failed."""
     parts = [record for name, record in folder.finished().items() if name.startswith("part-")]
-    skipped = [{"id": key, "reason": reason} for part in parts for key, reason in part.notes["skipped"]]
+    skipped = [dict(zip(SKIPPED_SCHEMA.names, note, strict=True)) for part in parts for note in part.notes["skipped"]]
     rows = sum(part.rows or 0 for part in parts)
     if rows + len(skipped) != given:
         raise HassError(
@@ -204,11 +210,25 @@ def _finish(folder: StageFolder, given: int, tokens_per_second: float) -> dict[s
             f"remove {folder.url} and run the stage 'responses' again"
         )
     if not rows:
-        raise HassError(f"no prompt was answered: {_told(skipped)}; check the target and the responses settings")
+        _forget(folder, parts)
+        raise HassError(f"no prompt was answered: {_told(skipped)}; check the target and the responses settings{note}")
     with folder.writing("skipped.parquet") as file:
         pq.write_table(pa.Table.from_pylist(skipped, SKIPPED_SCHEMA), file.path)
         file.rows = len(skipped)
     return _summary(parts, rows, skipped, tokens_per_second)
+
+
+def _note(target: Target) -> str:
+    """What is unusual about the target's template."""
+    token = next_role_token(target.tokenizer)
+    return f" (its template closes no turn: an answer ends with {token}, which opens the next one)" if token else ""
+
+
+def _forget(folder: StageFolder, parts: list[FileRecord]) -> None:
+    """Leave nothing that a later run, perhaps with another server, would take for done."""
+    for part in parts:
+        folder.remove(part.name)
+    (folder.scratch() / JOURNAL).unlink(missing_ok=True)
 
 
 def _summary(
@@ -226,4 +246,9 @@ def _summary(
 
 
 def _told(skipped: list[dict[str, str]]) -> str:
-    return ", ".join(f"{n} × {reason}" for reason, n in Counter(item["reason"] for item in skipped).most_common())
+    """Reasons with their counts, each with an example of what the server said."""
+    details = {item["reason"]: item["detail"] for item in reversed(skipped) if item["detail"]}
+    counts = Counter(item["reason"] for item in skipped).most_common()
+    return ", ".join(
+        f"{n} × {reason}" + (f" (it said: {details[reason]})" if reason in details else "") for reason, n in counts
+    )

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hass_core.config import SamplingShare
 from hass_core.data.engines.base import Engine, Request, RequestQueue
-from hass_core.data.templates import decode, render, special_token_ids, tokenize
+from hass_core.data.rendering import decode, render, special_token_ids, tokenize
 from hass_core.errors import TemplateError
 
 SENTINEL = "\u2042sentinel\u2042"  # no template writes this, none changes it

@@ -1,15 +1,20 @@
 """Read conversations from files and datasets, row by row.
 
-Files are JSONL, JSON (a list), either gzipped, or Parquet, local or on any fsspec address. A dataset is a name or
-folder for `datasets.load_dataset`, streamed. A broken row stops the reading with the file and the row's number; an
-unusable conversation is yielded as Skipped.
+Files are JSONL, JSON (a list, or an object that holds one), compressed or not, or Parquet, local or on any fsspec
+address. A dataset is a name or folder for `datasets.load_dataset`, streamed. A broken row stops the reading with the
+file and the row's number; an unusable conversation is yielded as Skipped.
 """
 
 import codecs
+import io
 import json
+import lzma
+import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -17,8 +22,12 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hass_core.data.conversations import BrokenRow, Record, Unusable, parse_row
+from hass_core.data.conversations import FORM_KEYS, Record, name_of, parse_row
+from hass_core.data.messages import BrokenRow, Unusable
 from hass_core.errors import BadInput
+
+LISTS = ("data", "rows", "train", "examples", "items", "dataset")  # keys under which a file holds its rows
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -30,49 +39,78 @@ class Skipped:
     reason: str
 
 
+@dataclass(frozen=True)
+class Row:
+    """A row as a file holds it: its place in words, its number there, and its value."""
+
+    where: str
+    number: int
+    value: Any
+
+
 def read_file(path: str | Path, source: str | None = None) -> Iterator[Record | Skipped]:
     """All conversations of one file; `source` names it in their ids (default: the file's name up to the first dot).
 
     Raises BadInput naming file and line (or row) of the first broken record.
     """
-    name = PurePosixPath(str(path)).name
-    source = source or name.split(".")[0]
-    seen: set[str] = set()
-    try:
-        for number, row in _rows(str(path), name):
-            yield _unique(_parsed(row, source, number, f"{path}, {_unit(name)} {number}"), seen)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; check prompts.files") from None
-    except (OSError, EOFError, zlib.error) as error:  # the last two: a truncated or broken gzip file
-        raise BadInput(f"{path}: cannot be read: {error}") from error
+    source = source or PurePosixPath(str(path)).name.split(".")[0]
+    return parsed(rows_of(path), source)
 
 
-def read_dataset(name: str) -> Iterator[Record | Skipped]:
+def read_dataset(name: str, revision: str | None = None) -> Iterator[Record | Skipped]:
     """Conversations of a dataset given as NAME or NAME:SPLIT (default split: train), streamed.
 
     Raises BadInput when the dataset cannot be opened or a row has no known form.
     """
+    return parsed(dataset_rows(name, revision), PurePosixPath(split_name(name)[0]).name)
+
+
+def parsed(rows: Iterator[Row], source: str) -> Iterator[Record | Skipped]:
+    """Rows as conversations. Raises BadInput for a broken one."""
+    seen: set[str] = set()
+    for row in rows:
+        yield _unique(conversation(row, source), seen)
+
+
+def conversation(row: Row, source: str) -> Record | Skipped:
+    """A row as a conversation. Raises BadInput with its place when it is broken."""
+    try:
+        return parse_row(row.value, source, row.number)
+    except BrokenRow as problem:
+        raise BadInput(f"{row.where}: {problem}") from None
+    except Unusable as problem:
+        return Skipped(f"{source}/{name_of(row.value, row.number)}", source, str(problem))
+
+
+def rows_of(path: str | Path) -> Iterator[Row]:
+    """All rows of one file. Raises BadInput naming what is missing, damaged or no JSON."""
+    try:
+        yield from _parquet_rows(str(path)) if str(path).endswith(".parquet") else _json_rows(str(path))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; check prompts.files") from None
+    except DAMAGED as error:
+        raise BadInput(f"{path}: cannot be read: {error}") from error
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Path and split of a dataset given as NAME or NAME:SPLIT."""
+    path, _, split = (name, "", "") if Path(name).exists() else name.partition(":")
+    return path, split or "train"
+
+
+def dataset_rows(name: str, revision: str | None = None) -> Iterator[Row]:
+    """All rows of a dataset, streamed. Raises BadInput."""
     try:
         from datasets import load_dataset
     except ImportError:
         raise BadInput(f"reading the dataset {name} needs the package datasets: pip install datasets") from None
-    path, _, split = (name, "", "") if Path(name).exists() else name.partition(":")
-    seen: set[str] = set()
+    path, split = split_name(name)
     try:
-        rows = load_dataset(path, split=split or "train", streaming=True)
-    except (OSError, ValueError) as error:  # not found, no such split, no connection
+        rows = load_dataset(path, split=split, revision=revision, streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield Row(f"dataset {name}, row {number}", number, row)
+    except (OSError, ValueError, RuntimeError) as error:  # not found, no such split, no connection
         raise BadInput(f"cannot open the dataset {name}: {error}") from error
-    for number, row in enumerate(rows, start=1):
-        yield _unique(_parsed(row, PurePosixPath(path).name, number, f"dataset {name}, row {number}"), seen)
-
-
-def _parsed(row: Any, source: str, number: int, where: str) -> Record | Skipped:
-    try:
-        return parse_row(row, source, number)
-    except BrokenRow as problem:
-        raise BadInput(f"{where}: {problem}") from None
-    except Unusable as problem:
-        return Skipped(f"{source}/{number}", source, str(problem))
 
 
 def _unique(item: Record | Skipped, seen: set[str]) -> Record | Skipped:
@@ -83,44 +121,118 @@ def _unique(item: Record | Skipped, seen: set[str]) -> Record | Skipped:
     return item
 
 
-def _unit(name: str) -> str:
-    return {"parquet": "row", "json": "record"}.get(name.rpartition(".")[2], "line")
+@contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    """A file for reading, decompressed by its name."""
+    packed = path.endswith((".zst", ".zstd"))
+    with fsspec.open(path, "rb", compression=None if packed else "infer") as file:
+        if packed:
+            yield cast(BinaryIO, io.BufferedReader(cast(Any, pa.CompressedInputStream(file, "zstd"))))
+        else:
+            yield cast(BinaryIO, file)
 
 
-def _rows(path: str, name: str) -> Iterator[tuple[int, Any]]:
-    if name.endswith(".parquet"):
-        return enumerate(_parquet_rows(path), start=1)
-    return _json_rows(path)
+def _json_rows(path: str) -> Iterator[Row]:
+    """JSON lines; or, when the first line is no JSON value or the only one, the values of the whole text."""
+    with _opened(path) as file:
+        lines = _lines(file)
+        first = next(lines, None)
+        if first is None:
+            return
+        second = next(lines, None)
+        if second is None or not _is_json(first[1]):
+            yield from _document(_rejoined([first, *([second] if second else []), *lines]), path)
+            return
+        for number, line in chain([first, second], lines):
+            yield Row(f"{path}, line {number}", number, _decoded(line, path, number))
 
 
-def _json_rows(path: str) -> Iterator[tuple[int, Any]]:
-    """(line number, object) of JSON lines; (position, object) of a JSON list, told by its first character."""
-    with cast(BinaryIO, fsspec.open(path, "rb", compression="infer")) as file:
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(codecs.BOM_UTF8)
-            if number == 1 and line.lstrip().startswith(b"["):
-                yield from enumerate(_decoded(line + file.read(), path, 0), start=1)
-                return
-            if line.strip():
-                yield number, _decoded(line, path, number)
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines that are not blank, without the mark of the byte order."""
+    for number, line in enumerate(file, start=1):
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if line.strip():
+            yield number, line
 
 
-def _decoded(text: bytes, path: str, number: int) -> Any:
-    """The JSON value. Raises BadInput with the line; `number` 0 = the text is a whole file."""
+def _rejoined(lines: list[tuple[int, bytes]]) -> bytes:
+    """The text that numbered lines came from, each in its place."""
+    places = zip([0, *(number for number, _ in lines)], lines, strict=False)
+    return b"".join(b"\n" * (number - before - 1) + line for before, (number, line) in places)
+
+
+def _is_json(line: bytes) -> bool:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = number or error.lineno
-        raise BadInput(f"{path}, line {line}: not valid JSON: {error.msg}; correct the line") from None
+        json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _document(text: bytes, path: str) -> Iterator[Row]:
+    """The rows of a whole text: one JSON value, or several one behind the other."""
+    decoder, words, position, number = json.JSONDecoder(), _text(text, path, 0), 0, 0
+    while position < len(words):
+        try:
+            value, position = decoder.raw_decode(words, _next_word(words, position))
+        except (ValueError, RecursionError) as error:
+            raise _no_json(error, path, getattr(error, "lineno", 1)) from None
+        position = _next_word(words, position)
+        for row in _listed(value):
+            number += 1
+            yield Row(f"{path}, record {number}", number, row)
+
+
+def _next_word(text: str, position: int) -> int:
+    while position < len(text) and text[position].isspace():
+        position += 1
+    return position
+
+
+def _listed(value: Any) -> list[Any]:
+    """The rows in a JSON value: a list's items, those of the list an object holds, or the value itself."""
+    if isinstance(value, dict):
+        held = [value[key] for key in LISTS if isinstance(value.get(key), list) and value.keys().isdisjoint(FORM_KEYS)]
+        return held[0] if len(held) == 1 else [value]
+    if isinstance(value, list) and not _is_conversation(value):
+        return value
+    return [value]
+
+
+def _is_conversation(value: list[Any]) -> bool:
+    """Whether a list holds messages, not rows."""
+    return bool(value) and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+
+
+def _decoded(line: bytes, path: str, number: int) -> Any:
+    """The JSON value of a line. Raises BadInput."""
+    try:
+        return json.loads(_text(line, path, number))
+    except (ValueError, RecursionError) as error:
+        raise _no_json(error, path, number) from None
+
+
+def _text(data: bytes, path: str, number: int) -> str:
+    """`number`: the line, 0 = a whole file."""
+    try:
+        return data.decode()
     except UnicodeDecodeError as error:
-        line = number or text.count(b"\n", 0, error.start) + 1
+        line = number or data.count(b"\n", 0, error.start) + 1
         raise BadInput(f"{path}, line {line}: not valid UTF-8; save the file as UTF-8") from None
 
 
-def _parquet_rows(path: str) -> Iterator[Any]:
+def _no_json(error: Exception, path: str, line: int) -> BadInput:
+    what = "nested too deep" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+    return BadInput(f"{path}, line {line}: not valid JSON: {what}; correct the line")
+
+
+def _parquet_rows(path: str) -> Iterator[Row]:
+    number = 0
     try:
         with fsspec.open(path, "rb") as file:
             for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path}, row {number}", number, value)
+    except pa.ArrowException as error:
         raise BadInput(f"{path}: not a readable Parquet file: {error}") from error

@@ -21,20 +21,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from jinja2.exceptions import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
+from hass_core.data.rendering import (
+    Message,
+    SkippedConversation,
+    Tools,
+    decode,
+    next_role_token,
+    render,
+    special_token_ids,
+    special_tokens,
+    tokenize,
+)
 from hass_core.errors import TemplateError
-
-Message = dict[str, str]
-
-
-class SkippedConversation(Exception):
-    """This conversation cannot be given a sound mask; `reason` is a short fixed text, good for counting."""
-
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def encode_conversation(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     answer_token_ids: Sequence[Sequence[int]] | None = None,
+    tools: Tools = (),
 ) -> Encoded:
     """Token ids and loss mask of one conversation, through its last answer.
 
@@ -71,10 +72,10 @@ def encode_conversation(
     if not answers:
         raise SkippedConversation("no assistant turn")
     last = max(answers)
-    text = render(tokenizer, messages[: last + 1])
-    spans, rewritten = _answer_spans(tokenizer, messages, text, list(answers))
+    text = _closed(tokenizer, messages[: last + 1], tools)
+    spans, rewritten = _answer_spans(tokenizer, messages, text, list(answers), tools)
     encoded = _join(tokenizer, text, spans, answers, rewritten)
-    _check(tokenizer, encoded, [messages[span.turn]["content"] for span in spans])
+    _check(tokenizer, encoded, [messages[span.turn] for span in spans])
     return encoded
 
 
@@ -82,22 +83,25 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     answer_token_ids: Sequence[Sequence[int]] | None = None,
+    tools: Tools = (),
 ) -> list[int]:
     """Token ids of a conversation ending with a user or tool turn, with the opening of the answer to come.
 
     Earlier answers keep their generated ids where given, as in `encode_conversation`.
     """
-    text = render(tokenizer, messages, add_generation_prompt=True)
+    text = render(tokenizer, messages, True, tools)
     answers = _answers_by_turn(messages, answer_token_ids)
     if not any(answers.values()):
         return tokenize(tokenizer, text)
-    spans, rewritten = _answer_spans(tokenizer, messages, text, list(answers), last_must_stand=False)
+    spans, rewritten = _answer_spans(tokenizer, messages, text, list(answers), tools, last_must_stand=False)
     return _join(tokenizer, text, spans, answers, rewritten, with_tail=True).token_ids
 
 
-def is_prompt_longer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], limit: int) -> bool:
+def is_prompt_longer(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], limit: int, tools: Tools = ()
+) -> bool:
     """Whether `encode_prompt` gives more than `limit` tokens; short texts are told without being tokenized."""
-    text = render(tokenizer, messages, add_generation_prompt=True)
+    text = render(tokenizer, messages, True, tools)
     if unicodedata.is_normalized("NFC", text) and len(text.encode()) <= limit and has_token_per_byte(tokenizer):
         return False
     return len(tokenize(tokenizer, text)) > limit
@@ -125,9 +129,14 @@ def has_token_per_byte(tokenizer: PreTrainedTokenizerBase) -> bool:
     )
 
 
-def answer_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], finished: bool = True) -> list[int]:
-    """The tokenizer's own ids of the last message, an answer; without its end-of-turn token if not `finished`."""
-    encoded = encode_conversation(tokenizer, messages)
+def answer_tokens(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], finished: bool = True, tools: Tools = ()
+) -> list[int]:
+    """The tokenizer's own ids of the last message, an answer; without its end-of-turn token if not `finished`.
+
+    Reasoning before the answer (`reasoning_content`) belongs to it. Raises SkippedConversation.
+    """
+    encoded = encode_conversation(tokenizer, messages, tools=tools)
     start = len(encoded.loss_mask)
     while start and encoded.loss_mask[start - 1]:
         start -= 1
@@ -135,34 +144,9 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     return ids if finished or ids[-1] not in special_token_ids(tokenizer) else ids[:-1]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-    """The template's text. Raises SkippedConversation when the template refuses these messages."""
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except JinjaError as error:
-        raise SkippedConversation(f"the template refuses: {error}") from error
-    assert isinstance(text, str)
-    return text
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of rendered text: special tokens are parsed, none is added."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
-
-
-@lru_cache(maxsize=16)
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Text → id of every special token (end-of-turn tokens are among them)."""
-    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    return added | {text: i for text, i in named if i is not None}
-
-
-def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of every special token."""
-    return frozenset(special_tokens(tokenizer).values())
+def _closed(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools) -> str:
+    """The text of a conversation that ends with an answer, through the token that ends it."""
+    return render(tokenizer, messages, tools=tools) + (next_role_token(tokenizer) or "")
 
 
 def _flat(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
@@ -175,12 +159,13 @@ def _flat(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 def _answers_by_turn(
     messages: Sequence[Message], answer_token_ids: Sequence[Sequence[int]] | None
 ) -> dict[int, list[int]]:
+    """Generated ids by turn; a tool call that the prompt gave is no answer but part of the question."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if answer_token_ids is None:
-        return {turn: [] for turn in turns}
-    if len(answer_token_ids) != len(turns):
-        raise ValueError(f"{len(turns)} assistant messages but {len(answer_token_ids)} lists of answer token ids")
-    return {turn: list(ids) for turn, ids in zip(turns, answer_token_ids, strict=True)}
+    given = [[] for _ in turns] if answer_token_ids is None else answer_token_ids
+    if len(given) != len(turns):
+        raise ValueError(f"{len(turns)} assistant messages but {len(given)} lists of answer token ids")
+    pairs = zip(turns, given, strict=True)
+    return {turn: list(ids) for turn, ids in pairs if ids or not messages[turn].get("tool_calls")}
 
 
 def _answer_spans(
@@ -188,21 +173,22 @@ def _answer_spans(
     messages: Sequence[Message],
     text: str,
     turns: list[int],
+    tools: Tools,
     last_must_stand: bool = True,
 ) -> tuple[list[_Span], int]:
     """Where each answer stands in `text`, and how many answers the template rewrote there."""
     spans: list[_Span] = []
     rewritten = 0
     for turn in turns:
-        prefix = render(tokenizer, messages[:turn], add_generation_prompt=True)
-        upto = render(tokenizer, messages[: turn + 1])
+        prefix = render(tokenizer, messages[:turn], True, tools)
+        upto = _closed(tokenizer, messages[: turn + 1], tools)
         must_stand = last_must_stand and turn == turns[-1]
         if not upto.startswith(prefix):
             if must_stand:
                 raise SkippedConversation("the template's prompt is not a prefix of the conversation")
             rewritten += 1
             continue
-        content, end = _locate(tokenizer, upto, len(prefix), messages[turn]["content"])
+        content, end = _locate(tokenizer, upto, len(prefix), messages[turn])
         if text.startswith(upto[:end]):
             spans.append(_Span(turn, len(prefix), content, end))
         else:
@@ -210,18 +196,23 @@ def _answer_spans(
     return spans, rewritten
 
 
-def _locate(tokenizer: PreTrainedTokenizerBase, upto: str, start: int, content: str) -> tuple[int, int]:
+def _locate(tokenizer: PreTrainedTokenizerBase, upto: str, start: int, answer: Message) -> tuple[int, int]:
     """Characters of the answer with its end token inside `upto[start:]`. Raises SkippedConversation."""
-    body = content.strip()
+    body = answer["content"].strip()
     if not body:
         raise SkippedConversation("empty answer")
-    found = upto.find(body, start)
+    thought = answer.get("reasoning_content", "").strip()
+    begin = upto.find(thought, start)
+    if begin < 0:
+        raise SkippedConversation("the template has no place for the answer's reasoning")
+    begin += len(thought)
+    found = upto.find(body, begin)
     if found < 0:
-        found, after = start, _end_of_reformatted(upto, start, body)
+        found, after = begin, _end_of_reformatted(upto, begin, body)
     else:
         after = found + len(body)
-        if not upto[start:found].strip():  # only white space before it: the target generated that too
-            found = start
+    if thought or not upto[start:found].strip():  # white space before it was generated too, and so was reasoning
+        found = start
     ends = [(at, at + len(token)) for token in special_tokens(tokenizer) if (at := upto.find(token, after)) >= 0]
     return found, min(ends)[1] if ends else after
 
@@ -281,7 +272,7 @@ def _join(
     return Encoded(ids, mask, rewritten)
 
 
-def _check(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, answers: list[str]) -> None:
+def _check(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, answers: list[Message]) -> None:
     """Decode the supervised runs and compare them with the answers. Raises SkippedConversation."""
     if not any(encoded.loss_mask):
         raise SkippedConversation("nothing is supervised")
@@ -292,14 +283,16 @@ def _check(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, answers: list[s
     if len(runs) != len(answers):
         raise SkippedConversation("two answers without a turn between them")
     for run, answer in zip(runs, answers, strict=True):
-        if _letters(decode(tokenizer, run[:-1] if run[-1] in special else run)) != _letters(answer):
+        if not _is_answer(decode(tokenizer, run[:-1] if run[-1] in special else run), answer):
             raise SkippedConversation("the mask does not decode to the answer")
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
-    """The exact text of token ids, special tokens included."""
-    words: Any = tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return words
+def _is_answer(text: str, answer: Message) -> bool:
+    """Whether a text is this answer; with its reasoning, the template's own words may stand around that."""
+    text, content = _letters(text), _letters(answer["content"])
+    if thought := answer.get("reasoning_content"):
+        return text.endswith(content) and _letters(thought) in text
+    return text == content
 
 
 def _letters(text: str) -> str:
@@ -320,8 +313,11 @@ def supervised_runs(encoded: Encoded) -> list[list[int]]:
     return runs
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Prove the template on a small conversation before any long work. Raises TemplateError."""
+def check_template(tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int] | None = None) -> None:
+    """Prove the template on a small conversation before any long work. Raises TemplateError.
+
+    `eos_token_ids`: the tokens at which the target stops, to judge an answer that only the next role's token ends.
+    """
     if not tokenizer.chat_template:
         raise TemplateError("the target has no chat template; put a chat_template.jinja into its folder")
     user: Message = {"role": "user", "content": "Name two primary colours."}
@@ -338,4 +334,11 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         raise TemplateError(
             "the target's chat template writes no end-of-turn token after an answer, so an answer would never end; "
             "add the end token to chat_template.jinja in the target's folder"
+        )
+    token = next_role_token(tokenizer)
+    if token and eos_token_ids is not None and single.token_ids[-1] not in eos_token_ids:
+        raise TemplateError(
+            f"the target's chat template closes no turn: {token}, which opens the user's next turn, is what follows an "
+            f"answer, and the target does not stop at it; where it was trained to, add {single.token_ids[-1]} to "
+            "eos_token_id in its generation_config.json"
         )

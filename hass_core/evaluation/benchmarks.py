@@ -114,6 +114,8 @@ def _question(benchmark: str, record: Record) -> Question:
         messages = as_prompt(record).messages
     except Unusable as problem:
         raise BadInput(f"the question {record.id} cannot be asked: {problem}; correct or remove it") from None
+    if record.tools:
+        raise BadInput(f"the question {record.id} cannot be asked: it offers tools; remove the column tools")
     return Question(benchmark, record.id, record.category, messages)
 
 

@@ -5,10 +5,11 @@ history of a later turn holds the plain decoder's answer: for all methods it is 
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hass_core.config import EvaluationConfig, SamplingConfig
+from hass_core.data.conversations import with_answers_due
 from hass_core.data.dialogue import stable_hash
 from hass_core.data.templates import Message, SkippedConversation, decode, encode_prompt
 from hass_core.decoding.answers import CycleTrace, Generation, StopRule
@@ -107,13 +108,6 @@ class Examiner:
     def _text(self, generation: Generation) -> str:
         ended = generation.finished == "eos"
         return decode(self._target.tokenizer, generation.token_ids[:-1] if ended else generation.token_ids)
-
-
-def with_answers_due(messages: Sequence[Message]) -> Iterator[tuple[Message, bool]]:
-    """Each message, and whether the target answers after it: behind every user or tool turn that no answer follows."""
-    for i, message in enumerate(messages):
-        followed = i + 1 < len(messages) and messages[i + 1]["role"] in ("assistant", "tool")
-        yield message, message["role"] in ("user", "tool") and not followed
 
 
 def encode(target: Target, question: Question, messages: Sequence[Message]) -> list[int]:

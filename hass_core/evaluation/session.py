@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hass_core.config import EvaluationConfig, TreeConfig
+from hass_core.data.conversations import with_answers_due
 from hass_core.data.holdout import TRAINING_FILE, packaged_prompts
 from hass_core.data.templates import encode_prompt
 from hass_core.decoding.answers import StopRule
@@ -20,7 +21,7 @@ from hass_core.draft_model.checkpoint import load_draft
 from hass_core.evaluation.benchmarks import Question
 from hass_core.evaluation.journal import Journal
 from hass_core.evaluation.lossless import Certificate, Prompt, certify, dtype_name, in_float32
-from hass_core.evaluation.measure import PLAIN, Examiner, encode, with_answers_due
+from hass_core.evaluation.measure import PLAIN, Examiner, encode
 from hass_core.evaluation.method_names import EAGLE, EAGLE2, HASS, draft_folder
 from hass_core.evaluation.methods import build_decoders
 from hass_core.evaluation.metrics import Measurement

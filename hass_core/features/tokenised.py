@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from hass_core.config import FeaturesConfig
+from hass_core.data.conversations import from_stored
 from hass_core.data.templates import SkippedConversation, encode_conversation
 from hass_core.features.lists import from_lists, to_lists
 from hass_core.features.schema import COLUMNS, SKIPPED
@@ -79,7 +80,8 @@ def encode_part(
     part = Part(name, [], [])
     for row in pq.read_table(path).slice(0, limit).to_pylist():
         try:
-            found = encode_conversation(tokenizer, row["messages"], row["answer_token_ids"])
+            messages, tools = from_stored(row)
+            found = encode_conversation(tokenizer, messages, row["answer_token_ids"], tools)
         except SkippedConversation as problem:
             part.skipped.append((row["id"], problem.reason))
             continue

@@ -7,12 +7,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hass_core.data.conversations import BrokenRow, Record, Unusable, as_prompt, parse_row, user_text
+from hass_core.data.conversations import (
+    BrokenRow,
+    Record,
+    Unusable,
+    as_prompt,
+    as_stored,
+    from_stored,
+    parse_row,
+    user_text,
+    with_placeholders,
+)
+from hass_core.data.messages import as_sent
 from hass_core.data.sources import Skipped, read_dataset, read_file
 from hass_core.errors import BadInput
 
 QUESTION = {"role": "user", "content": "Why?"}
 ANSWER = {"role": "assistant", "content": "Because."}
+
+
+def messages(*pairs: str) -> tuple[dict[str, str], ...]:
+    roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    return tuple({"role": roles[pair[0]], "content": pair[1:]} for pair in pairs)
+
+
 FORMS = {
     "messages": {"messages": [QUESTION, ANSWER]},
     "ShareGPT": {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]},
@@ -41,7 +59,12 @@ def test_an_alpaca_input_follows_its_instruction():
 BROKEN = [
     ([1, 2], "expected an object with messages"),
     ({"text": "hello"}, "found text"),
-    ({"messages": [{"role": "wizard", "content": "Hm"}]}, "unknown role 'wizard'; known are system, user"),
+    ({"conversations": "hello"}, "wrong type: conversations must be a list of messages, found str"),
+    ({"messages": [{"role": ["user"], "content": "Hm"}]}, "wrong type: the role of a message must be text, found list"),
+    ({"instruction": "Add.", "input": ["1", "2"]}, "wrong type: input must be text, found list"),
+    ({"prompt": [1, 2, 3]}, "wrong type: a message must be an object, found int"),
+    ({"prompt": "Hm?", "history": "no"}, "wrong type: history must be a list of turns, found str"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "wrong type: the text of a message's part"),
     ({"messages": [{"role": "user", "content": 3}]}, "must be text, found int"),
     ({"messages": [7]}, "a message must be an object, found int"),
 ]
@@ -58,6 +81,20 @@ UNUSABLE = [
     ({"prompt": "  "}, "empty user turn"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "not only text"),
     ({"messages": [QUESTION, {"role": "assistant", "content": None}]}, "a message without text"),
+    ({"messages": [QUESTION, {"role": "wizard", "content": "Hm"}]}, "unknown role"),
+    ({"prompt": "What is this?", "image": "cat.png"}, "the column image cannot be used"),
+    ({"prompt": "Why?", "tools": "all of them"}, "the column tools cannot be read"),
+    (
+        {"system": "Be brief.", "messages": [{"role": "system", "content": "Be long."}, QUESTION]},
+        "the column system .*",
+    ),
+    ({"messages": [QUESTION, {"role": "assistant", "tool_calls": [{"function": {"name": 3}}]}]}, "tool call"),
+    ({"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "tide()"}]}, "tool call"),
+    ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "tool call"),
+    ({"prompt": "Half \ud83d a pair"}, "lone surrogate in the text"),
+    ({"category": "\udc00", "prompt": "Why?"}, "lone surrogate in the text"),
+    ({"request": {"model": "m", "input": ["embed me"]}}, "not a chat request"),
+    ({"body": '{"model": "m"}', "method": "POST"}, "not a chat request"),
 ]
 
 
@@ -67,9 +104,72 @@ def test_a_sound_row_without_use_is_skipped_with_a_reason(row, reason):
         parse_row(row, "file", 1)
 
 
-def messages(*pairs: str) -> tuple[dict[str, str], ...]:
-    roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
-    return tuple({"role": roles[pair[0]], "content": pair[1:]} for pair in pairs)
+SYSTEM = {"role": "system", "content": "Be brief."}
+READ_AS = {
+    "developer": ({"messages": [{"role": "developer", "content": "Be brief."}, QUESTION]}, (SYSTEM, QUESTION)),
+    "upper case": ({"messages": [{"role": "System", "content": "Be brief."}, QUESTION]}, (SYSTEM, QUESTION)),
+    "system column": ({"system": "Be brief.", "messages": [QUESTION]}, (SYSTEM, QUESTION)),
+    "system said twice": ({"system": "Be brief.", "messages": [SYSTEM, QUESTION]}, (SYSTEM, QUESTION)),
+    "system prompt of OpenOrca": ({"system_prompt": "Be brief.", "question": "Why?"}, (SYSTEM, QUESTION)),
+    "history of pairs": (
+        {"instruction": "Why?", "history": [["One?", "1"], ["Two?", None]]},
+        (*messages("uOne?", "a1", "uTwo?"), QUESTION),
+    ),
+    "history as text": ({"prompt": "Why?", "history": '[{"role": "user", "content": "Why?"}]'}, (QUESTION, QUESTION)),
+    "a list in a text": ({"conversations": '[{"from": "human", "value": "Why?"}]'}, (QUESTION,)),
+    "prompt as messages": ({"prompt": [QUESTION], "completion": [ANSWER]}, (QUESTION,)),
+    "a bare list": ([QUESTION, ANSWER], (QUESTION, ANSWER)),
+    "context": ({"question": "Why?", "context": "It rains."}, ({"role": "user", "content": "Why?\n\nIt rains."},)),
+    "a gateway's log": ({"request": {"body": {"messages": [QUESTION]}}, "response": {"choices": []}}, (QUESTION,)),
+    "a body in a text": ({"custom_id": "7", "body": json.dumps({"messages": [QUESTION]})}, (QUESTION,)),
+}
+
+
+@pytest.mark.parametrize(("row", "expected"), READ_AS.values(), ids=READ_AS)
+def test_what_other_tools_write_is_read(row, expected):
+    assert parse_row(row, "file", 1).messages == expected
+
+
+def test_tools_and_calls_are_kept_as_templates_read_them():
+    function = {"name": "tide", "parameters": {"type": "object"}}
+    call = {"id": "c1", "type": "function", "function": {"name": "tide", "arguments": '{"port": "Brest"}'}}
+    turns = [
+        {"role": "user", "content": "How high?"},
+        {"role": "assistant", "content": None, "reasoning": "I look.", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "4 m"},
+    ]
+    record = parse_row({"messages": turns, "tools": json.dumps([function])}, "file", 1)
+    read = call | {"function": {"name": "tide", "arguments": {"port": "Brest"}}}
+    assert record.tools == ({"type": "function", "function": function},)
+    assert record.messages[1:] == (
+        {"role": "assistant", "content": "", "tool_calls": [read], "reasoning_content": "I look."},
+        {"role": "tool", "content": "4 m", "tool_call_id": "c1"},
+    )
+    stored = as_stored(record.messages, record.tools)
+    assert from_stored(stored) == (list(record.messages), record.tools)
+    assert as_sent(record.messages)[1]["tool_calls"] == [call]
+
+
+def test_sharegpt_calls_become_calls():
+    turns = [("human", "How high?"), ("function_call", '{"name": "tide", "arguments": {}}'), ("observation", "4 m")]
+    record = parse_row({"conversations": [{"from": who, "value": text} for who, text in turns]}, "file", 1)
+    assert [message["role"] for message in record.messages] == ["user", "assistant", "tool"]
+    assert record.messages[1]["tool_calls"][0]["function"] == {"name": "tide", "arguments": {}}
+
+
+@pytest.mark.parametrize("name", ["", "  ", None, {"a": 1}, True, float("nan"), "\udc00"])
+def test_an_id_that_is_none_gives_way_to_the_number(name):
+    assert parse_row({"id": name, "prompt": "Why?"}, "file", 5).id == "file/5"
+
+
+def test_a_log_takes_its_id_from_the_outermost_part():
+    assert parse_row({"request": {"id": "inner", "messages": [QUESTION]}, "id": "outer"}, "log", 5).id == "log/outer"
+    assert parse_row({"request": {"id": "inner", "messages": [QUESTION]}}, "log", 5).id == "log/inner"
+
+
+def test_an_answer_to_come_has_a_placeholder_but_not_the_last():
+    roles = [m["role"] for m in with_placeholders(messages("s.", "u1", "u2", "acall", "tr", "tr", "u3"))]
+    assert roles == ["system", "user", "assistant", "user", "assistant", "tool", "tool", "assistant", "user"]
 
 
 CUTS = {
@@ -106,6 +206,48 @@ def test_jsonl_gzip_json_list_and_parquet_read_alike(tmp_path):
     assert [record.id for record in expected] == ["rows/0", "rows/1", "rows/2"]
     for name in ("rows.jsonl.gz", "rows.json", "rows.parquet"):
         assert list(read_file(tmp_path / name)) == expected, name
+
+
+DOCUMENTS = {
+    "blank lines first": "\n \n" + json.dumps(ROWS, indent=1),
+    "byte order mark and CRLF": "\ufeff" + json.dumps(ROWS, indent=1).replace("\n", "\r\n"),
+    "one line": json.dumps(ROWS),
+    "wrapped": json.dumps({"version": 1, "data": ROWS}, indent=2),
+    "object behind object": "\n".join(json.dumps(row, indent=2) for row in ROWS),
+    "blank lines between": "\n\n".join(json.dumps(row) for row in ROWS) + "\n\n",
+}
+
+
+@pytest.mark.parametrize("text", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_json_is_told_by_its_content(tmp_path, text, name):
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    assert [record.id for record in read_file(tmp_path / name)] == ["rows/0", "rows/1", "rows/2"]
+
+
+def test_a_list_of_lists_holds_conversations_and_a_list_of_messages_is_one(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([[QUESTION, ANSWER], [QUESTION]]))
+    assert [len(record.messages) for record in read_file(tmp_path / "rows.json")] == [2, 1]
+    (tmp_path / "rows.json").write_text(json.dumps([QUESTION, ANSWER]))
+    assert [record.messages for record in read_file(tmp_path / "rows.json")] == [(QUESTION, ANSWER)]
+
+
+@pytest.mark.parametrize("codec", ["zstd", "bz2", "gzip"])
+def test_a_compressed_file_is_read_and_a_truncated_one_refused(tmp_path, codec):
+    path = tmp_path / f"rows.jsonl.{ {'zstd': 'zst', 'bz2': 'bz2', 'gzip': 'gz'}[codec] }"
+    with pa.CompressedOutputStream(str(path), codec) as file:
+        for i in range(2000):
+            file.write(json.dumps({"prompt": f"Question {i} of {i**7}?"}).encode() + b"\n")
+    assert len(list(read_file(path))) == 2000
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(BadInput, match=r"rows\.jsonl\.\w+: cannot be read"):
+        list(read_file(path))
+
+
+def test_json_that_is_nested_without_end_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Why?"}\n' + "[" * 200_000 + "\n")
+    with pytest.raises(BadInput, match=r"rows\.jsonl, line 2: not valid JSON"):
+        list(read_file(tmp_path / "rows.jsonl"))
 
 
 def test_a_broken_line_is_named_by_file_and_number(tmp_path):

@@ -3,10 +3,10 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from hass_core.config import SamplingShare
-from hass_core.data.templates import Message
+from hass_core.data.rendering import Message
 
 
 @dataclass(frozen=True)
@@ -19,16 +19,18 @@ class Request:
     max_new_tokens: int
     seed: int  # drives this request's random numbers alone, whatever else is in the batch
     messages: tuple[Message, ...] = ()  # the same prompt as messages, for servers that apply the template themselves
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What came of one request; `error` is a short reason when nothing came."""
+    """What came of one request; `error` is a short reason when nothing came, `detail` what a server said of it."""
 
     key: str
     token_ids: list[int]  # ends with the end-of-turn token if and only if `finished`
     finished: bool
     error: str | None = None
+    detail: str | None = None
 
 
 class RequestQueue:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hass_core import kernels
 from hass_core.data.engines.base import Completion, Request, RequestQueue
 from hass_core.data.engines.batch import MIN_ROWS, RunningAnswer, RunningBatch
-from hass_core.data.templates import special_token_ids
+from hass_core.data.rendering import special_token_ids
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import make_runner
 
