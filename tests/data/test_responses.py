@@ -1,5 +1,6 @@
 """The responses stage: every prompt is answered or accounted for, and nothing finished is done twice."""
 
+import dataclasses
 import json
 
 import pyarrow.parquet as pq
@@ -14,6 +15,9 @@ from hass_core.data.prompts import collect_prompts
 from hass_core.data.responses import Journal, generate_responses
 from hass_core.data.templates import encode_conversation, supervised_runs, tokenize
 from hass_core.errors import HassError
+from hass_core.features.tokenised import encode_part
+from tests.conftest import byte_tokenizer
+from tests.data.test_askable import CALLED, TOOL, WITH_TOOLS
 
 TOPICS = ["rivers", "stars", "bread", "violins", "glass", "volcanoes", "chess", "honey", "trains", "ink", "sleep"]
 END = 2
@@ -257,3 +261,37 @@ def test_the_sampling_mix_keeps_its_shares_and_each_conversation_its_setting():
     chosen = [choose_sampling(f"id-{i}", mix).temperature for i in range(5000)]
     assert 0.18 < chosen.count(0.0) / 5000 < 0.22
     assert chosen[:50] == [choose_sampling(f"id-{i}", mix).temperature for i in range(50)]
+
+
+def test_tools_and_calls_pass_through_the_stages_to_the_tokens(run, store, tiny_target, tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = WITH_TOOLS
+    target = dataclasses.replace(tiny_target, tokenizer=tokenizer, template_hash="with tools")
+    file = tmp_path / "calls.jsonl"
+    file.write_text(json.dumps({"id": "c", "messages": CALLED, "tools": [TOOL]}) + "\n")
+    run = run.model_copy(update={"prompts": run.prompts.model_copy(update={"files": (str(file),)})})
+    asked = []
+
+    def answer(request):
+        asked.append(request)
+        return answer_with("High.", tokenizer)
+
+    monkeypatch.setattr(responses, "make_engine", lambda config, target: Script(answer))
+    artifact = generate_responses(run, collect_prompts(run, store, target), store, target)
+    part = encode_part("part", store.open(artifact).local_path("part-00000.parquet"), tokenizer, run.features)
+    (encoded,) = part.conversations
+    assert encoded.token_ids.tolist() == asked[0].prompt_token_ids + answer_with("High.", tokenizer)
+    text = tokenizer.decode(encoded.token_ids)
+    assert '"name": "tide"' in text
+    assert '"arguments": {"port": "Brest"}' in text
+    assert asked[0].tools == (TOOL,)
+
+
+def test_when_nothing_is_answered_the_next_run_asks_again(run, store, tiny_target, monkeypatch):
+    prompts = collect_prompts(run, store, tiny_target)
+    monkeypatch.setattr(responses, "make_engine", lambda config, target: Script(lambda request: "server answered 500"))
+    with pytest.raises(HassError, match="11 × server answered 500"):
+        generate_responses(run, prompts, store, tiny_target)
+    sound = answer_with("Fine.", tiny_target.tokenizer)
+    monkeypatch.setattr(responses, "make_engine", lambda config, target: Script(lambda request: sound))
+    assert generate_responses(run, prompts, store, tiny_target).summary["conversations"] == len(TOPICS)

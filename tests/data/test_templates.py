@@ -11,6 +11,7 @@ from tokenizers import pre_tokenizers
 from hass_core.data.templates import (
     Encoded,
     SkippedConversation,
+    answer_tokens,
     check_template,
     decode,
     encode_conversation,
@@ -219,6 +220,61 @@ def with_template(template: str):
     tokenizer = family_tokenizer.__wrapped__("smollm2")
     tokenizer.chat_template = template
     return tokenizer
+
+
+NEXT_ROLE_ENDS = (
+    "{% for m in messages %}<|im_start|>{{ m.role if m.role != 'assistant' else '' }}"
+    "{{ '\n' }}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+
+
+def test_an_answer_that_the_next_role_ends_is_supervised_through_its_token():
+    tokenizer = with_template(NEXT_ROLE_ENDS)
+    assert marked(tokenizer, encode_conversation(tokenizer, TWO_TURNS)) == (
+        "<|im_start|>user\nName a colour.<|im_start|>⟦\nRed is one. \n<|im_start|>⟧user\nThank you!<|im_start|>"
+        "⟦\n  What else?<|im_start|>⟧"
+    )
+    assert answer_tokens(tokenizer, TWO_TURNS)[-1] == tokenizer.bos_token_id
+    assert answer_tokens(tokenizer, TWO_TURNS, finished=False)[-1] != tokenizer.bos_token_id
+
+
+def test_generated_ids_that_end_with_the_next_role_are_not_doubled():
+    tokenizer = with_template(NEXT_ROLE_ENDS)
+    end = tokenizer.bos_token_id
+    answers = [[*tokenize(tokenizer, "\nRed is"), end], [*tokenize(tokenizer, "\nBlue"), end]]
+    messages = [user("Name a colour."), assistant("\nRed is"), user("Thank you!"), assistant("\nBlue")]
+    encoded = encode_conversation(tokenizer, messages, answers)
+    assert supervised_runs(encoded) == answers
+    assert decode(tokenizer, encoded.token_ids) == (
+        "<|im_start|>user\nName a colour.<|im_start|>\nRed is<|im_start|>user\nThank you!<|im_start|>\nBlue<|im_start|>"
+    )
+    prompt = encode_prompt(tokenizer, messages[:3], answers[:1])
+    assert encoded.token_ids[: len(prompt)] == prompt
+
+
+def test_a_next_role_at_which_the_target_does_not_stop_is_refused_with_the_way_out():
+    tokenizer = with_template(NEXT_ROLE_ENDS)
+    check_template(tokenizer, [tokenizer.bos_token_id])
+    with pytest.raises(TemplateError, match=r"closes no turn: <\|im_start\|>.* add 1 to eos_token_id in"):
+        check_template(tokenizer, [tokenizer.eos_token_id])
+
+
+THOUGHT = {"role": "assistant", "content": "Blue.", "reasoning_content": "Which one?"}
+
+
+def test_reasoning_goes_where_the_template_puts_it_or_the_answer_is_skipped():
+    tokenizer = family_tokenizer("qwen3")
+    answer = decode(tokenizer, answer_tokens(tokenizer, [user("Name a colour."), THOUGHT]))
+    assert answer == "<think>\nWhich one?\n</think>\n\nBlue.<|im_end|>"
+    with pytest.raises(SkippedConversation, match="the template has no place for the answer's reasoning"):
+        answer_tokens(family_tokenizer("smollm2"), [user("Name a colour."), THOUGHT])
+
+
+def test_a_template_that_computes_wrongly_is_a_reason_to_skip():
+    tokenizer = with_template("{{ messages[0]['content'] + 3 }}")
+    with pytest.raises(SkippedConversation, match="the template refuses"):
+        encode_prompt(tokenizer, [user("Name a colour.")])
 
 
 BODY = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -54,7 +54,7 @@ def read_reply(data: bytes) -> Reply:
     is_list = isinstance(token_ids, list) and all(type(token) is int and token >= 0 for token in token_ids)
     return Reply(
         content,
-        reasoning_of(message),
+        "" if problem else reasoning_of(message),
         finished=choice.get("finish_reason") in FINISHED,
         token_ids=token_ids if is_list and token_ids else [],
         problem=problem,
@@ -92,16 +92,14 @@ def _content(message: dict[str, Any], data: bytes) -> tuple[str, str | None]:
     if message.get("tool_calls") or message.get("function_call"):
         return "", "tool call in the answer"
     content = message.get("content")
-    if content is None:
-        return "", None
     try:
-        text = text_message("assistant", content)["content"]
+        text = text_message("assistant", "" if content is None else content)["content"]
     except Unusable as problem:
         return "", f"answer: {problem}"
     except BrokenRow:
         raise OddReply("the server's reply holds no answer", quoted(data)) from None
     try:
-        text.encode()
+        (text + reasoning_of(message)).encode()
     except UnicodeEncodeError:
         return "", "lone surrogate in the answer"
     return text, None

@@ -34,10 +34,43 @@ class Handler(BaseHTTPRequestHandler):
         status = self.fault(question, first)
         if status != 200:
             return self.reply(status, {"error": "on purpose"}, {"Retry-After": "0.01"})
+        if odd := self.oddity(question, first):
+            return self.reply(200, odd)
+        if refusal := self.refusal(question, body):
+            return self.reply(400, refusal)
+        return self.reply(200, {"choices": [self.choice(question, body)]})
+
+    @staticmethod
+    def refusal(question: str, body: dict):
+        if "max_tokens" in body and "new style" in question:
+            return {"error": {"message": "use 'max_completion_tokens' instead of 'max_tokens'"}}
+        if "seed" in body and "seedless" in question:
+            return {"detail": [{"loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}
+        return None
+
+    def choice(self, question: str, body: dict):
         finished = "long" not in question
         text = f"You said: {question} (T={body['temperature']})"
-        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop" if finished else "length"}
-        return self.reply(200, {"choices": [choice]})
+        if "key?" in question:
+            text = f"key {self.headers.get('Authorization')}"
+        if "fields?" in question:
+            text = " ".join(sorted(body))
+        content = [{"type": "text", "text": text}] if "parts" in question else text
+        if "call" in question:
+            content = None
+        message = {"role": "assistant", "content": content}
+        if "call" in question:
+            message["tool_calls"] = [{"function": {"name": "f", "arguments": "{}"}}]
+        return {"message": message, "finish_reason": "stop" if finished else "length"}
+
+    @staticmethod
+    def oddity(question: str, first: bool):
+        odd = {
+            "html": "<html><body>warming up</body></html>",
+            "empty": {"choices": []},
+            "object": {"error": {"message": "the provider failed"}},
+        }
+        return next((odd[word] for word in odd if word in question and (first or "always" in question)), None)
 
     @staticmethod
     def fault(question: str, first: bool) -> int:
@@ -49,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200
 
     def reply(self, status, content, headers=None):
-        body = json.dumps(content).encode()
+        body = content.encode() if isinstance(content, str) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)

@@ -11,6 +11,7 @@ import pytest
 from hass_core.config import ResponsesConfig, SamplingShare
 from hass_core.data.engines.base import Completion, Request, RequestQueue
 from hass_core.data.engines.openai import OpenAIEngine, backoff_seconds
+from hass_core.data.engines.replies import without_refused
 from hass_core.data.templates import decode, encode_prompt
 from hass_core.errors import ConfigError, TargetError
 
@@ -58,6 +59,73 @@ def test_passing_faults_are_repeated_and_lasting_ones_become_errors(server_url, 
         "down four": "server answered 503",
         "fine five": None,
     }
+
+
+def test_a_refusal_quotes_the_server(server_url, tiny_target, monkeypatch):
+    monkeypatch.setattr("hass_core.data.engines.openai.FIRST_PAUSE_SECONDS", 0.01)
+    found = ask(server_url, tiny_target, ["refuse this", "fine"])
+    assert (found["refuse this"].error, found["refuse this"].detail) == ("server answered 400", "'on purpose'")
+
+
+ODD = {
+    "html": ("the server's reply is not JSON", "'warming up'"),
+    "empty": ("the server's reply holds no answer", """'{"choices": []}'"""),
+    "object": ("the server's reply is an error", "'the provider failed'"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_one_odd_reply_is_asked_again_and_a_lasting_one_is_an_error_on_its_conversation(
+    server_url, tiny_target, monkeypatch, kind
+):
+    monkeypatch.setattr("hass_core.data.engines.openai.FIRST_PAUSE_SECONDS", 0.01)
+    found = ask(server_url, tiny_target, [f"{kind} once", f"{kind} always", "fine"])
+    assert found[f"{kind} once"].error is None
+    assert (found[f"{kind} always"].error, found[f"{kind} always"].detail) == ODD[kind]
+
+
+def test_first_failures_that_are_all_alike_stop_the_run_and_are_not_handed_on(server_url, tiny_target, monkeypatch):
+    monkeypatch.setattr("hass_core.data.engines.openai.FIRST_PAUSE_SECONDS", 0.01)
+    seen = []
+    queue = RequestQueue(request(f"html always {i}", tiny_target) for i in range(500))
+    with pytest.raises(TargetError, match=r"no prompt was answered: 8 × .* \(it said: 'warming up'\)"):
+        seen.extend(engine(server_url, tiny_target, concurrency=4).complete(queue))
+    assert seen == []
+    assert len(queue.take(500)) > 450
+
+
+def test_a_field_that_the_server_does_not_know_is_left_out_and_one_that_decides_the_answer_is_not(
+    server_url, tiny_target
+):
+    found = ask(server_url, tiny_target, ["seedless fields?", "new style fields?"], concurrency=1)
+    tokenizer = tiny_target.tokenizer
+    first, second = (decode(tokenizer, completion.token_ids) for completion in found.values())
+    assert first == "max_tokens messages model return_token_ids temperature top_p<|im_end|>"
+    assert second == "max_completion_tokens messages model return_token_ids temperature top_p<|im_end|>"
+    assert without_refused({"top_k": 5, "top_p": 0.9}, "unknown argument top_k") is None
+
+
+def test_content_in_parts_is_text_and_a_call_is_no_answer(server_url, tiny_target):
+    found = ask(server_url, tiny_target, ["in parts", "call it"])
+    assert decode(tiny_target.tokenizer, found["in parts"].token_ids).startswith("You said: in parts")
+    assert found["call it"].error == "tool call in the answer"
+
+
+def test_the_key_goes_only_to_hosts_that_are_trusted(server_url, tiny_target, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    said = [decode(tiny_target.tokenizer, ask(server_url, tiny_target, ["key?"])["key?"].token_ids)]
+    monkeypatch.setattr("hass_core.trusted_hosts.is_loopback", lambda host: False)
+    said.append(decode(tiny_target.tokenizer, ask(server_url, tiny_target, ["key?"])["key?"].token_ids))
+    monkeypatch.setenv("HASS_TRUSTED_HOSTS", "example.org,127.0.0.1")
+    said.append(decode(tiny_target.tokenizer, ask(server_url, tiny_target, ["key?"])["key?"].token_ids))
+    assert said == ["key Bearer secret<|im_end|>", "key None<|im_end|>", "key Bearer secret<|im_end|>"]
+
+
+def test_a_refusal_says_that_the_key_was_kept_back(server_url, tiny_target, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setattr("hass_core.trusted_hosts.is_loopback", lambda host: False)
+    with pytest.raises(TargetError, match=r"OPENAI_API_KEY was not sent, for HASS_TRUSTED_HOSTS does not name 127\.0"):
+        ask(server_url, tiny_target, [f"refuse {i}" for i in range(10)])
 
 
 def test_no_more_requests_are_in_flight_than_allowed(server_url, tiny_target):
