@@ -36,7 +36,9 @@ from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, StageFolder, Store, digest_of, sha256_of
 from hass_core.target_model.loader import Target
 
-STEP_VERSION = 3  # 2: the target by its identity; 3: roles, system, history and tools are read, answers to come have stand-ins
+STEP_VERSION = (
+    3  # 2: the target by its identity; 3: roles, system, history and tools are read, answers to come have stand-ins
+)
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 PROMPTS_SCHEMA = pa.schema(
     [
