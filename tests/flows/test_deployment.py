@@ -49,6 +49,15 @@ def test_the_form_has_bounds_and_descriptions_and_the_schedule_is_weekly(stack):
     assert training["align_steps"]["anyOf"][0]["maximum"] == 8
 
 
+def test_the_schedule_makes_runs_ahead_of_time(stack):
+    def scheduled() -> list[dict]:
+        return [run for run in stack.flow_runs() if run["state_type"] == "SCHEDULED" and run["auto_scheduled"]]
+
+    wait_for(scheduled, "the scheduler to make the coming runs", 60)
+    assert {run["expected_start_time"][11:16] for run in scheduled()} == {"03:00"}
+    assert {run["work_pool_name"] for run in scheduled()} == {"cpu"}
+
+
 def test_deploying_again_keeps_what_an_operator_set(stack):
     def as_it_is() -> str:
         names = "retrain/smollm2-cpu", "retrain/gpu", "promote-draft/smollm2-cpu"
