@@ -1,5 +1,8 @@
-"""Which failures are worth another try: the network's. A user's mistake or a full disk is not."""
+"""Which failures are worth another try: the network's, and a server's that is busy. A refusal is not: asked again it
+refuses again, and neither is a user's mistake or a full disk."""
 
+from collections.abc import Iterator
+from http import HTTPStatus
 from typing import Any
 
 from prefect.client.schemas import State, TaskRun
@@ -7,15 +10,38 @@ from prefect.tasks import Task
 
 TRANSIENT = (ConnectionError, TimeoutError)
 TRANSIENT_MODULES = ("botocore.", "aiobotocore.", "aiohttp.", "httpx.", "httpcore.", "requests.", "urllib3.")
+TRY_AGAIN = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """True when the error, or one it was raised from, is about a connection."""
+    """True when the error, or one it was raised from, is about a connection, and no server refused what was asked."""
+    causes = list(_causes(error))
+    refused = any(_is_refusal(status) for cause in causes if (status := _status(cause)) is not None)
+    return not refused and any(_is_of_the_network(cause) for cause in causes)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
-        if isinstance(error, TRANSIENT) or f"{type(error).__module__}.".startswith(TRANSIENT_MODULES):
-            return True
+        yield error
         error = error.__cause__
-    return False
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    return isinstance(error, TRANSIENT) or f"{type(error).__module__}.".startswith(TRANSIENT_MODULES)
+
+
+def _is_refusal(status: int) -> bool:
+    """A wrong key, a bucket or a model that is not there: any status of the 400s but those that ask for patience."""
+    return 400 <= status < 500 and status not in TRY_AGAIN
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error of botocore, httpx, requests or aiohttp carries."""
+    response: Any = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore's
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    status = getattr(response, "status_code", getattr(error, "status", None))
+    return status if isinstance(status, int) else None
 
 
 def after_network_failure(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
