@@ -10,10 +10,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from hass_core.errors import ConfigError
 from hass_core.settings import Settings, apply_override, read_toml, validated
+
+LEAST_TEMPERATURE = 1e-5  # logits of a thousand, divided by it, are still far from float32's limit
+
+
+def _computable(temperature: float) -> float:
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise ValueError(f"a temperature of {temperature:g} cannot be computed with; give 0, or {LEAST_TEMPERATURE:g}")
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0, le=5), AfterValidator(_computable)]
 
 
 class TargetConfig(Settings):
@@ -59,7 +70,7 @@ class SamplingShare(Settings):
     """One sampling setting and the share of prompts answered with it."""
 
     share: float = Field(default=1.0, gt=0, le=1, description="Share of the prompts")
-    temperature: float = Field(default=0.7, ge=0, le=5, description="0 = greedy")
+    temperature: Temperature = Field(default=0.7, description="0 = greedy")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Draw from the likeliest tokens of this total share")
     top_k: int = Field(default=0, ge=0, description="0 = all tokens")
 
@@ -189,11 +200,11 @@ class TrainingConfig(Settings):
 class SamplingConfig(Settings):
     """How the target's distribution is shaped before a token is drawn. Order: penalty, temperature, k, p, min-p."""
 
-    temperature: float = Field(default=0.0, ge=0, le=5, description="0 = greedy")
+    temperature: Temperature = Field(default=0.0, description="0 = greedy")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Draw from the likeliest tokens of this total share")
     top_k: int = Field(default=0, ge=0, description="0 = all tokens")
     min_p: float = Field(default=0.0, ge=0, lt=1, description="Drop tokens below this share of the likeliest one")
-    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=10)
     seed: int = 0
 
 
@@ -227,9 +238,7 @@ class EvaluationConfig(Settings):
     methods: tuple[Literal["plain", "pld", "sps", "eagle", "eagle2", "hass"], ...] = Field(
         default=("plain", "hass"), min_length=1, description="Decoders compared on the same questions"
     )
-    temperatures: tuple[Annotated[float, Field(ge=0, le=5)], ...] = Field(
-        default=(0.0,), min_length=1, description="Sampling temperatures"
-    )
+    temperatures: tuple[Temperature, ...] = Field(default=(0.0,), min_length=1, description="Sampling temperatures")
     max_questions: int | None = Field(default=None, ge=1, description="Questions per benchmark")
     max_new_tokens: int = Field(default=128, ge=1, description="Tokens an answer may have")
     repeats: int = Field(

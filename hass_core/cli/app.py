@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         complain(sentence)
         sys.exit(USER_ERROR)
     if status == INTERRUPTED:
-        notes.print("stopped; the same command continues where it was")
+        notes.print("stopped; what is finished is kept")
     sys.exit(status if isinstance(status, int) else 0)
 
 

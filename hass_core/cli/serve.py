@@ -32,6 +32,10 @@ def serve(
     max_running: Annotated[int, typer.Option(min=1, help="Requests decoded in turn")] = 4,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests in line before others are sent away")] = 256,
     max_body_kb: Annotated[int, typer.Option(min=1, help="Kilobytes one request may have")] = 1024,
+    max_wait: Annotated[float, typer.Option(min=0.1, help="Seconds a request may be in line")] = 120.0,
+    max_body_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Seconds a request's body may take to arrive")
+    ] = 30.0,
     plan: Annotated[bool, typer.Option(help="Choose the tree by measuring this machine first")] = True,
 ) -> None:
     """Serve the target through a draft at http://HOST:PORT/v1, as OpenAI's clients expect it.
@@ -43,9 +47,8 @@ def serve(
         raise ConfigError(f"{host} is reachable by others: set HASS_API_KEY or --api-key-file, or stay on 127.0.0.1")
     listening = listen(host, port)
     try:
-        import uvicorn
-
         from hass_core.serving.app import make_app
+        from hass_core.serving.connection import make_server
     except ImportError as error:
         raise ConfigError(f"hass serve needs {error.name}; pip install 'hass-pipeline[serve]'") from None
     from hass_core.cli.decoders import build_decoder
@@ -54,12 +57,11 @@ def serve(
 
     loaded = load_target(TargetConfig(source=target))
     decoder = build_decoder(loaded, draft, None if plan else TreeConfig(depth=3, top_k=4, nodes=12))
-    limits = Limits(max_new_tokens, max_running, max_waiting, max_body_kb * 1024)
+    limits = Limits(max_new_tokens, max_running, max_waiting, max_body_kb * 1024, max_body_seconds, max_wait)
     service = Service(loaded, decoder, loaded.name, limits)
     hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else None
     show(f"serving {loaded.name} at http://{host}:{listening.getsockname()[1]}/v1")
-    server = uvicorn.Server(uvicorn.Config(make_app(service, key, hosts), log_level="warning"))
-    server.run(sockets=[listening])
+    make_server(make_app(service, key, hosts)).run(sockets=[listening])
 
 
 def listen(host: str, port: int) -> socket.socket:

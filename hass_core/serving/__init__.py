@@ -1,4 +1,5 @@
 """An OpenAI-compatible server for trying a draft before it goes to an engine.
 
-protocol (what requests say) ─► app (HTTP) ─► worker (one decoding thread, requests in turn) ─► text (visible answer)
+connection ─► limits ─► protocol (what requests say) ─► messages (the prompt) ─► worker (one decoding thread, requests
+in turn) ─► text (visible answer); app and service join them
 """

@@ -1,6 +1,7 @@
 """The HTTP side: routes, streaming, errors in OpenAI's form."""
 
 import asyncio
+import difflib
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -10,21 +11,23 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from hass_core.errors import HassError, NonFinite
 from hass_core.serving.limits import BodyLimit, KeyRequired
 from hass_core.serving.protocol import Answered, ChatRequest, CompletionRequest, GenerationRequest, error_body
 from hass_core.serving.service import Piece, Service
-from hass_core.serving.worker import Busy
+from hass_core.serving.worker import Busy, Unavailable
 
 Pieces = AsyncGenerator[Piece, None]
 LOOK_SECONDS = 0.5  # how often a waiting request looks whether its client is still there
-RETRY_AFTER_SECONDS = 5
+RETRY = {"Retry-After": "5"}  # seconds
+FIELDS = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
 
 
 def make_app(service: Service, key: str | None = None, hosts: list[str] | None = None) -> FastAPI:
-    """The application. `key` is asked of every request below /v1; `hosts` are the Host headers taken, None = any."""
+    """The application. `key` is asked of every request but /health; `hosts` are the Host headers taken, None = any."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -34,7 +37,7 @@ def make_app(service: Service, key: str | None = None, hosts: list[str] | None =
     app = FastAPI(title="HASS draft server", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     if key:
         app.add_middleware(KeyRequired, key=key)
-    app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes, max_seconds=service.limits.max_body_seconds)
     if hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     _add_errors(app, service)
@@ -54,9 +57,11 @@ def make_app(service: Service, key: str | None = None, hosts: list[str] | None =
 def _add_pages(app: FastAPI, service: Service) -> None:
     started = int(time.time())
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        if service.failure:
+            return JSONResponse({"status": service.failure}, 503)
+        return JSONResponse({"status": "ok"})
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
@@ -72,21 +77,42 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         service.metrics.request("refused")
-        wrong = [f"{'.'.join(str(part) for part in e['loc'][1:])}: {e['msg']}" for e in error.errors()]
-        return JSONResponse(error_body("; ".join(wrong), "invalid_request_error"), 400)
+        wrong = dict(_told(problem) for problem in error.errors())
+        text = "; ".join(f"{field}: {what}" if field else what for field, what in wrong.items())
+        return JSONResponse(error_body(text, "invalid_request_error", next(iter(wrong)) or None), 400)
 
     @app.exception_handler(HassError)
     async def refused(request: Request, error: HassError) -> Response:
         if isinstance(error, NonFinite):
             return JSONResponse(error_body(str(error), "server_error"), 500)
+        service.metrics.request("refused")
         return JSONResponse(error_body(str(error), "invalid_request_error"), 400)
 
     @app.exception_handler(Busy)
     async def busy(request: Request, error: Busy) -> Response:
         service.metrics.request("refused")
         text = f"{service.limits.max_waiting} requests are in line already; try again later"
-        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
-        return JSONResponse(error_body(text, "rate_limit_error"), 429, headers=headers)
+        return JSONResponse(error_body(text, "rate_limit_error"), 429, headers=RETRY)
+
+    @app.exception_handler(Unavailable)
+    async def unavailable(request: Request, error: Unavailable) -> Response:
+        return JSONResponse(error_body(str(error), "server_error"), 503, headers=RETRY)
+
+    @app.exception_handler(HTTPException)
+    async def elsewhere(request: Request, error: HTTPException) -> Response:
+        return JSONResponse(error_body(str(error.detail), "invalid_request_error"), error.status_code, error.headers)
+
+
+def _told(problem: dict[str, Any]) -> tuple[str, str]:
+    """(field, what is wrong with it) of one of pydantic's findings."""
+    field = ".".join(str(part) for part in problem["loc"][1:])
+    if problem["type"] == "json_invalid":
+        return "", f"the body is not valid JSON: {problem['ctx']['error']}"
+    if problem["type"] == "extra_forbidden":
+        *_, name = problem["loc"]
+        near = difflib.get_close_matches(str(name), FIELDS, n=1)
+        return field, "this server knows no such field" + (f"; did you mean {near[0]}?" if near else "")
+    return field, problem["msg"].removeprefix("Value error, ")
 
 
 async def _respond(service: Service, body: GenerationRequest, request: Request) -> Response:
@@ -125,7 +151,7 @@ async def _events(pieces: Pieces, first: Piece, answered: Answered, include_usag
             async for piece in pieces:
                 if piece.text or piece.finished:
                     yield _event(answered.chunk(piece.text, piece.finished, first=False))
-        except HassError as error:
+        except (HassError, Unavailable) as error:
             yield _event(error_body(str(error), "server_error"))
         if include_usage:
             yield _event(answered.usage_chunk(piece.new_tokens))

@@ -2,16 +2,17 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass
 
-from hass_core.data.templates import SkippedConversation, encode_prompt
 from hass_core.decoding.answers import Finished, Step, StopRule
 from hass_core.decoding.decoder import Decoder
 from hass_core.errors import BadInput, ContextTooLong
+from hass_core.serving.messages import prompt_of_messages
 from hass_core.serving.metrics import Metrics
 from hass_core.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from hass_core.serving.text import AnswerText
-from hass_core.serving.worker import Event, Job, Worker
+from hass_core.serving.worker import Event, Job, Unavailable, Worker
 from hass_core.target_model.loader import Target
 
 
@@ -23,6 +24,8 @@ class Limits:
     max_running: int = 4
     max_waiting: int = 256
     max_body_bytes: int = 1 << 20
+    max_body_seconds: float = 30.0
+    max_wait_seconds: float = 120.0  # in line
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,11 @@ class Service:
         self.metrics = Metrics(lambda: self._worker.running, lambda: self._worker.waiting)
         self._worker = Worker(decoder, limits.max_running, limits.max_waiting, self.metrics.observe)
 
+    @property
+    def failure(self) -> str | None:
+        """Why nothing is decoded any more; None while all is well."""
+        return self._worker.failure
+
     def close(self) -> None:
         """Stop decoding."""
         self._worker.close()
@@ -51,10 +59,7 @@ class Service:
         """Token ids of the request's prompt. Raises BadInput when the model cannot take it."""
         self._check_model(request)
         if isinstance(request, ChatRequest):
-            try:
-                return encode_prompt(self.target.tokenizer, [message.plain() for message in request.messages])
-            except SkippedConversation as problem:
-                raise BadInput(f"the chat template cannot render these messages: {problem.reason}") from None
+            return prompt_of_messages(self.target.tokenizer, [message.plain() for message in request.messages])
         assert isinstance(request, CompletionRequest)
         if isinstance(request.prompt, str):
             return self.target.tokenizer(request.prompt)["input_ids"]  # pyright: ignore[reportReturnType]
@@ -64,7 +69,10 @@ class Service:
         return request.prompt
 
     async def answer(self, request: GenerationRequest, prompt: list[int]) -> AsyncGenerator[Piece, None]:
-        """The answer as it grows; leaving early cancels it. Raises Busy, BadInput, ContextTooLong, NonFinite."""
+        """The answer as it grows; leaving early cancels it.
+
+        Raises Busy, Unavailable (also after too long a wait in line), BadInput, ContextTooLong, NonFinite.
+        """
         stop = StopRule.of(self.target, request.stop_strings)
         text = AnswerText(self._decode, request.stop_strings)
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -79,9 +87,8 @@ class Service:
         self._worker.submit(job)
         counted, outcome = 0, "cancelled"
         try:
-            finished: Finished | None = None
-            while finished is None:
-                event = await events.get()
+            event = await self._first(job, events)
+            while True:
                 if isinstance(event, Exception):
                     outcome = "failed"
                     raise event
@@ -89,9 +96,22 @@ class Service:
                 counted, finished = counted + len(event.token_ids), event.finished
                 outcome = "ok" if finished else outcome
                 yield Piece(text.add(event.token_ids, finished), counted, finished)
+                if finished:
+                    break
+                event = await events.get()
         finally:
-            job.cancelled.set()
+            self._worker.cancel(job)
             self.metrics.request(outcome, len(prompt))
+
+    async def _first(self, job: Job, events: "asyncio.Queue[Event]") -> Event:
+        """The first event; an error when the job was in line for too long."""
+        patience = self.limits.max_wait_seconds
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                return await events.get()
+        if job.started.is_set():
+            return await events.get()
+        return Unavailable(f"this request was in line for {patience:g} seconds; try again later")
 
     def _check_model(self, request: GenerationRequest) -> None:
         if request.model not in (None, self.model):
