@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from hass_core.config import SamplingConfig, Temperature
 from hass_core.decoding.answers import Finished
@@ -23,6 +23,10 @@ def _encodable(text: str) -> str:
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError("holds half of a surrogate pair, which is no character")
     return text
+
+
+def _text_or_list(value: Any) -> str:
+    return "text" if isinstance(value, str) else "list"
 
 
 def unserved(*nothing: Any) -> AfterValidator:
@@ -38,6 +42,8 @@ def unserved(*nothing: Any) -> AfterValidator:
 
 Text = Annotated[str, AfterValidator(_encodable)]
 StopString = Annotated[Text, Field(min_length=1, max_length=200)]
+Stops = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+Ids = Annotated[list[int], Field(min_length=1)]
 Penalty = Annotated[Any, unserved(0, 0.0)]
 
 
@@ -57,6 +63,12 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: Text
+
+
+TEXT_OR_LIST = Discriminator(_text_or_list)  # so that an error tells of the form that was meant
+Content = Annotated[Annotated[Text, Tag("text")] | Annotated[list[TextPart], Tag("list")], TEXT_OR_LIST]
+Stop = Annotated[Annotated[StopString, Tag("text")] | Annotated[Stops, Tag("list")], TEXT_OR_LIST]
+Prompt = Annotated[Annotated[Text, Field(min_length=1), Tag("text")] | Annotated[Ids, Tag("list")], TEXT_OR_LIST]
 
 
 class CalledFunction(Body):
@@ -94,7 +106,7 @@ class ChatMessage(Body):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant", "tool", "developer"]
-    content: Text | list[TextPart] | None = None
+    content: Content | None = None
     name: Text | None = None
     tool_calls: list[ToolCall] = []
     tool_call_id: Text | None = None
@@ -146,7 +158,7 @@ class GenerationRequest(Body):
     min_p: float = Field(default=0.0, ge=0, lt=1)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=10)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: Stop | None = None
     n: Literal[1] = 1
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -211,7 +223,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions"""
 
-    prompt: Annotated[Text, Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
+    prompt: Prompt
 
     best_of: Annotated[Any, unserved(1)] = None
     echo: Annotated[Any, unserved(False)] = None
