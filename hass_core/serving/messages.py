@@ -9,10 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hass_core.data.templates import SkippedConversation, render, tokenize
+from hass_core.data.rendering import Message, SkippedConversation, render, tokenize
 from hass_core.errors import BadInput
-
-Message = dict[str, Any]
 
 
 def prompt_of_messages(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
@@ -36,10 +34,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> st
     try:
         return render(tokenizer, messages, add_generation_prompt=True)
     except SkippedConversation as problem:
-        reason = problem.reason
-    except Exception as error:  # a template is a program of the model's maker: anything may go wrong in it
-        reason = f"{type(error).__name__}: {error}"
-    raise BadInput(f"the chat template cannot render these messages: {reason}")
+        raise BadInput(f"the chat template cannot render these messages: {problem.reason}") from None
 
 
 def _marked(message: Message, where: str, mark: Callable[[str], str]) -> Message:
