@@ -5,6 +5,7 @@ reads a preset or a file and applies overrides. Derived quantities are methods e
 """
 
 import os
+import re
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -53,17 +54,59 @@ class PromptsConfig(Settings):
 
     builtin: bool = Field(default=True, description="Use the project's own training prompts")
     files: tuple[str, ...] = Field(
-        default=(), description="JSONL or Parquet files in messages, ShareGPT or Alpaca form"
+        default=(),
+        description="JSONL, JSON or Parquet files, folders of them or patterns (s3://bucket/traffic/2026-*/): "
+        "conversations in messages, ShareGPT or Alpaca form, or logs of OpenAI-style requests",
     )
     datasets: tuple[str, ...] = Field(
-        default=(), description="Names for `datasets.load_dataset`, as NAME or NAME:SPLIT"
+        default=(), description="Hugging Face data sets or folders, as NAME, NAME:SPLIT or NAME@REVISION:SPLIT"
+    )
+    newest: int | None = Field(
+        default=None, ge=1, description="Of files and data sets, only so many newest conversations"
+    )
+    last_days: float | None = Field(
+        default=None, gt=0, description="Of files and data sets, only conversations of so many days back from now"
+    )
+    time_field: str | None = Field(
+        default=None,
+        description="A row's field with its time, for `newest` and `last_days`, as NAME or OUTER.INNER; "
+        "None = the time its file was modified",
+    )
+    mask_patterns: tuple[str, ...] = Field(
+        default=(),
+        description="Regular expressions of personal data in files and data sets, masked before anything is stored; "
+        "the name of a group, (?P<EMAIL>...), stands in its place",
+    )
+    mask_command: str | None = Field(
+        default=None, description="A command that masks: a JSON string on each line in, as many masked ones out"
     )
     self_written: int = Field(default=0, ge=0, le=50_000_000, description="Number of prompts the target writes itself")
+    self_written_share: float = Field(
+        default=0, ge=0, lt=1, description="In place of `self_written`: the share that it writes of all prompts"
+    )
     max_prompts: int | None = Field(default=None, ge=1, description="Keep at most this many prompts")
     max_prompt_tokens: int = Field(default=512, ge=8, description="Longer prompts are skipped and counted")
     near_duplicate_similarity: float = Field(
         default=0.8, gt=0, le=1, description="Prompts with a MinHash similarity above this count as duplicates"
     )
+
+    @property
+    def has_window(self) -> bool:
+        """Whether only the newest conversations of files and data sets are taken."""
+        return self.newest is not None or self.last_days is not None
+
+    @model_validator(mode="after")
+    def _check(self) -> "PromptsConfig":
+        for pattern in self.mask_patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"prompts.mask_patterns: {pattern!r} is no regular expression: {error}") from None
+        if self.has_window and self.datasets and not self.time_field:
+            raise ValueError("prompts.newest and prompts.last_days need prompts.time_field for prompts.datasets")
+        if self.self_written and self.self_written_share:
+            raise ValueError("give prompts.self_written or prompts.self_written_share, not both")
+        return self
 
 
 class SamplingShare(Settings):

@@ -8,10 +8,9 @@ Every file is read to its end before anything slow begins, so a broken line is r
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from datetime import UTC, datetime
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,14 +25,16 @@ from hass_core.data.holdout import (
     packaged_prompts,
     user_turns,
 )
+from hass_core.data.live import Sources, conversations_of, newest_of, resolve
+from hass_core.data.masking import Mask
 from hass_core.data.quality import diversity, metric_name, prompt_problem
 from hass_core.data.selection import Selection
 from hass_core.data.self_written import rounds_of_texts
-from hass_core.data.sources import Skipped, read_dataset, read_file
+from hass_core.data.sources import Skipped
 from hass_core.data.templates import check_template
 from hass_core.errors import BadInput, HassError
 from hass_core.progress import Progress, no_progress
-from hass_core.store import Artifact, StageFolder, Store, digest_of, sha256_of
+from hass_core.store import Artifact, StageFolder, Store, digest_of
 from hass_core.target_model.loader import Target
 
 STEP_VERSION = (
@@ -59,23 +60,26 @@ MIN_YIELD = 0.05  # give up when fewer texts than this are usable
 def collect_prompts(config: RunConfig, store: Store, target: Target, progress: Progress = no_progress) -> Artifact:
     """Collect the training prompts. Raises BadInput, TemplateError or LeakedBenchmark before any long work."""
     forbidden = forbidden_questions(config.evaluation)
-    folder = store.stage("prompts", _key(config, target, sorted(forbidden.hashes)))
+    sources = resolve(config.prompts)
+    window = _window(config, sources)
+    folder = store.stage("prompts", _key(config, target, sorted(forbidden.hashes), sources, window))
     if done := folder.artifact():
         return done
     check_template(target.tokenizer, target.eos_token_ids)
     selection = Selection(config.prompts, target.tokenizer, forbidden)
-    for candidate in _given(config):
+    for candidate in _given(config, sources, window):
         if selection.full:
             break
         selection.consider(candidate)
     given = len(selection.kept)
-    if config.prompts.self_written and not selection.full:
-        _add_self_written(config, target, selection, folder, progress)
+    wanted = _wanted(config, given)
+    if wanted and not selection.full:
+        _add_self_written(config, target, selection, folder, progress, wanted)
     if not selection.kept:
         raise BadInput(f"no prompt is left: {_told(selection.reasons())}; add prompts.files or prompts.self_written")
     assert_no_leak((text for record in selection.kept for text in user_turns(record)), forbidden.hashes)
     _write(folder, selection)
-    return folder.finish(_summary(selection, given, config.prompts.self_written))
+    return folder.finish(_summary(selection, given, wanted) | _resolved(sources, window))
 
 
 def read_prompts(store: Store, artifact: Artifact) -> list[Record]:
@@ -89,47 +93,68 @@ def _record(row: dict[str, Any]) -> Record:
     return Record(row["id"], row["category"], row["source"], tuple(messages), tools)
 
 
-def _key(config: RunConfig, target: Target, forbidden_hashes: list[str]) -> dict[str, Any]:
+def _key(
+    config: RunConfig,
+    target: Target,
+    forbidden_hashes: list[str],
+    sources: Sources,
+    window: list[Record | Skipped] | None,
+) -> dict[str, Any]:
+    writes = config.prompts.self_written or config.prompts.self_written_share
     return {
         "prompts": config.prompts.model_dump(),
-        "files": [_content(file) for file in config.prompts.files],
+        "sources": sources.key() if window is None else digest_of([_told_apart(item) for item in window]),
+        "mask": Mask.of(config.prompts).key(),
         "builtin": digest_of([r.messages for r in packaged_prompts(TRAINING_FILE)]) if config.prompts.builtin else None,
         "forbidden": digest_of(forbidden_hashes),
-        "target": target.identity.parts(*(() if config.prompts.self_written else ("tokenizer", "template"))),
-        "dtype": str(target.dtype) if config.prompts.self_written else None,
+        "target": target.identity.parts(*(() if writes else ("tokenizer", "template"))),
+        "dtype": str(target.dtype) if writes else None,
         "seed": config.seed,
         "version": STEP_VERSION,
     }
 
 
-def _content(file: str) -> str:
-    """What identifies a file's content: its SHA-256, or the remote store's own tag."""
-    if "://" not in file:
-        if not Path(file).is_file():
-            raise BadInput(f"{file}: no such file; check prompts.files")
-        return sha256_of(Path(file))
-    filesystem, path = fsspec.core.url_to_fs(file)
-    return filesystem.ukey(path)
+def _window(config: RunConfig, sources: Sources) -> list[Record | Skipped] | None:
+    """The newest conversations, masked; None where all are taken and need not be read to know what they are."""
+    if not config.prompts.has_window:
+        return None
+    return list(Mask.of(config.prompts).masked(newest_of(sources, config.prompts)))
 
 
-def _given(config: RunConfig) -> Iterator[Record | Skipped]:
+def _told_apart(item: Record | Skipped) -> list[Any]:
+    if isinstance(item, Skipped):
+        return [item.id, item.reason]
+    return [item.id, item.category, item.messages, item.tools]
+
+
+def _given(config: RunConfig, sources: Sources, window: list[Record | Skipped] | None) -> Iterator[Record | Skipped]:
     if config.prompts.builtin:
         yield from packaged_prompts(TRAINING_FILE, source="builtin")
-    names = Counter(Path(file).name.split(".")[0] for file in config.prompts.files)
-    for number, file in enumerate(config.prompts.files, start=1):
-        name = Path(file).name.split(".")[0]
-        yield from read_file(file, name if names[name] == 1 else f"{name}-{number}")
-    for name in config.prompts.datasets:
-        yield from read_dataset(name)
+    yield from window if window is not None else Mask.of(config.prompts).masked(conversations_of(sources))
+
+
+def _wanted(config: RunConfig, given: int) -> int:
+    """How many prompts the target writes, beside those given."""
+    share = config.prompts.self_written_share
+    return config.prompts.self_written or round(given * share / (1 - share))
+
+
+def _resolved(sources: Sources, window: list[Record | Skipped] | None) -> dict[str, Any]:
+    """What the sources were when the run began; the key holds all of it."""
+    found: dict[str, Any] = {f"revision/{dataset.name}": dataset.revision for dataset in sources.datasets}
+    if sources.files:
+        newest = datetime.fromtimestamp(max(file.modified for file in sources.files), UTC)
+        found |= {"files": len(sources.files), "newest_file": newest.isoformat(timespec="seconds")}
+    return found if window is None else found | {"in_window": len(window)}
 
 
 def _add_self_written(
-    config: RunConfig, target: Target, selection: Selection, folder: StageFolder, progress: Progress
+    config: RunConfig, target: Target, selection: Selection, folder: StageFolder, progress: Progress, wanted: int
 ) -> None:
     """Sample until enough texts are usable. While a thread judges one round, the next ones are sampled."""
     engine = LocalEngine(target, config.responses.max_sequences_per_batch)
     max_tokens = min(config.prompts.max_prompt_tokens, SELF_WRITTEN_MAX_TOKENS)
-    judge, number = _Judge(selection, config.prompts.self_written), 0
+    judge, number = _Judge(selection, wanted), 0
     with ThreadPoolExecutor(1) as thread:
         while judge.open:
             count, judged = max(64, int(1.5 * judge.missing)), thread.submit(judge.judge, [], number)

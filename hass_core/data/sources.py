@@ -11,9 +11,9 @@ import json
 import lzma
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
@@ -48,13 +48,15 @@ class Row:
     value: Any
 
 
-def read_file(path: str | Path, source: str | None = None) -> Iterator[Record | Skipped]:
-    """All conversations of one file; `source` names it in their ids (default: the file's name up to the first dot).
+def read_file(path: str | Path, source: str | None = None, prefix: str | None = None) -> Iterator[Record | Skipped]:
+    """All conversations of one file; `source` names it (default: the file's name up to the first dot).
+
+    `prefix` begins their ids (default: the source).
 
     Raises BadInput naming file and line (or row) of the first broken record.
     """
     source = source or PurePosixPath(str(path)).name.split(".")[0]
-    return parsed(rows_of(path), source)
+    return unique(conversation(row, source, prefix) for row in rows_of(path))
 
 
 def read_dataset(name: str, revision: str | None = None) -> Iterator[Record | Skipped]:
@@ -62,24 +64,19 @@ def read_dataset(name: str, revision: str | None = None) -> Iterator[Record | Sk
 
     Raises BadInput when the dataset cannot be opened or a row has no known form.
     """
-    return parsed(dataset_rows(name, revision), PurePosixPath(split_name(name)[0]).name)
+    source = PurePosixPath(split_name(name)[0]).name
+    return unique(conversation(row, source) for row in dataset_rows(name, revision))
 
 
-def parsed(rows: Iterator[Row], source: str) -> Iterator[Record | Skipped]:
-    """Rows as conversations. Raises BadInput for a broken one."""
-    seen: set[str] = set()
-    for row in rows:
-        yield _unique(conversation(row, source), seen)
-
-
-def conversation(row: Row, source: str) -> Record | Skipped:
-    """A row as a conversation. Raises BadInput with its place when it is broken."""
+def conversation(row: Row, source: str, prefix: str | None = None) -> Record | Skipped:
+    """A row as a conversation; `prefix` begins its id (default: its source). Raises BadInput when it is broken."""
+    prefix = prefix or source
     try:
-        return parse_row(row.value, source, row.number)
+        return replace(parse_row(row.value, prefix, row.number), source=source)
     except BrokenRow as problem:
         raise BadInput(f"{row.where}: {problem}") from None
     except Unusable as problem:
-        return Skipped(f"{source}/{name_of(row.value, row.number)}", source, str(problem))
+        return Skipped(f"{prefix}/{name_of(row.value, row.number)}", source, str(problem))
 
 
 def rows_of(path: str | Path) -> Iterator[Row]:
@@ -92,10 +89,13 @@ def rows_of(path: str | Path) -> Iterator[Row]:
         raise BadInput(f"{path}: cannot be read: {error}") from error
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Path and split of a dataset given as NAME or NAME:SPLIT."""
-    path, _, split = (name, "", "") if Path(name).exists() else name.partition(":")
-    return path, split or "train"
+def split_name(name: str) -> tuple[str, str | None, str]:
+    """Path, revision and split of a dataset given as NAME, NAME:SPLIT, NAME@REVISION or NAME@REVISION:SPLIT."""
+    if Path(name).exists():
+        return name, None, "train"
+    path, _, split = name.partition(":")
+    path, _, revision = (path, "", "") if Path(path).exists() else path.partition("@")
+    return path, revision or None, split or "train"
 
 
 def dataset_rows(name: str, revision: str | None = None) -> Iterator[Row]:
@@ -104,21 +104,21 @@ def dataset_rows(name: str, revision: str | None = None) -> Iterator[Row]:
         from datasets import load_dataset
     except ImportError:
         raise BadInput(f"reading the dataset {name} needs the package datasets: pip install datasets") from None
-    path, split = split_name(name)
+    path, named, split = split_name(name)
     try:
-        rows = load_dataset(path, split=split, revision=revision, streaming=True)
+        rows = load_dataset(path, split=split, revision=revision or named, streaming=True)
         for number, row in enumerate(rows, start=1):
             yield Row(f"dataset {name}, row {number}", number, row)
     except (OSError, ValueError, RuntimeError) as error:  # not found, no such split, no connection
         raise BadInput(f"cannot open the dataset {name}: {error}") from error
 
 
-def _unique(item: Record | Skipped, seen: set[str]) -> Record | Skipped:
+def unique(items: Iterable[Record | Skipped]) -> Iterator[Record | Skipped]:
     """Two rows with one id would overwrite each other later: the second is skipped."""
-    if item.id in seen:
-        return Skipped(item.id, item.source, "id used twice")
-    seen.add(item.id)
-    return item
+    seen: set[str] = set()
+    for item in items:
+        yield Skipped(item.id, item.source, "id used twice") if item.id in seen else item
+        seen.add(item.id)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from hass_core.config import parse_config
 from hass_core.data import responses
 from hass_core.data.language import language_gate
 from hass_core.data.prompts import collect_prompts
-from hass_core.data.responses import _key, generate_responses
+from hass_core.data.responses import generate_responses
 from hass_core.errors import ConfigError
 from tests.data.test_responses import Script, answer_with
 
@@ -52,10 +52,3 @@ def test_the_stage_counts_what_it_drops(store, tiny_target, tmp_path, monkeypatc
     artifact = generate_responses(config, collect_prompts(config, store, tiny_target), store, tiny_target)
     assert artifact.summary["conversations"] == 1
     assert artifact.summary["skipped/answer in another language fr"] == 1
-
-
-def test_stores_from_before_the_setting_stay_valid(store, tiny_target):
-    prompts = collect_prompts(parse_config({}), store, tiny_target)
-    assert "languages" not in _key(parse_config({}), prompts, tiny_target)["responses"]
-    chosen = parse_config({"responses": {"languages": ["en"]}})
-    assert _key(chosen, prompts, tiny_target)["responses"]["languages"] == ("en",)

@@ -1,6 +1,5 @@
 """The responses stage: every prompt is answered or accounted for, and nothing finished is done twice."""
 
-import dataclasses
 import json
 
 import pyarrow.parquet as pq
@@ -16,6 +15,7 @@ from hass_core.data.responses import Journal, generate_responses
 from hass_core.data.templates import encode_conversation, supervised_runs, tokenize
 from hass_core.errors import HassError
 from hass_core.features.tokenised import encode_part
+from hass_core.target_model.loader import freeze
 from tests.conftest import byte_tokenizer
 from tests.data.test_askable import CALLED, TOOL, WITH_TOOLS
 
@@ -266,7 +266,7 @@ def test_the_sampling_mix_keeps_its_shares_and_each_conversation_its_setting():
 def test_tools_and_calls_pass_through_the_stages_to_the_tokens(run, store, tiny_target, tmp_path, monkeypatch):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = WITH_TOOLS
-    target = dataclasses.replace(tiny_target, tokenizer=tokenizer, template_hash="with tools")
+    target = freeze(tiny_target.model, tokenizer, name="tiny")
     file = tmp_path / "calls.jsonl"
     file.write_text(json.dumps({"id": "c", "messages": CALLED, "tools": [TOOL]}) + "\n")
     run = run.model_copy(update={"prompts": run.prompts.model_copy(update={"files": (str(file),)})})
