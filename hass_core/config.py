@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from hass_core.errors import ConfigError
 from hass_core.settings import Settings, apply_override, read_toml, validated
@@ -148,25 +148,38 @@ class ResponsesConfig(Settings):
 class FeaturesConfig(Settings):
     """How the target's hidden states are stored."""
 
+    removed: ClassVar[dict[str, str]] = {
+        "conversations_per_shard": "decided nothing and is gone; responses.conversations_per_shard sets it",
+    }
+
     max_tokens_per_conversation: int = Field(default=2048, ge=16, description="Longer conversations are cut")
     max_tokens_per_batch: int = Field(default=16_384, ge=16, description="Tokens of one forward pass, padding included")
-    encoding: Literal["bf16", "bf16-planes-zstd", "fp8", "int8", "none"] = Field(
+    encoding: Literal["bf16", "int8", "none"] = Field(
         default="bf16",
-        description="bf16 and its byte planes are lossless; fp8 and int8 halve the space; "
+        description="bf16 is lossless; int8 halves the space; "
         "none stores no features: the target makes them again while training",
     )
     row_group_mb: int = Field(default=64, ge=1, le=1024, description="Megabytes of one Parquet row group")
-    conversations_per_shard: int = Field(default=512, ge=1, description="Rows of one Parquet file")
     validation_fraction: float = Field(default=0.05, ge=0, lt=0.5, description="Conversations kept from training")
+
+    @field_validator("encoding", mode="before")
+    @classmethod
+    def _still_there(cls, encoding: object) -> object:
+        if encoding in ("fp8", "bf16-planes-zstd"):
+            raise ValueError(f'features.encoding = {encoding!r} is gone: "bf16" is lossless, "int8" halves the space')
+        return encoding
 
 
 class DraftConfig(Settings):
     """The draft model's own choices; all else follows the target."""
 
+    removed: ClassVar[dict[str, str]] = {
+        "fc_bias": "is gone: vLLM cannot serve such a draft; one that has the bias keeps it where it is loaded",
+    }
+
     vocab_size: int | None = Field(
         default=None, ge=16, description="Draft only among this many most frequent tokens; None = the full vocabulary"
     )
-    fc_bias: bool = Field(default=False, description="Bias on the fusion layer; vLLM cannot serve one")
     start: Literal["random", "least_squares"] = Field(
         default="least_squares", description="least_squares fits fc to the features in closed form before training"
     )
@@ -179,6 +192,12 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 class TrainingConfig(Settings):
     """HASS distillation (arXiv 2408.15766): harmonized context alignment and objective distillation."""
 
+    removed: ClassVar[dict[str, str]] = {
+        "packs_per_batch": "is gone: set packs_per_step, the packs of an optimizer step over all processes",
+        "accumulation_steps": "is gone: it follows from packs_per_step and packs_per_micro_batch",
+        "renormalize_top_k": "is gone: no result was better for it; the Top-K loss is as in the paper",
+    }
+
     align_steps: int = Field(default=3, ge=1, le=8, description="n: alignment steps per batch; 1 = EAGLE-2 training")
     step_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
         default=None, description="Weight of each step's loss; None = all 1"
@@ -188,7 +207,6 @@ class TrainingConfig(Settings):
     top_k_weight: float = Field(default=1.0, ge=0, description="Weight of the Top-K loss; 0 = EAGLE-2's objective")
     soft_ce_weight: float = Field(default=0.1, ge=0, description="Weight of the soft cross-entropy")
     regression_weight: float = Field(default=1.0, ge=0, description="Weight of the smooth-L1 feature regression")
-    renormalize_top_k: bool = Field(default=False, description="Renormalise the target's probabilities on the top K")
     feature_noise: float = Field(
         default=0.0, ge=0, le=1, description="Half width of the uniform noise on input features"
     )
@@ -196,8 +214,15 @@ class TrainingConfig(Settings):
     passes: float = Field(default=10, gt=0, le=1000, description="Times the training data is seen")
     max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimizer steps")
     tokens_per_pack: int = Field(default=2048, ge=32, description="Tokens of one packed row")
-    packs_per_batch: int = Field(default=1, ge=1, description="Rows of one micro-batch and process")
-    accumulation_steps: int = Field(default=1, ge=1, description="Micro-batches of one optimizer step")
+    packs_per_step: int = Field(
+        default=1, ge=1, description="Packs of one optimizer step, over all processes: a multiple of their number"
+    )
+    packs_per_micro_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="Packs of which a process computes gradients at once, for memory's sake: the result is the same; "
+        "None = all of its share",
+    )
 
     optimizer: Literal["adamw", "muon"] = Field(
         default="adamw", description="muon: matrices by Muon, the rest by AdamW"

@@ -3,7 +3,7 @@
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -19,6 +19,7 @@ class Settings(BaseModel):
     """Base of all settings: immutable, and a misspelt key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    removed: ClassVar[dict[str, str]] = {}  # settings of earlier versions, and what to do instead
 
     @model_validator(mode="after")
     def _recordable(self) -> "Settings":
@@ -94,7 +95,7 @@ def _explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     kind, given = problem["type"], f"{name} = {problem['input']!r}"
     if kind == "extra_forbidden":
-        return f"{name}: no such setting{_nearest(problem['loc'], model)}"
+        return _unknown(name, problem["loc"], model)
     if kind == "value_error":  # our own checks: the message names the setting
         return problem["msg"].removeprefix("Value error, ")
     if kind == "model_type":
@@ -105,10 +106,13 @@ def _explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
     return f"{given}: {problem['msg'].lower()}"
 
 
-def _nearest(location: tuple[Any, ...], model: type[BaseModel]) -> str:
-    section = _section(location, model)
-    matches = difflib.get_close_matches(str(location[-1]), section.model_fields if section else (), n=1)
-    return f"; did you mean {'.'.join(map(str, (*location[:-1], matches[0])))}?" if matches else ""
+def _unknown(name: str, location: tuple[Any, ...], model: type[BaseModel]) -> str:
+    section, key = _section(location, model), str(location[-1])
+    if section and issubclass(section, Settings) and key in section.removed:
+        return f"{name} {section.removed[key]}"
+    matches = difflib.get_close_matches(key, section.model_fields if section else (), n=1)
+    nearest = f"; did you mean {'.'.join(map(str, (*location[:-1], matches[0])))}?" if matches else ""
+    return f"{name}: no such setting{nearest}"
 
 
 def _field(location: tuple[Any, ...], model: type[BaseModel]) -> FieldInfo | None:
@@ -117,11 +121,12 @@ def _field(location: tuple[Any, ...], model: type[BaseModel]) -> FieldInfo | Non
 
 
 def _section(location: tuple[Any, ...], model: type[BaseModel]) -> type[BaseModel] | None:
-    """The settings in which the last part of `location` stands; None inside a list or a section that may be absent."""
+    """The settings in which the last part of `location` stands; None inside a list."""
     for part in location[:-1]:
         field = model.model_fields.get(str(part))
         annotation = field.annotation if field else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        found = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not found:  # a section that may be absent is `Section | None`
             return None
-        model = annotation
+        model = found[0]
     return model

@@ -24,6 +24,15 @@ def test_every_preset_loads_under_its_own_name(name):
         ("training.passes", r"not of the form section\.key=value"),
         ("tracking.uri=http://me:secret@host", r"uri holds a password, .* give it by the environment"),
         ("store=s3://key:secret@bucket/x", r"store holds a password"),
+        ("training.packs_per_batch=8", r"training\.packs_per_batch is gone: set packs_per_step"),
+        (
+            "pretraining.accumulation_steps=8",
+            r"pretraining\.accumulation_steps is gone: it follows from packs_per_step",
+        ),
+        ("training.renormalize_top_k=true", r"training\.renormalize_top_k is gone: no result was better for it"),
+        ("draft.fc_bias=true", r"draft\.fc_bias is gone: vLLM cannot serve such a draft"),
+        ("features.conversations_per_shard=9", r"features\.conversations_per_shard decided nothing and is gone"),
+        ("features.encoding=fp8", r"features\.encoding = 'fp8' is gone: \"bf16\" is lossless, \"int8\" halves"),
     ],
 )
 def test_a_bad_setting_is_named_with_its_value(override, says):

@@ -69,7 +69,7 @@ def dense_outputs(draft: DraftModel, batch: PaddedBatch, features: Tensor, steps
 
 
 def _attended(draft: DraftModel, queries: Tensor, own: Sequence[Sequence[Tensor]], step: int) -> Tensor:
-    """[C, A, L, d]: one softmax over all sources' keys, each seen where the mask table says (hass.md 3.4)."""
+    """[C, A, L, d]: one softmax over all sources' keys, a row's own hops seen on their diagonals."""
     architecture, length = draft.architecture, queries.shape[2]
     groups = architecture.num_attention_heads // architecture.num_key_value_heads
     row = torch.arange(length, device=queries.device)
@@ -90,8 +90,7 @@ def dense_loss(outputs: Sequence[Tensor], batch: PaddedBatch, head: DraftHead, o
     """The loss of a whole optimizer step. Every distribution is there in full; no draft vocabulary is trimmed."""
     wanted = F.pad(batch.features[:, 1:], (0, 0, 0, 1))
     q = head.logits(wanted).softmax(-1, dtype=torch.float32)
-    in_full, best = q.topk(objective.k)
-    top = in_full / in_full.sum(-1, keepdim=True) if objective.renormalize else in_full
+    top, best = q.topk(objective.k)
     supervised = batch.supervised(len(outputs))
     losses = []
     for output, mask, weight in zip(outputs, supervised, objective.step_weights, strict=True):

@@ -7,8 +7,8 @@ for each anchor and step, the causal half of attention, the head once for the ta
 recomputed, no row that is not needed. The conversations have random tokens and features, a prompt of a fifth of their
 length and lengths around 330 tokens.
 
-With --twin the plain twin (twin.py) trains on the same conversations, in PyTorch's eager operations; where its memory
-does not suffice, on half as many packs to a step, and so on. The record says how many it took.
+With --twin the plain twin (dense_twin.py) trains on the same conversations, in PyTorch's eager operations; where its
+memory does not suffice, on half of them, and so on. The record says how many it took.
 """
 
 import gc
@@ -25,19 +25,17 @@ from accelerate import Accelerator
 
 from hass_core.bench.dense_twin import PaddedBatch, dense_loss, dense_outputs, side_by_side
 from hass_core.cli import main
-from hass_core.config import TrainingConfig, TreeConfig
+from hass_core.config import TrainingConfig
 from hass_core.draft_model.architecture import DraftArchitecture
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
 from hass_core.store.provenance import provenance
 from hass_core.target_model.loader import choose_device, choose_dtype
-from hass_core.training.alignment import Alignment
-from hass_core.training.batch import Batch, collate
-from hass_core.training.loop import Run, train_step
-from hass_core.training.optim import make_optimizers
+from hass_core.training.batch import Batch, collate, rounded_up
+from hass_core.training.feed import Division
 from hass_core.training.packing import packs_of_pass
-from hass_core.training.padding import padded, shape_step
-from hass_core.training.sharding import can_be_captured, distribute
+from hass_core.training.sharding import make_accelerator
+from hass_core.training.step import Trainer, train_step
 
 LLAMA3_ROPE = {"rope_type": "default", "rope_theta": 500_000.0}
 SHAPES: dict[str, dict[str, int]] = {
@@ -70,27 +68,29 @@ def bench_training(
     twin: bool = False,
 ) -> dict[str, object]:
     """Train for `steps` timed optimizer steps; the figures as a flat record."""
-    accelerator = Accelerator(cpu=choose_device(device).type == "cpu")
+    accelerator = make_accelerator(choose_device(device))
     where = accelerator.device
-    accumulation_steps = config.accumulation_steps
-    run = _make_run(SHAPES[shape], config, accelerator, draft_vocabulary)
-    talks = _talks(SHAPES[shape], config, conversation_tokens, count=STEPS_OF_DATA * accumulation_steps)
+    trainer = make_trainer(SHAPES[shape], config, accelerator, draft_vocabulary)
+    share = Division(config.packs_per_step, config.packs_per_micro_batch, accelerator.num_processes)
+    in_step = len(share.own([[]] * config.packs_per_step))
+    talks = make_talks(SHAPES[shape], config, conversation_tokens, share.micro_batch, STEPS_OF_DATA * in_step)
     batches = [collate(group, config.align_steps) for group in talks]
-    fed = [padded(batch, shape_step(config)) for batch in batches] if run.captured else batches
+    tokens_per_batch = share.micro_batch * config.tokens_per_pack
+    fed = [rounded_up(batch, tokens_per_batch) for batch in batches] if trainer.captured else batches
     if where.type == "cuda":
         fed = [batch.pin_memory() for batch in fed]
         torch.cuda.reset_peak_memory_stats()
-    of_step = [slice(i, i + accumulation_steps) for i in range(0, len(fed), accumulation_steps)]
-    seconds = _seconds(lambda i: train_step(run, fed[of_step[i % len(of_step)]], i), 3 * len(of_step), steps, where)
+    of_step = [slice(i, i + in_step) for i in range(0, len(fed), in_step)]
+    seconds = _seconds(lambda i: train_step(trainer, fed[of_step[i % len(of_step)]], i), 3 * len(of_step), steps, where)
     timed = [batch for i in range(steps) for batch in batches[of_step[i % len(of_step)]]]
     tokens = sum(batch.num_tokens for batch in timed) / steps
-    flops = sum(needed_flops(run.alignment.draft.architecture, run.head.size, batch) for batch in timed) / steps
+    flops = sum(needed_flops(trainer.draft.architecture, trainer.head.size, batch) for batch in timed) / steps
     memory = _memory(where)
     rate = matmul_rate(where)
     record = {
         "shape": shape, "align_steps": config.align_steps, "tokens_per_pack": config.tokens_per_pack,
-        "packs_per_batch": config.packs_per_batch, "accumulation_steps": accumulation_steps,
-        "conversation_tokens": conversation_tokens, "draft_vocabulary": run.head.size,
+        "packs_per_step": config.packs_per_step, "packs_per_micro_batch": share.micro_batch,
+        "conversation_tokens": conversation_tokens, "draft_vocabulary": trainer.head.size,
         "optimizer": config.optimizer, "compiled": config.compile, "recompute": config.recompute,
         "processes": accelerator.num_processes,
         "tokens_per_second": round(accelerator.num_processes * tokens / seconds), "step_ms": round(1e3 * seconds, 2),
@@ -103,43 +103,43 @@ def bench_training(
     }  # fmt: skip
     if twin:
         del fed
-        run.backward = None  # pyright: ignore[reportAttributeAccessIssue]  # and with it the graphs' memory
-        plain = bench_twin(run, talks[0], steps)
+        vars(trainer).pop("backward")  # and with it the graphs' memory
+        plain = bench_twin(trainer, talks[0], steps)
         record |= plain | {
             "times_twin": round(accelerator.num_processes * tokens / seconds / plain["twin_tokens_per_second"], 1)
         }
     return record
 
 
-def bench_twin(run: Run, talks: list["Talk"], steps: int) -> dict[str, Any]:
+def bench_twin(trainer: Trainer, talks: list["Talk"], steps: int) -> dict[str, Any]:
     """Figures of the plain twin on as many of the conversations as its memory allows: all, half of them, a quarter…"""
-    where, packs = run.accelerator.device, run.config.packs_per_batch
+    where, share = trainer.accelerator.device, 1.0
     while True:
         batch = side_by_side(talks).to(where)
         _memory(where, reset=True)
         try:
-            seconds = _seconds(lambda _, batch=batch: _twin_step(run, batch), 2, steps, where)
+            seconds = _seconds(lambda _, batch=batch: _twin_step(trainer, batch), 2, steps, where)
         except torch.OutOfMemoryError:
-            packs, talks = packs / 2, talks[::2]
+            share, talks = share / 2, talks[::2]
             if len(talks) == 1:
                 raise
             continue
         tokens = sum(len(talk.token_ids) for talk in talks)
         return {
             "twin_tokens_per_second": round(tokens / seconds), "twin_step_ms": round(1e3 * seconds, 2),
-            "twin_packs_per_batch": packs, "twin_conversations": len(talks), "twin_tokens_per_step": tokens,
+            "twin_share_of_batch": share, "twin_conversations": len(talks), "twin_tokens_per_step": tokens,
             **{f"twin_{name}": value for name, value in _memory(where).items()},
         }  # fmt: skip
 
 
-def _twin_step(run: Run, batch: PaddedBatch) -> None:
-    draft = run.alignment.draft
-    with torch.autocast(batch.features.device.type, run.dtype, enabled=run.dtype != torch.float32):
-        outputs = dense_outputs(draft, batch, batch.features.to(run.dtype), run.config.align_steps)
-        loss = dense_loss(outputs, batch, run.head, run.objective)
+def _twin_step(trainer: Trainer, batch: PaddedBatch) -> None:
+    draft = trainer.draft
+    with torch.autocast(batch.features.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
+        outputs = dense_outputs(draft, batch, batch.features.to(trainer.dtype), trainer.config.align_steps)
+        loss = dense_loss(outputs, batch, trainer.head, trainer.objective)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(draft.parameters(), run.config.clip_norm or math.inf)
-    for optimizer in run.optimizers:
+    torch.nn.utils.clip_grad_norm_(draft.parameters(), trainer.config.clip_norm or math.inf)
+    for optimizer in trainer.optimizers:
         optimizer.step()
         optimizer.zero_grad()
 
@@ -172,41 +172,34 @@ def matmul_rate(device: torch.device) -> float:
     return 10 * 2.0 * size**3 / (time.perf_counter() - start)
 
 
-def _make_run(shape: dict[str, int], config: TrainingConfig, accelerator: Accelerator, vocabulary: int | None) -> Run:
+def make_trainer(
+    shape: dict[str, int], config: TrainingConfig, accelerator: Accelerator, vocabulary: int | None = None
+) -> Trainer:
+    """A trainer of a random draft; `vocabulary`: of so many tokens."""
     device = accelerator.device
-    dtype = choose_dtype("auto", device)
     architecture = DraftArchitecture(
         hidden_size=shape["hidden"], intermediate_size=shape["inner"], num_attention_heads=shape["heads"],
         num_key_value_heads=shape["groups"], head_dim=shape["head_dim"], vocab_size=shape["vocabulary"],
         max_position_embeddings=8192, rope_parameters=LLAMA3_ROPE,
     )  # fmt: skip
-    embedding = (0.02 * torch.randn(shape["vocabulary"], shape["hidden"], device=device)).to(dtype)
-    draft = DraftModel(architecture, embedding)
-    alignment = Alignment(draft, config.align_steps, recompute=config.recompute)
-    if config.compile:
-        alignment.compile_parts()
-    captured = config.compile and can_be_captured(accelerator)
-    wrapped = distribute(alignment, accelerator, captured)
+    embedding = 0.02 * torch.randn(shape["vocabulary"], shape["hidden"], device=device)
+    embedding = embedding.to(choose_dtype("auto", device))
     head = DraftHead.from_target(embedding, torch.arange(vocabulary) if vocabulary else None)
-    return Run(
-        config=config, seed=0, accelerator=accelerator, alignment=alignment, wrapped=wrapped,
-        head=head, optimizers=make_optimizers(draft, config), average=None, held=[], answers=[],
-        tree=TreeConfig(), dtype=dtype, folder=None, metrics=None,  # pyright: ignore
-        packs_per_step=config.packs_per_batch, packs_per_pass=1,
-        captured=captured,
-    )  # fmt: skip
+    return Trainer.of(config, 0, accelerator, DraftModel(architecture, embedding), head)
 
 
-def _talks(shape: dict[str, int], config: TrainingConfig, mean_tokens: int, count: int) -> list[list[Talk]]:
+def make_talks(
+    shape: dict[str, int], config: TrainingConfig, mean_tokens: int, packs_per_batch: int, count: int
+) -> list[list[Talk]]:
     """The conversations of `count` micro-batches."""
     generator = torch.Generator().manual_seed(0)
-    wanted = count * config.packs_per_batch * config.tokens_per_pack
+    wanted = count * packs_per_batch * config.tokens_per_pack
     spread = torch.rand(4 * wanted // mean_tokens + count, generator=generator)
     lengths = ((0.4 + 1.2 * spread) * mean_tokens).long().clamp(8, config.tokens_per_pack)
     if mean_tokens >= config.tokens_per_pack:
         lengths = torch.full_like(lengths, config.tokens_per_pack)
-    packs = packs_of_pass(lengths.numpy(), config.tokens_per_pack, 0, 0)[: count * config.packs_per_batch]
-    groups = [packs[i : i + config.packs_per_batch] for i in range(0, len(packs), config.packs_per_batch)]
+    packs = packs_of_pass(lengths.numpy(), config.tokens_per_pack, 0, 0)[: count * packs_per_batch]
+    groups = [packs[i : i + packs_per_batch] for i in range(0, len(packs), packs_per_batch)]
     return [[_talk(shape, int(lengths[i]), generator) for pack in group for i in pack] for group in groups]
 
 

@@ -60,9 +60,9 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps timed")] = 10,
     twin: Annotated[bool, typer.Option("--twin", help="Time the plain twin as well")] = False,
     align_steps: Annotated[int | None, typer.Option(help="training.align_steps")] = None,
-    packs_per_batch: Annotated[int | None, typer.Option(help="training.packs_per_batch; 8 without a file")] = None,
+    packs_per_step: Annotated[int | None, typer.Option(help="training.packs_per_step; 8 without a file")] = None,
     tokens_per_pack: Annotated[int | None, typer.Option(help="training.tokens_per_pack")] = None,
-    accumulation_steps: Annotated[int | None, typer.Option(help="training.accumulation_steps")] = None,
+    packs_per_micro_batch: Annotated[int | None, typer.Option(help="training.packs_per_micro_batch")] = None,
     optimizer: Annotated[str | None, typer.Option(help="training.optimizer")] = None,
     recompute: Annotated[bool | None, typer.Option("--recompute", help="training.recompute")] = None,
     compiled: Annotated[
@@ -74,19 +74,19 @@ def train(
 ) -> None:
     """Training on made-up conversations: tokens/s, memory, and how near the device's matrix rate that is.
 
-    Example: hass bench train --shape smollm2-135m --packs-per-batch 16 --twin
+    Example: hass bench train --shape smollm2-135m --packs-per-step 16 --twin
     """
     given = {
         "training.align_steps": align_steps,
-        "training.packs_per_batch": packs_per_batch,
+        "training.packs_per_step": packs_per_step,
         "training.tokens_per_pack": tokens_per_pack,
-        "training.accumulation_steps": accumulation_steps,
+        "training.packs_per_micro_batch": packs_per_micro_batch,
         "training.optimizer": optimizer,
         "training.recompute": recompute,
         "training.compile": compiled,
         "target.device": device,
     }
-    usual = ["training.packs_per_batch=8", "training.compile=true"]
+    usual = ["training.packs_per_step=8", "training.compile=true"]
     chosen = _settings(config, override, given, usual)
     _run("training", shape, chosen.training, chosen.target.device, conversation_tokens, draft_vocabulary, steps, twin)
 

@@ -1,7 +1,6 @@
-"""How features become bytes and back. bf16 and its byte planes are lossless; fp8 and int8 halve the space.
+"""How features become bytes and back. bf16 is lossless; int8 halves the space.
 
-Byte planes put all high bytes (sign and exponent, which hardly vary) before all low ones, so that zstd finds something
-to compress. fp8 and int8 keep one bfloat16 scale per token, written before the numbers.
+int8 keeps one bfloat16 scale per token, all of them written before the numbers.
 
 Shapes: L tokens, H hidden size.
 """
@@ -16,14 +15,13 @@ from torch import Tensor
 from hass_core.features.schema import Encoding
 
 BLOCK_WORDS = 512  # of eight bytes
-FP8_LARGEST = 448.0  # of float8_e4m3fn
 
 
 def bytes_per_token(encoding: Encoding, hidden_size: int) -> int:
     """Bytes of one token's features, before compression."""
     if encoding == "none":
         return 0
-    return 2 * hidden_size if encoding.startswith("bf16") else hidden_size + 2
+    return 2 * hidden_size if encoding == "bf16" else hidden_size + 2
 
 
 def encode(features: Tensor, encoding: Encoding) -> bytes | memoryview:
@@ -33,25 +31,14 @@ def encode(features: Tensor, encoding: Encoding) -> bytes | memoryview:
     exact = features.detach().to("cpu", torch.bfloat16).contiguous()
     if encoding == "bf16":
         return _raw(exact)
-    if encoding == "bf16-planes-zstd":
-        planes = exact.view(torch.uint8).view(-1, 2).T.contiguous()
-        return pa.compress(planes.numpy(), codec="zstd", asbytes=True)
     largest = exact.float().abs().amax(-1, keepdim=True).clamp(min=1e-12)
-    limit = FP8_LARGEST if encoding == "fp8" else 127.0
-    scale = (largest / limit).bfloat16()
-    scaled = exact.float() / scale.float()
-    if encoding == "fp8":
-        small = scaled.clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn)
-    else:
-        small = scaled.round().clamp(-127, 127).to(torch.int8)
+    scale = (largest / 127).bfloat16()
+    small = (exact.float() / scale.float()).round().clamp(-127, 127).to(torch.int8)
     return bytes(_raw(scale)) + bytes(_raw(small))
 
 
 def decode(data: pa.Buffer, num_tokens: int, hidden_size: int, encoding: Encoding) -> Tensor:
     """bfloat16 features [L, H]; for "bf16" a view of `data` without a copy. Raises ValueError on a wrong length."""
-    if encoding == "bf16-planes-zstd":
-        size = 2 * num_tokens * hidden_size
-        data = pa.decompress(data, decompressed_size=size, codec="zstd")
     expected = num_tokens * bytes_per_token(encoding, hidden_size)
     if data.size != expected:
         raise ValueError(f"{data.size} bytes where {num_tokens} tokens × {hidden_size} need {expected}")
@@ -60,10 +47,8 @@ def decode(data: pa.Buffer, num_tokens: int, hidden_size: int, encoding: Encodin
     numbers = torch.from_dlpack(pa.Array.from_buffers(pa.uint8(), data.size, [None, data]))
     if encoding == "bf16":
         return numbers.view(torch.bfloat16).view(num_tokens, hidden_size)
-    if encoding == "bf16-planes-zstd":
-        return numbers.view(2, -1).T.contiguous().view(torch.bfloat16).view(num_tokens, hidden_size)
     scale = numbers[: 2 * num_tokens].view(torch.bfloat16).view(-1, 1)
-    small = numbers[2 * num_tokens :].view(torch.float8_e4m3fn if encoding == "fp8" else torch.int8)
+    small = numbers[2 * num_tokens :].view(torch.int8)
     return (small.view(num_tokens, hidden_size).float() * scale.float()).bfloat16()
 
 

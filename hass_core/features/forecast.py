@@ -63,5 +63,5 @@ def refuse_if_too_large(expected: Forecast, store: Store) -> None:
     missing = expected.bytes * RESERVE - free
     raise StoreError(
         f"the features need {expected}, but {store.root} has only {free / 1e9:.2f} GB free: {missing / 1e9:.2f} GB too "
-        'little; free space, set features.encoding to "fp8" or "bf16-planes-zstd", or lower responses.max_conversations'
+        'little; free space, set features.encoding to "int8" or "none", or lower responses.max_conversations'
     )

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from hass_core.errors import CorruptFile, DraftMismatch
@@ -297,6 +298,12 @@ def _survey(folder: StageFolder, name: str) -> _Survey:
             info = FeatureInfo.of(file.schema_arrow)
         except KeyError:
             raise CorruptFile(f"{where} is no feature shard: its schema says nothing of a target") from None
+        except ValidationError as error:
+            reasons = "; ".join(f"{problem['loc'][0]} = {problem['input']!r}" for problem in error.errors())
+            raise CorruptFile(
+                f"{where} was written by another version, and this one does not read {reasons}; "
+                "remove the stage and extract again"
+            ) from None
         table = file.read(columns=["split", "num_tokens"])
         footer = file.metadata
     return _Survey(name, info, footer, table["split"].to_pylist(), table["num_tokens"].to_pylist())

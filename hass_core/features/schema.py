@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from hass_core import __version__
 
-Encoding = Literal["bf16", "bf16-planes-zstd", "fp8", "int8", "none"]
+Encoding = Literal["bf16", "int8", "none"]
 
 COLUMNS = pa.schema(
     [

@@ -24,7 +24,7 @@ PIECE, BLOCK = 2048, 64  # tokens
 
 
 def distribution_terms(
-    teacher: Tensor, logits: Tensor, k: int, soft_ce: float, top_k: float, renormalize: bool
+    teacher: Tensor, logits: Tensor, k: int, soft_ce: float, top_k: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `hass_core.training.losses.distribution_terms`; `logits` [n, R, D] become the gradient."""
     steps, rows, size = logits.shape
@@ -43,7 +43,7 @@ def distribution_terms(
     at_best = torch.empty(steps, rows, k, device=logits.device, dtype=logits.dtype)
     _merge[(rows,)](
         teacher, logits, stats, maxima, lse, mass, total, top, right, best, at_best, rows, size, pieces, blocks,
-        soft_ce, top_k, STEPS=steps, K=k, KS=triton.next_power_of_2(k), RENORMALIZE=renormalize, BLOCK=BLOCK,
+        soft_ce, top_k, STEPS=steps, K=k, KS=triton.next_power_of_2(k), BLOCK=BLOCK,
         BLOCKS=triton.next_power_of_2(blocks), PIECES=triton.next_power_of_2(pieces), num_warps=1,
     )  # fmt: skip
     _gradient[(rows, pieces)](teacher, logits, lse, mass, rows, size, soft_ce, STEPS=steps, PIECE=PIECE, num_warps=8)
@@ -79,7 +79,7 @@ def _survey(
 @triton.jit
 def _merge(
     teacher, logits, stats, maxima, lse, mass, total, top, right, best, at_best, rows, size, pieces, blocks, soft_ce,
-    top_k, STEPS: tl.constexpr, K: tl.constexpr, KS: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK: tl.constexpr,
+    top_k, STEPS: tl.constexpr, K: tl.constexpr, KS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Program: one row."""
@@ -120,10 +120,7 @@ def _merge(
         near = tl.where(own == at, -float("inf"), near)
     chosen = rank < K
     tl.store(best + row * K + rank, tokens.to(tl.int64), mask=chosen)
-    in_full = tl.where(chosen, tl.exp(values - teacher_lse), 0.0)
-    q = in_full
-    if RENORMALIZE:
-        q = in_full / tl.sum(in_full, 0)
+    q = tl.where(chosen, tl.exp(values - teacher_lse), 0.0)
     within = tl.sum(q, 0)
     all_mass = soft_ce + top_k * within
     tl.store(mass + row, all_mass)
@@ -141,7 +138,7 @@ def _merge(
         tl.store(total + step * rows + row, soft_ce * (own_lse - dot) + top_k * own_top)
         favourite = tl.sum(tl.where(rank == 0, s, 0.0), 0)
         tl.store(right + step * rows + row, (favourite == highest).to(tl.float32))
-        gradient = all_mass * tl.exp(s - own_lse) - soft_ce * in_full - top_k * q
+        gradient = all_mass * tl.exp(s - own_lse) - (soft_ce + top_k) * q
         tl.store(at_best + (step * rows + row) * K + rank, gradient.to(at_best.dtype.element_ty), mask=chosen)
 
 

@@ -1,7 +1,7 @@
 """Attention of an alignment step: one softmax over a causal part and a few diagonal terms.
 
 At step j the query of anchor r sees the keys of the verified features up to r, and one key of its own chain for each of
-the steps 2..j (hass.md 3.5). A kernel computes the causal part and its log-sum-exp; the diagonal terms are merged in:
+the steps 2..j. A kernel computes the causal part and its log-sum-exp; the diagonal terms are merged in:
 
     lse = log(exp(lse_causal) + Σ_i exp(t_i))        t_i = scale · ⟨q, k_i⟩
     out = exp(lse_causal - lse) · out_causal + Σ_i exp(t_i - lse) · v_i
@@ -96,7 +96,7 @@ class PlainKernel:
     """Scores written out, on any device and in any dtype: the twin the fast kernels are held against."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, where: Documents, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = _padded_queries(q, where), *_padded(k, v, where, heads=q.shape[0])
+        q, k, v = _query_table(q, where), *_key_table(k, v, where, heads=q.shape[0])
         scores = self._scores(q, k, scale)
         lse = scores.logsumexp(-1)
         out = (scores - lse[..., None]).exp().to(v.dtype) @ v
@@ -106,10 +106,10 @@ class PlainKernel:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, where: Documents, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         groups = k.shape[0]
-        row_sum = _padded_queries((dout * out).sum(-1, keepdim=True), where)
-        lse = _padded_queries(lse[..., None], where, fill=math.inf)
-        q, dout = _padded_queries(q, where), _padded_queries(dout, where)
-        k, v = _padded(k, v, where, heads=q.shape[1])
+        row_sum = _query_table((dout * out).sum(-1, keepdim=True), where)
+        lse = _query_table(lse[..., None], where, fill=math.inf)
+        q, dout = _query_table(q, where), _query_table(dout, where)
+        k, v = _key_table(k, v, where, heads=q.shape[1])
         p = (self._scores(q, k, scale) - lse).exp()
         ds = p * (dout @ v.mT - row_sum) * scale
         p, ds = p.to(q.dtype), ds.to(q.dtype)
@@ -158,8 +158,8 @@ class CudaFlashKernel:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, where: Documents, scale: float) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), where.query_starts, where.starts,
-            where.most_queries, where.longest, 0.0, True, False, scale=scale,
+            q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), where.cu_seqlens_q, where.cu_seqlens_k,
+            where.max_seqlen_q, where.max_seqlen_k, 0.0, True, False, scale=scale,
         )  # fmt: skip
         return out.transpose(0, 1), lse
 
@@ -168,8 +168,8 @@ class CudaFlashKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # random state: there is no dropout
         gradients = torch.ops.aten._flash_attention_backward(
-            *(x.transpose(0, 1).contiguous() for x in (dout, q, k, v, out)), lse, where.query_starts, where.starts,
-            where.most_queries, where.longest, 0.0, True, unused, unused, scale=scale,
+            *(x.transpose(0, 1).contiguous() for x in (dout, q, k, v, out)), lse, where.cu_seqlens_q,
+            where.cu_seqlens_k, where.max_seqlen_q, where.max_seqlen_k, 0.0, True, unused, unused, scale=scale,
         )  # fmt: skip
         dq, dk, dv = (gradient.transpose(0, 1) for gradient in gradients)
         return dq, dk, dv
@@ -195,14 +195,14 @@ def _shared(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     return (k.repeat_interleave(heads // len(k), 0)[None], v.repeat_interleave(heads // len(v), 0)[None])
 
 
-def _padded(k: Tensor, v: Tensor, where: Documents, heads: int) -> tuple[Tensor, ...]:
-    """[C, A, longest, d] from [KV, N, d]; places without a row hold some other row."""
+def _key_table(k: Tensor, v: Tensor, where: Documents, heads: int) -> tuple[Tensor, ...]:
+    """[C, A, max_seqlen_k, d] from [KV, N, d]; slots without a row hold some other row."""
     repeat = heads // k.shape[0]
     return tuple(x[:, where.table].transpose(0, 1).repeat_interleave(repeat, dim=1) for x in (k, v))
 
 
-def _padded_queries(x: Tensor, where: Documents, fill: float = 0.0) -> Tensor:
-    """[C, A, longest, d] from [A, Q, d]."""
+def _query_table(x: Tensor, where: Documents, fill: float = 0.0) -> Tensor:
+    """[C, A, max_seqlen_k, d] from [A, Q, d]."""
     heads, _, width = x.shape
     table = x.new_full((where.table.numel(), heads, width), fill)
     table[where.query_slots] = x.transpose(0, 1)
@@ -210,11 +210,11 @@ def _padded_queries(x: Tensor, where: Documents, fill: float = 0.0) -> Tensor:
 
 
 def _queries(x: Tensor, where: Documents) -> Tensor:
-    """[A, Q, d] from [C, A, longest, d]."""
+    """[A, Q, d] from [C, A, max_seqlen_k, d]."""
     return x.transpose(1, 2).flatten(0, 1)[where.query_slots].transpose(0, 1)
 
 
 def _rows(x: Tensor, where: Documents, groups: int) -> Tensor:
-    """[KV, N, d] from [C, A, longest, d], summed over the heads that share a key."""
+    """[KV, N, d] from [C, A, max_seqlen_k, d], summed over the heads that share a key."""
     x = x.unflatten(1, (groups, -1)).sum(2) if x.shape[1] != groups else x
     return x.transpose(1, 2).flatten(0, 1)[where.slots].transpose(0, 1)

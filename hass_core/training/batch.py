@@ -1,16 +1,22 @@
 """One micro-batch: whole conversations laid end to end, and the row numbers that training needs.
 
-No padding and no batch dimension: attention is told where each conversation begins. Row r holds feature f_r and sees
-token x_{r+1}. Target position p holds feature f_p, which the head turns into the distribution of x_{p+1}; alignment
-step j predicts it from anchor r = p - j (the last verified feature of a drafted chain).
+There is no batch dimension: attention is told where each conversation begins (cu_seqlens). Row r holds feature f_r and
+sees token x_{r+1}. Target position p holds feature f_p, which the head turns into the distribution of x_{p+1};
+alignment step j predicts it from anchor r = p - j (the last verified feature of a drafted chain).
+
+Nothing is padded for the sake of the computation. A CUDA graph, though, replays one shape only: for it `rounded_up`
+adds conversations whose anchors nobody supervises, so loss and gradient stay what they were.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+FILLER_TOKENS = 128  # of an added conversation: short, so that attending within it costs next to nothing
+SHAPES_PER_BATCH = 16
 
 
 class Conversation(Protocol):
@@ -28,19 +34,22 @@ class Conversation(Protocol):
 
 @dataclass(frozen=True)
 class Documents:
-    """Where conversations lie: C conversations, N rows, Q queries. A conversation's queries are its last rows."""
+    """Where conversations lie: C conversations, N rows, Q queries. A conversation's queries are its last rows.
 
-    starts: Tensor  # [C + 1] int32, first row of each conversation, then N
-    query_starts: Tensor  # [C + 1] int32, first query of each conversation, then Q
-    slots: Tensor  # [N] each row's place in a [C, longest] table
-    table: Tensor  # [C, longest] the row at each place, 0 where there is none
-    query_slots: Tensor  # [Q] each query's place in that table
-    longest: int
-    most_queries: int
+    The names of the first four are those of flash attention for sequences of different lengths.
+    """
+
+    cu_seqlens_k: Tensor  # [C + 1] int32, first row of each conversation, then N
+    cu_seqlens_q: Tensor  # [C + 1] int32, first query of each conversation, then Q
+    max_seqlen_k: int  # rows of the longest conversation
+    max_seqlen_q: int  # most queries of a conversation
+    slots: Tensor  # [N] each row's index into a flattened [C, max_seqlen_k] table
+    table: Tensor  # [C, max_seqlen_k] the row at each slot, 0 where there is none
+    query_slots: Tensor  # [Q] each query's index into that table
 
     def slices(self) -> list[tuple[slice, slice]]:
         """Rows and queries of each conversation that has queries."""
-        rows, queries = self.starts.tolist(), self.query_starts.tolist()
+        rows, queries = self.cu_seqlens_k.tolist(), self.cu_seqlens_q.tolist()
         bounds = zip(rows, rows[1:], queries, queries[1:], strict=False)
         return [(slice(a, b), slice(c, d)) for a, b, c, d in bounds if d > c]
 
@@ -52,14 +61,16 @@ class Batch:
     ids: tuple[str, ...]
     token_ids: Tensor  # [N]
     features: Tensor  # [N, H]
-    position_ids: Tensor  # [N] place within the conversation
+    position_ids: Tensor  # [N] index within the conversation
     documents: Documents
     anchors: Tensor  # [Q] rows that draft: from each conversation's first supervised one to its end
     targets: Tensor  # [P] target positions, as rows
     target_anchors: Tensor  # [n, P] the anchor (index into Q) that predicts each target at each step
     supervised: Tensor  # [n, P] bool, False where that anchor may not be supervised
     counts: Tensor  # [n] supervised rows of each step
-    num_tokens: int  # of its conversations; there may be more rows, see `padding`
+    num_tokens: int  # of its conversations; there may be more rows, see `rounded_up`
+    pack_rows: tuple[int, ...]  # rows of each pack, in order
+    first_pack: int = 0  # the first one's number within the optimizer step
     noisy: Tensor | None = None  # [N, H] what the draft is given in place of the features
 
     @property
@@ -81,7 +92,7 @@ class Batch:
 
 
 def collate(conversations: Sequence[Conversation], align_steps: int) -> Batch:
-    """Lay conversations end to end and find the supervised rows (hass.md 3.5).
+    """Lay conversations end to end and find the supervised rows.
 
     Anchor r is supervised at step j when x_{r+1} (the chain's root), x_{r+j} and x_{r+j+1} are all answer tokens.
     """
@@ -102,26 +113,40 @@ def collate(conversations: Sequence[Conversation], align_steps: int) -> Batch:
         token_ids=torch.cat([c.token_ids for c in conversations]).long(),
         features=torch.cat([c.features for c in conversations]),
         position_ids=position_ids,
-        documents=documents_of(starts, position_ids, anchors),
+        documents=_documents(starts, position_ids, anchors),
         anchors=anchors,
         targets=targets,
         target_anchors=query_of_row[target_anchors].where(supervised, 0),
         supervised=supervised,
         counts=torch.from_numpy(supervised.numpy().sum(1)),
         num_tokens=len(answer),
+        pack_rows=(len(answer),),
     )
+
+
+def add_noise(batch: Batch, half_width: float, seed: int, step: int, dtype: torch.dtype) -> Batch:
+    """The batch with uniform noise on the draft's inputs, in `dtype`. A pack's noise depends on the seed, the
+    optimizer step and its number within that, so it is the same however the step is divided."""
+    noise = torch.zeros(batch.features.shape, device=batch.features.device)
+    generator = torch.Generator(noise.device)
+    first = 0
+    for number, rows in enumerate(batch.pack_rows, batch.first_pack):
+        generator.manual_seed(hash((seed, step, number)) % 2**63)
+        noise[first : first + rows].uniform_(-half_width, half_width, generator=generator)
+        first += rows
+    return replace(batch, noisy=(batch.features + noise).to(dtype))
 
 
 def _supervision(answer: Tensor, document: Tensor, rows: Tensor, align_steps: int) -> tuple[Tensor, Tensor]:
     """Target positions [P] and, for each step, whether their anchor is supervised [n, P]."""
     successor = (rows + 1).clamp(max=len(rows) - 1)
     follows = (successor > rows) & (document[successor] == document)
-    pairs = answer & answer[successor] & follows  # x_p and x_{p+1} are answer tokens
+    answered = answer & answer[successor] & follows  # x_p and x_{p+1} are answer tokens
     supervised = []
     for step in range(1, align_steps + 1):
         anchor, root = (rows - step).clamp(min=0), (rows - step + 1).clamp(min=0)
         same = (rows >= step) & (document[anchor] == document)
-        supervised.append(pairs & same & answer[root])
+        supervised.append(answered & same & answer[root])
     chosen = torch.stack(supervised).any(0)
     return rows[chosen], torch.stack(supervised)[:, chosen]
 
@@ -132,9 +157,9 @@ def _first_anchors(anchors: Tensor, document: Tensor, starts: Tensor) -> Tensor:
     return first.scatter_reduce(0, document[anchors], anchors, "amin") if len(anchors) else first
 
 
-def documents_of(starts: Tensor, position_ids: Tensor, anchors: Tensor, round_up: bool = False) -> Documents:
-    """What lies where, from first rows [C + 1], places in the conversations [N] and anchors [Q]; with `round_up` the
-    longest conversation counts as if its tokens were a power of two."""
+def _documents(starts: Tensor, position_ids: Tensor, anchors: Tensor, round_up: bool = False) -> Documents:
+    """What lies where, from first rows [C + 1], position ids [N] and anchors [Q]; with `round_up` the longest
+    conversation counts as if its tokens were a power of two."""
     lengths = starts.diff()
     document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     longest = int(lengths.max())
@@ -145,14 +170,56 @@ def documents_of(starts: Tensor, position_ids: Tensor, anchors: Tensor, round_up
     table[slots] = torch.arange(len(slots))
     queries = torch.bincount(document[anchors], minlength=len(lengths))
     return Documents(
-        starts=starts.int(),
-        query_starts=torch.cat([torch.zeros(1, dtype=torch.long), queries.cumsum(0)]).int(),
+        cu_seqlens_k=starts.int(),
+        cu_seqlens_q=torch.cat([torch.zeros(1, dtype=torch.long), queries.cumsum(0)]).int(),
+        max_seqlen_k=longest,
+        max_seqlen_q=longest if round_up else int(queries.max()),
         slots=slots,
         table=table.view(len(lengths), longest),
         query_slots=slots[anchors],
-        longest=longest,
-        most_queries=longest if round_up else int(queries.max()),
     )
+
+
+def rounded_up(batch: Batch, tokens_per_batch: int) -> Batch:
+    """The batch in one of a few shapes; `tokens_per_batch` is about what a micro-batch has. A sixteenth of that as the
+    unit costs some 3 % of a step."""
+    return _rounded_to(batch, max(16, tokens_per_batch // SHAPES_PER_BATCH))
+
+
+def _rounded_to(batch: Batch, step: int) -> Batch:
+    """The batch with its numbers of rows, anchors and targets rounded up to multiples of `step`, and those of
+    conversations and the longest one's tokens to powers of two."""
+    new_anchors = -len(batch.anchors) % step
+    new_rows = new_anchors + -(batch.rows + new_anchors) % step
+    new_targets = -len(batch.targets) % step
+    rows = batch.rows + new_rows
+    added = torch.arange(new_rows)
+    position_ids = torch.cat([batch.position_ids, added % FILLER_TOKENS])
+    anchors = torch.cat([batch.anchors, torch.arange(rows - new_anchors, rows)])
+    return replace(
+        batch,
+        token_ids=_longer(batch.token_ids, new_rows),
+        features=_longer(batch.features, new_rows),
+        position_ids=position_ids,
+        documents=_documents(_starts(batch, rows, step), position_ids, anchors, round_up=True),
+        anchors=anchors,
+        targets=_longer(batch.targets, new_targets),
+        target_anchors=_longer(batch.target_anchors.T, new_targets).T.contiguous(),
+        supervised=_longer(batch.supervised.T, new_targets).T.contiguous(),
+    )
+
+
+def _starts(batch: Batch, rows: int, step: int) -> Tensor:
+    """First rows of the conversations and the added ones, some of them empty, then the number of rows."""
+    own, added = batch.documents.cu_seqlens_k[:-1].long(), torch.arange(batch.rows, rows, FILLER_TOKENS)
+    most = len(own) + 2 * step // FILLER_TOKENS + 1  # conversations there can be, whatever was rounded up
+    empty = 2 ** (most - 1).bit_length() - len(own) - len(added)
+    return torch.cat([own, added, torch.full((empty + 1,), rows)])
+
+
+def _longer(x: Tensor, count: int) -> Tensor:
+    """`count` more rows of zeros."""
+    return torch.cat([x, x.new_zeros(count, *x.shape[1:])]) if count else x
 
 
 def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:

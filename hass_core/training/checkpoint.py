@@ -1,4 +1,4 @@
-"""Training state in one safetensors file: weights, optimizer, moving average, position.
+"""Training state in one safetensors file: weights, optimizer, moving average, position, the curves so far.
 
 Everything random in training is a function of the seed and the position, so the position is all the random state
 there is. Files appear whole or not at all (store.py); the last few and the best are kept.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hass_core.store import StageFolder
-from hass_core.training.optim import MovingAverage
+from hass_core.training.optimizer import MovingAverage
 from hass_core.training.sharding import divided_like, whole
 
 PREFIX = "checkpoint-"
@@ -49,20 +49,22 @@ def training_state(model: nn.Module, optimizers: list[Optimizer], average: Movin
     return {name: whole(value.detach()) for name, value in tensors.items()}
 
 
-def save_checkpoint(folder: StageFolder, state: dict[str, Tensor], at: Position) -> None:
-    """Write the file of step `at.step`."""
+def save_checkpoint(folder: StageFolder, state: dict[str, Tensor], at: Position, records: list[dict[str, Any]]) -> None:
+    """Write the file of step `at.step`, with the curves up to it."""
     tensors = {name: value.cpu().contiguous() for name, value in state.items()}
+    notes = {"position": json.dumps(asdict(at)), "records": json.dumps(records)}
     with folder.writing(checkpoint_name(at.step), step=at.step) as file:
-        save_file(tensors, file.path, metadata={"position": json.dumps(asdict(at))})
+        save_file(tensors, file.path, metadata=notes)
 
 
 def load_checkpoint(
     folder: StageFolder, name: str, model: nn.Module, optimizers: list[Optimizer], average: MovingAverage | None
-) -> Position:
-    """Put back what `save_checkpoint` wrote. Raises CorruptFile when the file is damaged."""
+) -> tuple[Position, list[dict[str, Any]]]:
+    """Put back what `save_checkpoint` wrote: where training was, and its curves. Raises CorruptFile when the file is
+    damaged."""
     with safe_open(folder.local_path(name), framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-        position = Position(**json.loads(file.metadata()["position"]))
+        position, records = (json.loads(file.metadata()[name]) for name in ("position", "records"))
     weights = model.state_dict()
     model.load_state_dict({k: divided_like(v, weights[k]) for k, v in _below("model.", tensors).items()})
     for number, optimizer in enumerate(optimizers):
@@ -75,7 +77,7 @@ def load_checkpoint(
     if average:
         for key, value in _below("average.", tensors).items():
             average.weights[key].copy_(divided_like(value, average.weights[key]))
-    return position
+    return Position(**position), records
 
 
 def checkpoint_name(step: int) -> str:

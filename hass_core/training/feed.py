@@ -1,22 +1,22 @@
 """Feeding the loop: the micro-batches of each optimizer step, read in the background.
 
-An optimizer step takes `processes × accumulation_steps × packs_per_batch` consecutive packs of the stream, so what it
-trains on does not depend on how they are divided: 8 micro-batches of 1 pack equal 1 of 8, on 1 process or on many.
+An optimizer step takes `packs_per_step` consecutive packs of the stream, so what it trains on does not depend on how
+they are divided: 8 micro-batches of 1 pack equal 1 of 8, on 1 process or on many.
 """
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count, islice
 from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from hass_core.training.batch import Batch, Conversation, collate
+from hass_core.errors import BadInput
+from hass_core.training.batch import Batch, Conversation, collate, rounded_up
 from hass_core.training.packing import WINDOW_BLOCKS, PackStream
-from hass_core.training.padding import padded
 
 T = TypeVar("T")
 READERS = 4
@@ -39,38 +39,66 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Division:
-    """How an optimizer step's packs are divided."""
+    """How the `packs_per_step` packs of an optimizer step are divided: first among processes, then by each into
+    micro-batches of at most `packs_per_micro_batch`, whose gradients accumulate. What the step computes stays the same.
 
-    packs_per_batch: int
-    accumulation_steps: int = 1
+    Raises BadInput where the processes' shares would differ.
+    """
+
+    packs_per_step: int
+    packs_per_micro_batch: int | None = None  # None = as many as there are
     processes: int = 1
     process: int = 0
 
-    @property
-    def packs_per_step(self) -> int:
-        return self.packs_per_batch * self.accumulation_steps * self.processes
+    def __post_init__(self) -> None:
+        if self.packs_per_step % self.processes:
+            raise BadInput(
+                f"training.packs_per_step = {self.packs_per_step} cannot be divided evenly among {self.processes} "
+                "processes; choose a multiple of their number, or launch fewer"
+            )
 
-    def mine(self, packs: list[list[int]]) -> list[list[int]]:
-        """The conversations of each of this process's micro-batches."""
-        per_process = self.packs_per_batch * self.accumulation_steps
-        own = packs[self.process * per_process : (self.process + 1) * per_process]
-        batches = [own[i : i + self.packs_per_batch] for i in range(0, len(own), self.packs_per_batch)]
-        return [[index for pack in batch for index in pack] for batch in batches]
+    @property
+    def micro_batch(self) -> int:
+        """Packs of a micro-batch; the last one of a step may have fewer."""
+        share = self.packs_per_step // self.processes
+        return min(share, self.packs_per_micro_batch or share)
+
+    def own(self, packs: list[list[int]]) -> list["Group"]:
+        """This process's micro-batches of a step."""
+        share = self.packs_per_step // self.processes
+        first, end = self.process * share, (self.process + 1) * share
+        starts = range(first, end, self.micro_batch)
+        return [Group(start, packs[start : min(end, start + self.micro_batch)]) for start in starts]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The conversations of a micro-batch, by packs; `first` is the first pack's number within the optimizer step."""
+
+    first: int
+    packs: list[list[int]]
+
+    @property
+    def conversations(self) -> list[int]:
+        return list(chain.from_iterable(self.packs))
 
 
 @dataclass(frozen=True)
 class Feed:
-    """How a group of conversations becomes a micro-batch: pinned for a GPU, its shape rounded up for a graph."""
+    """How a group becomes a micro-batch: pinned for a GPU, its shape rounded up for a CUDA graph."""
 
     dataset: Dataset
     align_steps: int
     pin: bool = False
-    round_to: int | None = None
+    round_to_tokens: int | None = None  # tokens that a micro-batch has, about
 
-    def __call__(self, group: Sequence[int]) -> Batch:
-        batch = collate(self.dataset.many(group), self.align_steps)
-        if self.round_to:
-            batch = padded(batch, self.round_to)
+    def __call__(self, group: Group) -> Batch:
+        conversations = self.dataset.many(group.conversations)
+        left = iter(conversations)
+        rows = tuple(sum(len(c.token_ids) for c in islice(left, len(pack))) for pack in group.packs)
+        batch = replace(collate(conversations, self.align_steps), pack_rows=rows, first_pack=group.first)
+        if self.round_to_tokens:
+            batch = rounded_up(batch, self.round_to_tokens)
         return batch.pin_memory() if self.pin else batch
 
 
@@ -79,7 +107,7 @@ def micro_batches(
 ) -> Iterator[Callable[[], list[Batch]]]:
     """For each optimizer step from `start_step` on, what makes this process's micro-batches."""
     packs = stream.passes(start_step * division.packs_per_step)
-    steps = (division.mine(list(islice(packs, division.packs_per_step))) for _ in count())
+    steps = (division.own(list(islice(packs, division.packs_per_step))) for _ in count())
     ahead = int(windows_ahead(feed.dataset.groups_in_memory) * stream.window)
     for step in read_ahead(steps, feed.dataset, ahead):
         yield partial(list, map(feed, step))
@@ -91,20 +119,21 @@ def windows_ahead(groups_in_memory: int) -> float:
     return min(2.0, max(0.75, groups_in_memory / WINDOW_BLOCKS - 1.25))
 
 
-def read_ahead(steps: Iterator[list[list[int]]], dataset: Dataset, conversations: int) -> Iterator[list[list[int]]]:
+def read_ahead(steps: Iterator[list[Group]], dataset: Dataset, conversations: int) -> Iterator[list[Group]]:
     """The steps, each asked of the dataset by a thread while so many conversations before it are trained on.
 
     A window's row groups are wanted all at once, when its first pack is; this spreads their reading.
     """
-    ahead: deque[list[list[int]]] = deque()
+    ahead: deque[list[Group]] = deque()
     waiting, readers = 0, ThreadPoolExecutor(READERS, "read-ahead")
     try:
         for step in steps:
-            readers.submit(dataset.warm, list(chain.from_iterable(step)))
+            wanted = [i for group in step for i in group.conversations]
+            readers.submit(dataset.warm, wanted)
             ahead.append(step)
-            waiting += sum(map(len, step))
+            waiting += len(wanted)
             while waiting > conversations:
-                waiting -= sum(map(len, ahead[0]))
+                waiting -= sum(len(group.conversations) for group in ahead[0])
                 yield ahead.popleft()
         yield from ahead
     finally:
@@ -141,10 +170,3 @@ class Prefetcher(Generic[T]):
         self._threads.shutdown(cancel_futures=True)
         if isinstance(self._jobs, Generator):
             self._jobs.close()
-
-
-def noisy(batch: Batch, half_width: float, seed: int) -> torch.Tensor:
-    """The batch's features plus uniform noise; the same noise for the same seed."""
-    generator = torch.Generator(batch.features.device).manual_seed(seed)
-    noise = torch.empty(batch.features.shape, device=batch.features.device)
-    return batch.features + noise.uniform_(-half_width, half_width, generator=generator)

@@ -4,7 +4,7 @@ With q the target's distribution at temperature 1, log p the draft's, K the targ
 
     regression   mean over H of SmoothL1(f̂ - f)
     soft CE      -Σ_v q(v) log p(v)
-    Top-K        -Σ_{v in K} q(v) log p(v)          neither q nor p renormalised on K, unless asked for q
+    Top-K        -Σ_{v in K} q(v) log p(v)          neither q nor p renormalised on K
 
 each averaged over the supervised tokens of the whole optimizer step, on all devices and micro-batches. The n steps'
 losses are summed.
@@ -43,7 +43,6 @@ class Objective:
     soft_ce: float = 0.1
     top_k: float = 1.0
     k: int = 10
-    renormalize: bool = False
     step_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     @classmethod
@@ -53,7 +52,6 @@ class Objective:
             soft_ce=config.soft_ce_weight,
             top_k=config.top_k_weight,
             k=config.top_k,
-            renormalize=config.renormalize_top_k,
             step_weights=config.step_weights or (1.0,) * config.align_steps,
         )
 
@@ -115,7 +113,7 @@ def _add_rows(gradients: list[Tensor], anchors: Tensor, added: Tensor) -> None:
 
 def _terms(teacher: Tensor, logits: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`distribution_terms` by the fastest means there is; `logits` may be overwritten."""
-    settings = min(objective.k, logits.shape[-1]), objective.soft_ce, objective.top_k, objective.renormalize
+    settings = min(objective.k, logits.shape[-1]), objective.soft_ce, objective.top_k
     if kernels.usable(logits) and logits.dtype != torch.float64:
         from hass_core.kernels import distill as fused  # Triton is there on a GPU only
 
@@ -124,12 +122,12 @@ def _terms(teacher: Tensor, logits: Tensor, objective: Objective) -> tuple[Tenso
 
 
 def distribution_terms(
-    teacher: Tensor, logits: Tensor, k: int, soft_ce: float, top_k: float, renormalize: bool
+    teacher: Tensor, logits: Tensor, k: int, soft_ce: float, top_k: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For the target's logits [R, D] and the draft's [n, R, D]: the weighted sum of soft CE and Top-K [n, R], Top-K
     alone [n, R], whether both models favour the same token [n, R], and the gradient of the weighted sum by the draft's
     logits [n, R, D], in their dtype. The other parameters are `Objective`'s."""
-    weights, mass, indices, top = _wanted(teacher, k, soft_ce, top_k, renormalize)
+    weights, mass, indices, top = _wanted(teacher, k, soft_ce, top_k)
     precise = logits.to(_precise(logits))
     largest = precise.amax(-1, keepdim=True)
     total = -(weights * precise).sum(-1)
@@ -144,17 +142,14 @@ def distribution_terms(
     return total, own_top, right, gradient.to(logits.dtype)
 
 
-def _wanted(
-    teacher: Tensor, k: int, soft_ce: float, top_k: float, renormalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _wanted(teacher: Tensor, k: int, soft_ce: float, top_k: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """W [R, D] = w_ce · q + w_topk · q·1_K, so that the terms are Σ_v W(v) (-log p(v)); its mass [R] = Σ_v W(v); the
     top-K tokens [R, K] and their share of q [R, K]."""
     top_logits, indices = teacher.topk(k)
     precise = teacher.to(_precise(teacher))
     lse = precise.logsumexp(-1, keepdim=True)
-    in_full = (top_logits.to(lse.dtype) - lse).exp()
-    top = in_full / in_full.sum(-1, keepdim=True) if renormalize else in_full
-    weights = (precise - lse).exp_().mul_(soft_ce).scatter_(1, indices, soft_ce * in_full + top_k * top)
+    top = (top_logits.to(lse.dtype) - lse).exp()
+    weights = (precise - lse).exp_().mul_(soft_ce).scatter_(1, indices, (soft_ce + top_k) * top)
     return weights, soft_ce + top_k * top.sum(-1), indices, top
 
 

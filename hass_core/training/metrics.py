@@ -7,7 +7,7 @@ Every record has `step` (optimizer steps done) and `tokens_seen` (conversation t
     train/lr, train/grad_norm, train/tokens_per_second, train/waiting_for_data, train/epoch
 
 and validation records `val/loss`, `val/accuracy_step_1 …`, `val/chain_1 …` and `val/tau` (see validation.py), and
-`val/tree_tau` (see tree_validation.py).
+`val/tree_tau`.
 """
 
 import json
@@ -19,19 +19,20 @@ Record = dict[str, float | int]
 
 
 class MetricsFile:
-    """Appends records; on resumption what lies beyond the checkpoint is dropped."""
+    """The curves so far, in memory and in the file, which begins with the `records` of the checkpoint: they travel with
+    it, so that training continued on another machine keeps them."""
 
-    def __init__(self, path: Path, resume_step: int = 0):
-        self.path = path
-        kept = [line for line in read_records(path) if line["step"] <= resume_step] if resume_step else []
+    def __init__(self, path: Path, records: list[dict[str, Any]]):
+        self.path, self.records = path, list(records)
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.write_text("".join(json.dumps(record) + "\n" for record in records))
         os.replace(partial, path)
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record and flush it."""
+        self.records.append({name: _plain(value) for name, value in record.items()})
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({name: _plain(value) for name, value in record.items()}) + "\n")
+            file.write(json.dumps(self.records[-1]) + "\n")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

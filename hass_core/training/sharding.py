@@ -8,14 +8,17 @@ it has one of its own, behind the backward pass.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+T = TypeVar("T")
 
 
 def make_accelerator(device: torch.device) -> Accelerator:
@@ -49,6 +52,11 @@ def average(tensors: Sequence[Tensor], accelerator: Accelerator) -> None:
         parts = together.split([tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def as_first_process(value: T, accelerator: Accelerator) -> T:
+    """The first process's `value`, on all of them: what it decides is then decided alike."""
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
 
 
 def _divides(accelerator: Accelerator) -> bool:

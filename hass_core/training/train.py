@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from hass_core.config import RunConfig, TrainingConfig, TreeConfig
 from hass_core.draft_model.architecture import DraftArchitecture
-from hass_core.draft_model.checkpoint import CONFIG, RANKS, VOCABULARY, WEIGHTS, draft_info, save_draft
+from hass_core.draft_model.checkpoint import CONFIG, FC_BIAS, RANKS, VOCABULARY, WEIGHTS, draft_info, save_draft
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
 from hass_core.errors import BadInput
@@ -32,22 +32,19 @@ from hass_core.features.reader import Conversation, FeatureDataset
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, StageFolder, Store
 from hass_core.store.content import content_of
-from hass_core.target_model.loader import Target, choose_dtype
-from hass_core.training.alignment import Alignment
+from hass_core.target_model.loader import Target
 from hass_core.training.checkpoint import Position, checkpoints, load_checkpoint, load_weights
 from hass_core.training.feed import Dataset, Division, Feed, Prefetcher, micro_batches
 from hass_core.training.loop import Run, train
-from hass_core.training.metrics import MetricsFile, read_records
-from hass_core.training.optim import MovingAverage, make_optimizers
+from hass_core.training.metrics import MetricsFile
 from hass_core.training.packing import PackStream, sample_order
-from hass_core.training.padding import shape_step
-from hass_core.training.sharding import can_be_captured, distribute, make_accelerator
-from hass_core.training.start import start_least_squares
-from hass_core.training.tree_validation import recorded_answers
-from hass_core.training.validation import held_out
-from hass_core.training.vocabulary import frequent_tokens, ranked_tokens
+from hass_core.training.sharding import make_accelerator
+from hass_core.training.start import frequent_tokens, ranked_tokens, start_least_squares
+from hass_core.training.step import Trainer, compute_dtype
+from hass_core.training.validation import held_out, recorded_answers
 
-STEP_VERSION = 4  # 4: the target by its identity, a warm start by its content, the tree of val/tree_tau
+# 4: the target by its identity, a warm start by its content; steps divided by packs_per_step, noise of a pack its own
+STEP_VERSION = 4
 METRICS = "metrics.jsonl"
 READING_THREADS = 3
 STEPS_AHEAD = 12  # half a second of a GPU's work: now and then a row group is late
@@ -59,41 +56,45 @@ def train_draft(
 ) -> Artifact:
     """Train a draft for `target` on `features`. See the module's docstring.
 
-    Raises DraftMismatch or CorruptFile for unusable features, NonFinite when training breaks down.
+    Raises DraftMismatch or CorruptFile for unusable features, BadInput for what cannot be trained on or divided among
+    the processes, NonFinite when training breaks down.
     """
     folder = draft_folder(config, features, store, target)
     if done := folder.artifact():
         return done
+    accelerator = make_accelerator(target.device)
+    division = _division(config.training, accelerator)
     if config.pretraining:
         config = pretrained(config, features, store, target, progress)
     stored = FeatureDataset(store, features, "train", target.fingerprint)
     dataset = with_features(stored, target, config.features.max_tokens_per_batch)
     if len(dataset) == 0:
         raise BadInput(f"{features.url} holds no training conversation; generate more responses")
-    accelerator = make_accelerator(target.device)
     torch.manual_seed(config.seed)
-    head = make_head(config, stored, target)
-    draft = make_draft(config, dataset, target)
-    run = make_run(config, accelerator, draft, head, dataset, folder)
+    head, draft = make_head(config, stored, target), make_draft(config, dataset, target)
+    trainer = Trainer.of(config.training, config.seed, accelerator, draft, head, capture=dataset is stored)
     validation = with_features(
         FeatureDataset(store, features, "validation"), target, config.features.max_tokens_per_batch
     )
-    run.held = held_out(_all(validation), target.head, config.training.tokens_per_pack, config.training.align_steps)
-    run.answers = recorded_answers(_all(validation), run.head, config.training.tree_answers)
-    at = resume(run)
-    if accelerator.is_main_process:
-        run.metrics = MetricsFile(folder.scratch() / METRICS, at.step)
-
+    at, records = resume(trainer, folder)
     stream = PackStream(dataset.lengths, config.training.tokens_per_pack, config.seed, dataset.blocks)
-    division = _division(config, accelerator)
-    total = total_steps(config, stream, division)
-    feed = make_feed(run, dataset)
+    run = Run(
+        trainer=trainer,
+        folder=folder,
+        metrics=MetricsFile(folder.scratch() / METRICS, records) if accelerator.is_main_process else None,
+        held=held_out(_all(validation), target.head, config.training.tokens_per_pack, config.training.align_steps),
+        answers=recorded_answers(_all(validation), head, config.training.tree_answers),
+        tree=config.tree,
+        packs_per_pass=stream.packs_in(1),
+        total_steps=total_steps(config.training, stream),
+    )
+    feed = make_feed(trainer, dataset, division)
     # live features come from the one GPU; on a CPU more threads would take the cores from the training
     threads, ahead = (READING_THREADS, STEPS_AHEAD) if feed.pin and dataset is stored else (1, None)
     steps = Prefetcher(micro_batches(feed, stream, division, at.step), threads, ahead)
     started, before = time.monotonic(), at
     try:
-        at = train(run, steps, at, total, progress)
+        at = train(run, steps, at, progress)
     finally:
         steps.close()
     rate = (at.tokens_seen - before.tokens_seen) / (time.monotonic() - started)
@@ -138,8 +139,10 @@ def draft_folder(config: RunConfig, features: Artifact, store: Store, target: Ta
 
 
 def _deciding(training: TrainingConfig, tree: TreeConfig, target: Target) -> dict[str, Any]:
-    """The settings of a training that decide its draft and curves. `recompute` gives the same numbers, slower."""
-    on_the_way = {"log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "recompute"}
+    """The settings of a training that decide its draft and curves; two of the others only save memory."""
+    on_the_way = {
+        "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "recompute", "packs_per_micro_batch"
+    }  # fmt: skip
     shape = tree.model_dump(mode="json", include={"kind", "depth", "top_k", "nodes"})
     return {
         **training.model_dump(mode="json", exclude=on_the_way),
@@ -162,22 +165,24 @@ def _all(dataset: FeatureDataset | LiveFeatures) -> Iterator[Conversation]:
 
 def make_draft(config: RunConfig, dataset: FeatureDataset | LiveFeatures, target: Target) -> DraftModel:
     """A float32 draft at its start: an existing one, the least-squares fit, or random weights."""
-    architecture = DraftArchitecture.from_target_config(target.model.config, config.draft.fc_bias)
-    draft = DraftModel(architecture, target.embedding)
     if config.draft.warm_start:
-        _continue_from(draft, Path(config.draft.warm_start))
-    elif config.draft.start == "least_squares":
+        return _continued(Path(config.draft.warm_start), target)
+    draft = DraftModel(DraftArchitecture.from_target_config(target.model.config), target.embedding)
+    if config.draft.start == "least_squares":
         start_least_squares(draft, (dataset[i] for i in sample_order(len(dataset), config.seed, dataset.blocks)))
     return draft
 
 
-def _continue_from(draft: DraftModel, folder: Path) -> None:
+def _continued(folder: Path, target: Target) -> DraftModel:
     path = _warm_weights(folder)
     tensors = {name: value for name, value in load_file(path).items() if name != "embed_tokens.weight"}
+    architecture = DraftArchitecture.from_target_config(target.model.config, fc_bias=FC_BIAS in tensors)
+    draft = DraftModel(architecture, target.embedding)
     try:
         draft.load_state_dict(tensors)
     except RuntimeError as error:
         raise BadInput(f"draft.warm_start: {path} does not fit this target: {error}") from error
+    return draft
 
 
 def _warm_weights(folder: Path) -> Path:
@@ -187,104 +192,64 @@ def _warm_weights(folder: Path) -> Path:
     return path
 
 
-def make_run(
-    config: RunConfig,
-    accelerator: Accelerator,
-    draft: DraftModel,
-    head: DraftHead,
-    dataset: FeatureDataset | LiveFeatures,
-    folder: StageFolder,
-) -> Run:
-    """Put the pieces together."""
-    training = config.training
-    alignment = Alignment(draft, training.align_steps, training.detach_features, training.recompute)
-    if training.compile:
-        alignment.compile_parts()
-    captured = training.compile and can_be_captured(accelerator) and isinstance(dataset, FeatureDataset)
-    wrapped = distribute(alignment, accelerator, captured)
-    stream = PackStream(dataset.lengths, training.tokens_per_pack, config.seed, dataset.blocks)
-    return Run(
-        config=training,
-        seed=config.seed,
-        accelerator=accelerator,
-        alignment=alignment,
-        wrapped=wrapped,
-        head=head,
-        optimizers=make_optimizers(draft, training),
-        average=MovingAverage(draft, training.ema_decay) if training.ema_decay else None,
-        held=[],
-        answers=[],
-        tree=config.tree,
-        dtype=compute_dtype(training.dtype, head.weight.device),
-        folder=folder,
-        metrics=None,
-        packs_per_step=_division(config, accelerator).packs_per_step,
-        packs_per_pass=stream.packs_in(1),
-        captured=captured,
-    )
+def make_feed(trainer: Trainer, dataset: Dataset, division: Division) -> Feed:
+    """Micro-batches as this trainer wants them."""
+    tokens = division.micro_batch * trainer.config.tokens_per_pack
+    pin = trainer.accelerator.device.type == "cuda"
+    return Feed(dataset, trainer.config.align_steps, pin, tokens if trainer.captured else None)
 
 
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type to train in. `auto` is bfloat16 where the device has units for it, else float32: never float16, in
-    which a token's share of the gradient, some 1e-8, would be zero."""
-    dtype = choose_dtype(name, device)
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def make_feed(run: Run, dataset: Dataset) -> Feed:
-    """Micro-batches as this run wants them."""
-    round_to = shape_step(run.config) if run.captured else None
-    return Feed(dataset, run.config.align_steps, run.accelerator.device.type == "cuda", round_to)
-
-
-def resume(run: Run) -> Position:
-    """Load the last checkpoint, if there is one."""
-    names = checkpoints(run.folder)
+def resume(trainer: Trainer, folder: StageFolder) -> tuple[Position, list[dict[str, Any]]]:
+    """Load the last checkpoint and the curves up to it, if there is one; it does not matter how many processes made it,
+    or where."""
+    names = checkpoints(folder)
     if not names:
-        return Position()
-    return load_checkpoint(run.folder, names[-1], run.alignment.draft, run.optimizers, run.average)
+        return Position(), []
+    return load_checkpoint(folder, names[-1], trainer.draft, trainer.optimizers, trainer.average)
 
 
-def total_steps(config: RunConfig, stream: PackStream, division: Division) -> int:
+def total_steps(training: TrainingConfig, stream: PackStream) -> int:
     """Optimizer steps of the configured passes."""
-    steps = math.ceil(stream.packs_in(config.training.passes) / division.packs_per_step)
-    return min(steps, config.training.max_steps or steps)
+    steps = math.ceil(stream.packs_in(training.passes) / training.packs_per_step)
+    return min(steps, training.max_steps or steps)
 
 
-def _division(config: RunConfig, accelerator: Accelerator) -> Division:
-    training = config.training
-    return Division(
-        training.packs_per_batch, training.accumulation_steps, accelerator.num_processes, accelerator.process_index
-    )
+def _division(training: TrainingConfig, accelerator: Accelerator) -> Division:
+    processes, process = accelerator.num_processes, accelerator.process_index
+    return Division(training.packs_per_step, training.packs_per_micro_batch, processes, process)
 
 
 def _finish(run: Run, at: Position, target: Target, tokens_per_second: float, dataset: FeatureDataset) -> Artifact:
-    """Publish the best draft and the curves; the manifest last."""
-    run.accelerator.wait_for_everyone()
-    best = at.best_step or at.step
-    summary = summarize(run, at, best, tokens_per_second)
-    if not run.accelerator.is_main_process:
-        run.accelerator.wait_for_everyone()
-        return Artifact(stage=run.folder.stage, digest=run.folder.digest, root=run.folder.store.root, summary=summary)
-    scratch = run.folder.scratch() / "draft"
-    extra = {"trained_steps": best, "tokens_seen": at.tokens_seen, "val_tau": at.best_tau}
-    extra["trained_tokens"] = int(dataset.lengths.max())  # of the longest conversation
-    draft = DraftModel(run.alignment.draft.architecture, run.alignment.draft.embedding)
-    load_weights(run.folder, best, draft)
-    ranks = ranked_tokens(_all(dataset), target.head.shape[0], target.eos_token_ids)[:MOST_RANKS]
-    save_draft(scratch, draft, run.head, draft_info(target, extra), ranks)
-    names = [CONFIG, WEIGHTS, RANKS if run.head.token_ids is None else VOCABULARY]
-    for name, source in [*((name, scratch / name) for name in names), (METRICS, run.folder.scratch() / METRICS)]:
-        with run.folder.writing(name) as file:
-            file.path.write_bytes(source.read_bytes())
-    artifact = run.folder.finish(summary)
-    run.accelerator.wait_for_everyone()
+    """Publish the best draft and the curves, the manifest last: by the first process, the others wait for it."""
+    if run.metrics:
+        best = at.best_step or at.step
+        for name, source in _written(run, at, best, target, dataset).items():
+            with run.folder.writing(name) as file:
+                file.path.write_bytes(source.read_bytes())
+        run.folder.finish(summarize(run.trainer, run.metrics.records, at, best, tokens_per_second))
+    run.trainer.accelerator.wait_for_everyone()
+    artifact = run.folder.artifact()
+    assert artifact
     return artifact
 
 
-def summarize(run: Run, at: Position, best: int, tokens_per_second: float) -> dict[str, Any]:
+def _written(run: Run, at: Position, best: int, target: Target, dataset: FeatureDataset) -> dict[str, Path]:
+    """The stage's files, written to the scratch folder: the draft of step `best`, and the curves."""
+    scratch, trainer = run.folder.scratch(), run.trainer
+    extra = {"trained_steps": best, "tokens_seen": at.tokens_seen, "val_tau": at.best_tau}
+    extra["trained_tokens"] = int(dataset.lengths.max())  # of the longest conversation
+    draft = DraftModel(trainer.draft.architecture, trainer.draft.embedding)
+    load_weights(run.folder, best, draft)
+    ranks = ranked_tokens(_all(dataset), target.head.shape[0], target.eos_token_ids)[:MOST_RANKS]
+    save_draft(scratch / "draft", draft, trainer.head, draft_info(target, extra), ranks)
+    names = [CONFIG, WEIGHTS, RANKS if trainer.head.token_ids is None else VOCABULARY]
+    return {name: scratch / "draft" / name for name in names} | {METRICS: scratch / METRICS}
+
+
+def summarize(
+    trainer: Trainer, records: list[dict[str, Any]], at: Position, best: int, tokens_per_second: float
+) -> dict[str, Any]:
     """The manifest's summary: totals, and the figures of the best validation."""
-    records = read_records(run.folder.scratch() / METRICS)
     validation = next((r for r in records if r["step"] == best and "val/tau" in r), {})
     trained = next((r for r in reversed(records) if "train/loss" in r), {})
     return {
@@ -292,8 +257,8 @@ def summarize(run: Run, at: Position, best: int, tokens_per_second: float) -> di
         "best_step": best,
         "tokens_seen": at.tokens_seen,
         "tokens_per_second": round(tokens_per_second, 1),
-        "draft_vocab_size": run.head.size,
-        "parameters": sum(p.numel() for p in run.alignment.parameters()),
+        "draft_vocab_size": trainer.head.size,
+        "parameters": sum(p.numel() for p in trainer.alignment.parameters()),
         "loss": trained.get("train/loss"),
         **{name: value for name, value in validation.items() if name.startswith("val/")},
     }

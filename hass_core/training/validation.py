@@ -7,15 +7,26 @@ guess is right when it is the target's own greedy choice at that place. A chain 
     tau       1 + Σ_j chain_j, the tokens per verification of greedy chain drafting to that depth
 
 On text sampled with a temperature the chain follows the sampled token where that differs from the greedy one.
+
+And what decoding's trees would gain with it (`val/tree_tau`, tokens per cycle): cycles replayed over held-out answers,
+whose features and tokens are on record, so the target is not needed.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from hass_core.config import TreeConfig
+from hass_core.decoding.drafter import Drafter
+from hass_core.decoding.replay import Recording, last_answer, replay, tree_tau
+from hass_core.decoding.tree import TreeShape
+from hass_core.draft_model.checkpoint import Draft
 from hass_core.draft_model.head import DraftHead
+from hass_core.draft_model.layers import DraftModel
 from hass_core.training.alignment import Alignment
 from hass_core.training.batch import Batch, Conversation, collate
 from hass_core.training.losses import Objective, distill
@@ -103,3 +114,21 @@ def _chains(hits: Tensor, batch: Batch) -> Tensor:
 def _choices(features: Tensor, head: Tensor) -> Tensor:
     chunks = [(rows.to(head.dtype) @ head.T).argmax(-1) for rows in features.split(ROWS_PER_CHUNK)]
     return torch.cat(chunks) if chunks else torch.zeros(0, dtype=torch.long, device=head.device)
+
+
+def recorded_answers(conversations: Iterable[Conversation], head: DraftHead, limit: int) -> list[Recording]:
+    """Up to `limit` last answers, on the head's device and in its type."""
+    found = (last_answer(c.token_ids, c.loss_mask, c.features) for c in conversations)
+    device, dtype = head.weight.device, head.weight.dtype
+    return [
+        Recording(a.token_ids.to(device), a.features.to(device, dtype), a.start)
+        for a in islice((a for a in found if a is not None), limit)
+    ]
+
+
+@torch.no_grad()
+def validate_tree(draft: DraftModel, head: DraftHead, answers: list[Recording], tree: TreeConfig) -> dict[str, float]:
+    """`val/tree_tau`: tokens per cycle. The draft runs in the head's type, as it will when it decodes."""
+    model = copy.deepcopy(draft, {id(draft.embedding): draft.embedding}).to(head.weight.dtype)
+    drafter = Drafter(Draft(model, head, {}), TreeShape.of(tree, head.size))
+    return {"val/tree_tau": tree_tau(replay(drafter, answers))}

@@ -34,7 +34,7 @@ def aligned(draft: DraftModel, batch: Batch, steps: int = STEPS, detach: bool = 
 
 
 def source_of(row: int, column: int, step: int) -> str:
-    """Whose keys row `row` uses at `column` in HASS's own frame (hass.md 3.2): 0 is the target's feature."""
+    """Whose keys row `row` uses at `column` in HASS's own frame (its section 3.2): 0 is the target's feature."""
     for source in range(1, step):
         if column == row - (step - 1 - source):
             return str(source)
@@ -42,7 +42,7 @@ def source_of(row: int, column: int, step: int) -> str:
 
 
 def test_the_mask_table_of_the_reference():
-    """hass.md 3.4, step 3, five rows."""
+    """HASS, figure 3: step 3, five rows."""
     table = ["".join(source_of(row, column, 3) for column in range(5)) for row in range(2, 5)]
     assert table == ["012··", "0012·", "00012"]
 
@@ -168,7 +168,7 @@ def test_padded_equals_unpadded():
 
 
 def dense_twin(draft: DraftModel, talk: Talk, steps: int, detach: bool, masked: float = -math.inf) -> list[Tensor]:
-    """HASS's own frame (hass.md 3.2): j full L×L score matrices, masked, one softmax over the sum."""
+    """HASS's own frame: j full L×L score matrices, masked, one softmax over the sum."""
     architecture, length = draft.architecture, len(talk.token_ids)
     groups = architecture.num_attention_heads // architecture.num_key_value_heads
     tokens, positions = torch.cat([talk.token_ids[1:], talk.token_ids[-1:]])[None], torch.arange(length)[None]

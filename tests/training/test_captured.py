@@ -6,26 +6,27 @@ import pytest
 import torch
 
 from hass_core.bench import training as bench
-from hass_core.training.batch import collate
-from hass_core.training.captured import Captured
-from hass_core.training.loop import Run, train_step
-from hass_core.training.padding import padded
+from hass_core.training.batch import collate, rounded_up
+from hass_core.training.step import GraphPerShape, Trainer, train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SHAPE = {"hidden": 64, "inner": 128, "heads": 4, "groups": 2, "head_dim": 32, "vocabulary": 512}
 STEPS = 12
 
 
-def trained(captured: bool, **settings) -> tuple[list[torch.Tensor], Run]:
+def trained(captured: bool, vocabulary: int | None = None, **settings) -> tuple[list[torch.Tensor], Trainer]:
     """Loss parts of some steps over batches of several shapes."""
     torch.manual_seed(0)
     config = bench.TrainingConfig.model_validate(
-        {"tokens_per_pack": 256, "packs_per_batch": 2, "lr_peak": 1e-3, "compile": captured, **settings}
+        {"tokens_per_pack": 256, "packs_per_step": 2, "lr_peak": 1e-3, "compile": captured, **settings}
     )
-    run = bench._make_run(SHAPE, config, bench.Accelerator(), None)
-    batches = [collate(talks, config.align_steps) for talks in bench._talks(SHAPE, config, 60, count=4)]
-    batches = [padded(replace(batch, ids=()), 64 if i % 2 else 128).pin_memory() for i, batch in enumerate(batches)]
-    return [train_step(run, [batches[i % 4], batches[(i + 1) % 4]], i)[0].cpu() for i in range(STEPS)], run
+    trainer = bench.make_trainer(SHAPE, config, bench.Accelerator(), vocabulary)
+    batches = [collate(talks, config.align_steps) for talks in bench.make_talks(SHAPE, config, 60, 2, count=4)]
+    batches = [
+        rounded_up(replace(batch, ids=()), 1024 if i % 2 else 2048).pin_memory() for i, batch in enumerate(batches)
+    ]
+    of_step = [[batches[i % 4], batches[(i + 1) % 4]] for i in range(STEPS)]
+    return [train_step(trainer, taken, i).parts.cpu() for i, taken in enumerate(of_step)], trainer
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,7 @@ def trained(captured: bool, **settings) -> tuple[list[torch.Tensor], Run]:
     [
         {},
         {"feature_noise": 0.1},
+        {"vocabulary": 300},
         {"optimizer": "muon"},
         {"align_steps": 1, "top_k_weight": 0.0},
         {"align_steps": 4, "recompute": True},
@@ -41,9 +43,9 @@ def trained(captured: bool, **settings) -> tuple[list[torch.Tensor], Run]:
 )
 def test_graphs_give_the_losses_of_eager_steps(settings):
     expected, _ = trained(captured=False, **settings)
-    got, run = trained(captured=True, **settings)
-    assert isinstance(run.backward, Captured)
-    assert any(run.backward._graphs.values())
+    got, trainer = trained(captured=True, **settings)
+    assert isinstance(trainer.backward, GraphPerShape)
+    assert any(trainer.backward.graphs._captured.values())
     for step, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
         torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2, msg=lambda text, step=step: f"{step}: {text}")
     assert torch.stack(got)[-1, 0, 0] < torch.stack(got)[0, 0, 0]

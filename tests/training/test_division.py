@@ -11,13 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from hass_core.store import Store
+from hass_core.training.checkpoint import checkpoint_name, checkpoints
 from hass_core.training.metrics import read_records
-from hass_core.training.train import train_draft
+from hass_core.training.train import draft_folder, train_draft
 from tests.training.conftest import store_features
 from tests.training.test_train import settings
 
 WORKER = """
 import os
+import signal
 import sys
 import torch
 torch.set_num_threads(1)
@@ -25,7 +27,7 @@ from accelerate import PartialState
 PartialState(cpu=True)
 from hass_core.store import Store
 from hass_core.target_model.loader import freeze
-from hass_core.training import loop, train
+from hass_core.training import loop, step, train
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.training.conftest import store_features
 from tests.training.test_division import division
@@ -34,41 +36,50 @@ store = Store(sys.argv[1])
 target = freeze(tiny_llama(), byte_tokenizer(), name="tiny")
 with PartialState().main_process_first():
     features = store_features(store, target)
-config = division(1, 2, sys.argv[2])
+config = division(1, sys.argv[2])
 if os.environ.get("RECOMPUTE"):
     config = config.model_copy(update={"training": config.training.model_copy(update={"recompute": True})})
 if os.environ.get("AS_CAPTURED"):  # all that surrounds a CUDA graph, without the graph
     config = config.model_copy(update={"training": config.training.model_copy(update={"compile": True})})
-    train.Alignment.compile_parts = lambda alignment: None
-    train.can_be_captured = lambda accelerator: True
-    loop.Captured = lambda backward: backward
+    step.Alignment.compile_parts = lambda alignment: None
+    step.can_be_captured = lambda accelerator: True
+    step.GraphPerShape = lambda backward: backward
 take_step = loop.train_step
-def step_or_die(run, batches, step):
+def step_or_die(trainer, batches, step, stop):
     if step == int(os.environ.get("DIES_AT", -1)):
         os._exit(9)
-    return take_step(run, batches, step)
+    if step == 1 and os.environ.get("TERMINATED") == os.environ["RANK"]:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return take_step(trainer, batches, step, stop)
 loop.train_step = step_or_die
+if os.environ.get("COUNTS_BROADCASTS"):
+    in_training = loop.train
+    def train_without(*given):
+        def sent(*what, **options):
+            raise AssertionError("buffers are sent")
+        torch.distributed._broadcast_coalesced = sent
+        return in_training(*given)
+    train.train = train_without
 train.train_draft(config, features, store, target)
 """
 
 
-def division(packs_per_batch: int, accumulation_steps: int, optimizer: str = "adamw"):
+def division(packs_per_micro_batch: int, optimizer: str = "adamw"):
     return settings(
         optimizer=optimizer,
         ema_decay=0.9 if optimizer == "muon" else None,
-        packs_per_batch=packs_per_batch,
-        accumulation_steps=accumulation_steps,
+        packs_per_step=4,
+        packs_per_micro_batch=packs_per_micro_batch,
         max_steps=4,
-        feature_noise=0.0,
         validate_every_steps=100,
         checkpoint_every_steps=2,
         lr_peak=1e-3,
     )
 
 
-def trained(root: Path, target, packs_per_batch: int, accumulation_steps: int) -> dict[str, torch.Tensor]:
+def trained(root: Path, target, packs_per_micro_batch: int) -> dict[str, torch.Tensor]:
     store = Store(root)
-    artifact = train_draft(division(packs_per_batch, accumulation_steps), store_features(store, target), store, target)
+    artifact = train_draft(division(packs_per_micro_batch), store_features(store, target), store, target)
     return load_file(store.open(artifact).local_path("model.safetensors"))
 
 
@@ -78,8 +89,18 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         torch.testing.assert_close(other[name], value, rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_four_micro_batches_of_one_pack_equal_one_of_four(tmp_path, tiny_target):
-    assert_equal(trained(tmp_path / "a", tiny_target, 4, 1), trained(tmp_path / "b", tiny_target, 1, 4))
+@pytest.mark.parametrize("packs", [1, 2, 3])
+def test_micro_batches_of_fewer_packs_give_the_result_of_one(tmp_path, tiny_target, packs):
+    """With noise on the inputs, which belongs to a pack however the step is divided; 3 leaves a smaller last one."""
+    assert_equal(trained(tmp_path / "a", tiny_target, 4), trained(tmp_path / "b", tiny_target, packs))
+
+
+def test_the_division_of_a_step_is_no_part_of_a_drafts_name(store, tiny_target):
+    features = store_features(store, tiny_target)
+    one, other = (draft_folder(division(packs), features, store, tiny_target) for packs in (1, 4))
+    assert one.digest == other.digest
+    bigger = division(1).model_copy(update={"training": settings(packs_per_step=8).training})
+    assert draft_folder(bigger, features, store, tiny_target).digest != one.digest
 
 
 @pytest.mark.slow
@@ -89,7 +110,7 @@ def test_four_micro_batches_of_one_pack_equal_one_of_four(tmp_path, tiny_target)
 def test_two_processes_equal_one(tmp_path, tiny_target, variables):
     assert two_processes(tmp_path / "two", **variables) == [0, 0]
     (weights,) = (tmp_path / "two" / "draft").glob("*/model.safetensors")
-    assert_equal(trained(tmp_path / "one", tiny_target, 4, 1), load_file(weights))
+    assert_equal(trained(tmp_path / "one", tiny_target, 4), load_file(weights))
 
 
 @pytest.mark.slow
@@ -102,12 +123,30 @@ def test_weights_divided_between_two_processes_give_the_losses_of_one(tmp_path, 
     assert two_processes(tmp_path / "two", optimizer, ACCELERATE_USE_FSDP="true", **variables) == [0, 0]
     (two,) = (tmp_path / "two" / "draft").glob("*/")
     store = Store(tmp_path / "one")
-    artifact = train_draft(division(4, 1, optimizer), store_features(store, tiny_target), store, tiny_target)
+    artifact = train_draft(division(4, optimizer), store_features(store, tiny_target), store, tiny_target)
     one = Path(store.open(artifact).local_path("model.safetensors")).parent
     for name in ("train/loss", "train/grad_norm", "val/loss", "val/tau"):
         assert curve(two, name) == pytest.approx(curve(one, name), abs=1e-4), name
     if optimizer == "adamw":  # Muon computes in bfloat16, where the order of a sum shows
         assert_equal(load_file(one / "model.safetensors"), load_file(two / "model.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_signal_to_one_process_ends_both_behind_the_same_step(tmp_path, tiny_target, rank):
+    assert two_processes(tmp_path / "two", TERMINATED=rank) == [143, 143]
+    store = Store(tmp_path / "two")
+    folder = draft_folder(division(1), store_features(store, tiny_target), store, tiny_target)
+    assert checkpoints(folder)[-1] == checkpoint_name(3), "the step in which both learnt of it"
+    # and one process goes on from what two have made
+    assert_equal(trained(tmp_path / "two", tiny_target, 4), trained(tmp_path / "one", tiny_target, 4))
+    two, one = (curve(next((tmp_path / name / "draft").glob("*/")), "tokens_seen") for name in ("two", "one"))
+    assert two == one
+
+
+@pytest.mark.slow
+def test_two_processes_do_not_send_each_other_the_embedding(tmp_path):
+    assert two_processes(tmp_path / "two", COUNTS_BROADCASTS="1") == [0, 0]
 
 
 @pytest.mark.recovery

@@ -17,7 +17,7 @@ TRAINING = {
     "align_steps": 2,
     "passes": 3,
     "tokens_per_pack": 96,
-    "packs_per_batch": 2,
+    "packs_per_step": 2,
     "log_every_steps": 1,
     "validate_every_steps": 4,
 }

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hass_core.training.feed import Division, read_ahead, windows_ahead
+from hass_core.errors import BadInput
+from hass_core.training.feed import Division, Group, read_ahead, windows_ahead
 from hass_core.training.packing import WINDOW_BLOCKS, PackStream, packs_of_pass, sample_order
 
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=300)
@@ -35,13 +36,20 @@ def test_whole_passes_are_counted_exactly(lengths):
     assert seen == sorted([*range(len(lengths)), *range(len(lengths))])
 
 
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
-def test_processes_divide_a_step_without_loss_or_overlap(packs_per_batch, accumulation, processes):
-    division = Division(packs_per_batch, accumulation, processes)
-    packs = [[i] for i in range(division.packs_per_step)]
-    shares = [Division(packs_per_batch, accumulation, processes, rank).mine(packs) for rank in range(processes)]
-    assert [i for share in shares for batch in share for i in batch] == list(range(division.packs_per_step))
-    assert all(len(share) == accumulation for share in shares)
+@given(st.integers(1, 5), st.integers(1, 3), st.none() | st.integers(1, 6))
+def test_processes_divide_a_step_without_loss_or_overlap(packs_per_process, processes, most):
+    packs = [[i] for i in range(packs_per_process * processes)]
+    shares = [Division(len(packs), most, processes, rank).own(packs) for rank in range(processes)]
+    groups = [group for share in shares for group in share]
+    assert [pack for group in groups for pack in group.packs] == packs
+    assert all(group.packs[0] == packs[group.first] for group in groups), "each pack knows its number in the step"
+    assert all(len(group.packs) <= (most or len(packs)) for group in groups)
+    assert len({len(share) for share in shares}) == 1, "processes that wait for each other run backward equally often"
+
+
+def test_a_step_that_processes_cannot_share_is_refused():
+    with pytest.raises(BadInput, match=r"training\.packs_per_step = 8 cannot be divided evenly among 3 processes"):
+        Division(8, None, 3)
 
 
 def test_packs_are_well_filled():
@@ -83,7 +91,7 @@ def test_steps_are_asked_for_ahead_and_none_is_lost(count, ahead):
         def warm(self, indices):
             warmed.extend(indices)
 
-    steps, drawn = [[[i], [count + i]] for i in range(count)], []
+    steps, drawn = [[Group(0, [[i]]), Group(1, [[count + i]])] for i in range(count)], []
     coming = read_ahead((drawn.append(step) or step for step in steps), Dataset(), ahead)
     for number, step in enumerate(coming):
         assert step == steps[number]

@@ -4,8 +4,7 @@ import torch
 
 from hass_core.training.alignment import Alignment
 from hass_core.training.batch import collate
-from hass_core.training.start import start_least_squares
-from hass_core.training.vocabulary import frequent_tokens
+from hass_core.training.start import frequent_tokens, start_least_squares
 from tests.training.conftest import HIDDEN, Talk, make_draft, make_talk
 
 

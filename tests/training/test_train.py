@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,17 +22,18 @@ from hass_core.errors import BadInput, DraftMismatch, NonFinite
 from hass_core.features.reader import FeatureDataset
 from hass_core.store import Artifact, Store
 from hass_core.target_model.loader import Target
-from hass_core.training import loop
+from hass_core.training import loop, step
 from hass_core.training.batch import collate
 from hass_core.training.metrics import read_records
-from hass_core.training.train import compute_dtype, draft_folder, train_draft
+from hass_core.training.step import compute_dtype
+from hass_core.training.train import draft_folder, train_draft
 from tests.training.conftest import make_talk, store_features
 
 MEASURED = {"train/tokens_per_second", "train/waiting_for_data"}
 SETTINGS = {
     "training": {
         "tokens_per_pack": 64,
-        "packs_per_batch": 2,
+        "packs_per_step": 2,
         "passes": 3,
         "lr_peak": 2e-3,
         "dtype": "float32",
@@ -111,10 +113,10 @@ def test_interrupted_training_continues_bit_for_bit(store, tiny_target, features
     again = store_features(other, tiny_target)
     take_step = loop.train_step
 
-    def fail_at_seven(run, batches, step):
+    def fail_at_seven(trainer, batches, step, stop):
         if step == 7:
             raise KeyboardInterrupt
-        return take_step(run, batches, step)
+        return take_step(trainer, batches, step, stop)
 
     monkeypatch.setattr(loop, "train_step", fail_at_seven)
     with pytest.raises(KeyboardInterrupt):
@@ -177,17 +179,37 @@ def test_a_killed_process_run_again_gives_the_same_curve(tmp_path, tiny_target, 
     assert curves[0] == curves[1]
 
 
+def test_training_continued_on_another_machine_keeps_its_curves(store, tiny_target, features, tmp_path, monkeypatch):
+    """The store is there, the scratch folder of the machine that died is not."""
+    take_step = loop.train_step
+
+    def fail_at_seven(trainer, batches, step, stop):
+        if step == 7:
+            raise KeyboardInterrupt
+        return take_step(trainer, batches, step, stop)
+
+    monkeypatch.setattr(loop, "train_step", fail_at_seven)
+    with pytest.raises(KeyboardInterrupt):
+        train_draft(settings(), features, store, tiny_target)
+    monkeypatch.setattr(loop, "train_step", take_step)
+    shutil.rmtree(draft_folder(settings(), features, store, tiny_target).scratch())
+    resumed = train_draft(settings(), features, store, tiny_target)
+    records = [json.loads(line) for line in store.open(resumed).read_text("metrics.jsonl").splitlines()]
+    steps = [record["step"] for record in records if "train/loss" in record]
+    assert steps == list(range(1, resumed.summary["steps"] + 1))
+
+
 def test_a_non_finite_feature_stops_before_the_update_and_names_the_conversations(
     store, tiny_target, features, monkeypatch
 ):
-    real = loop.distill
+    real = step.distill
 
     def poisoned(outputs, *rest):
         parts, gradients = real(outputs, *rest)
         gradients[0][0, 0] = torch.nan
         return parts, gradients
 
-    monkeypatch.setattr(loop, "distill", poisoned)
+    monkeypatch.setattr(step, "distill", poisoned)
     with pytest.raises(NonFinite, match=r"step 1: .* not finite; nothing was updated\. Conversations: talk-\d+"):
         train_draft(settings(), features, store, tiny_target)
 
@@ -198,13 +220,13 @@ def test_noise_disturbs_what_the_draft_is_given_and_not_what_it_is_to_predict(ta
     for zero in (True, False):
         for noise in (0.0, 1.0):
             config = settings(feature_noise=noise).training
-            run = bench._make_run(bench.SHAPES["tiny"], config, bench.Accelerator(cpu=True), None)
+            trainer = bench.make_trainer(bench.SHAPES["tiny"], config, bench.Accelerator(cpu=True))
             torch.manual_seed(0)
-            for parameter in run.alignment.parameters():
+            for parameter in trainer.alignment.parameters():
                 torch.nn.init.zeros_(parameter) if zero else torch.nn.init.normal_(parameter, std=0.1)
             same = [make_talk(talk.id, len(talk.token_ids), 1, hidden=64) for talk in talks]
-            run.head.weight = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
-            losses.append(loop.train_step(run, [collate(same, config.align_steps)], 0)[0])
+            trainer.head.weight = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+            losses.append(loop.train_step(trainer, [collate(same, config.align_steps)], 0).parts)
     assert torch.equal(losses[0], losses[1])
     assert not torch.equal(losses[2], losses[3])
 
@@ -264,10 +286,10 @@ def test_two_stages_interrupted_in_either_continue_bit_for_bit(
     again = store_features(other, tiny_target)
     take_step, top_k_weight = loop.train_step, (0.0, 1.0)[dies_in - 1]
 
-    def fail(run, batches, step):
-        if step == 5 and run.config.top_k_weight == top_k_weight:
+    def fail(trainer, batches, step, stop):
+        if step == 5 and trainer.config.top_k_weight == top_k_weight:
             raise KeyboardInterrupt
-        return take_step(run, batches, step)
+        return take_step(trainer, batches, step, stop)
 
     monkeypatch.setattr(loop, "train_step", fail)
     with pytest.raises(KeyboardInterrupt):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from hass_core.config import TrainingConfig
@@ -66,8 +66,3 @@ class MovingAverage:
             kept = parameter.clone()
             parameter.copy_(self.weights[name])
             self.weights[name].copy_(kept)
-
-
-def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Euclidean norm of all gradients together."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -12,7 +12,7 @@ from hass_core.bench import training as bench
 from hass_core.training import loop
 from hass_core.training.batch import collate
 from hass_core.training.checkpoint import checkpoints
-from hass_core.training.optim import MovingAverage, learning_rate
+from hass_core.training.optimizer import MovingAverage, learning_rate
 from hass_core.training.train import draft_folder, train_draft
 from tests.training.conftest import make_talk, store_features
 from tests.training.test_train import settings
@@ -36,11 +36,11 @@ def gradients_at_the_update(**training: object) -> list[torch.Tensor]:
     """The gradients that the optimizer of one step sees."""
     config, seen = settings(feature_noise=0.0, **training).training, []
     torch.manual_seed(0)
-    run = bench._make_run(bench.SHAPES["tiny"], config, bench.Accelerator(cpu=True), None)
-    parameters = list(run.alignment.parameters())
-    run.optimizers[0].step = lambda: seen.extend(p.grad.clone() for p in parameters)  # pyright: ignore
+    trainer = bench.make_trainer(bench.SHAPES["tiny"], config, bench.Accelerator(cpu=True))
+    parameters = list(trainer.alignment.parameters())
+    trainer.optimizers[0].step = lambda: seen.extend(p.grad.clone() for p in parameters)  # pyright: ignore
     talks = [make_talk(f"t{i}", 20 + i, 3, seed=i, hidden=64) for i in range(3)]
-    loop.train_step(run, [collate(talks, config.align_steps)], 0)
+    loop.train_step(trainer, [collate(talks, config.align_steps)], 0)
     return seen
 
 
