@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, create_model
 
-from hass_core.config import RunConfig, Settings, load_config, parse_config
+from hass_core.config import Engine, RunConfig, Settings, load_config, parse_config
 
 
 def optional(model: type[BaseModel], base: type[BaseModel] = Settings) -> Any:
@@ -68,3 +68,25 @@ class RunParameters(_Changes):
     def for_sub_flow(self) -> dict[str, Any]:
         """The same settings for a flow run of another deployment, which runs all of its stages itself."""
         return self.model_dump(mode="json", exclude_none=True, exclude={"deployments"})
+
+
+class ExportParameters(RunParameters):
+    """Which draft, for which engine, and where to."""
+
+    source: str | None = Field(
+        default=None,
+        min_length=1,
+        description="models:/NAME@ALIAS, models:/NAME/VERSION, a version's number, or a folder (STORE/draft/DIGEST); "
+        "empty = the champion",
+    )
+    engine: Engine = Field(default="vllm", description="The engine that will serve it")
+    folder: str | None = Field(
+        default=None, pattern=r"^\w[\w.-]*$", description="Its name below exports/; empty = DRAFT-ENGINE"
+    )
+    served_as: str | None = Field(default=None, description="The target's name at the engine, for the command")
+
+
+class PromotionParameters(RunParameters):
+    """The settings it is measured with, and which version."""
+
+    version: int | None = Field(default=None, ge=1, description="Registered version; empty = the challenger")

@@ -1,21 +1,14 @@
 """Promote a draft: `python -m flows.promote_draft [PRESET] [version=N] [section.key=value …]`."""
 
 from prefect import flow
-from pydantic import Field
 from rich.console import Console
 from rich.markdown import Markdown
 
-from flows.parameters import RunParameters
+from flows.parameters import PromotionParameters
 from flows.terminal import main
 from hass_core.config import RunConfig
 from tasks.gate import Verdict
 from tasks.promotion import decide, find_version
-
-
-class PromotionParameters(RunParameters):
-    """The settings it is measured with, and which version."""
-
-    version: int | None = Field(default=None, ge=1, description="Registered version; empty = the challenger")
 
 
 @flow(name="promote-draft", flow_run_name="promote-draft {run.preset}")
@@ -31,4 +24,4 @@ def show(console: Console, config: RunConfig, verdict: Verdict) -> None:
 
 
 if __name__ == "__main__":
-    main(promote_draft, show, PromotionParameters)
+    main(promote_draft, show)

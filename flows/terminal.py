@@ -15,13 +15,12 @@ from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, t
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from flows.parameters import RunParameters
+from flows.arguments import complain, read
 from hass_core.config import RunConfig
-from hass_core.errors import HassError
+from hass_core.errors import INTERRUPTED
 from tasks.progress import terminal
 from tasks.summary import stage_table
 
-USER_ERROR, INTERRUPTED = 2, 130
 SERVER_ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -31,34 +30,24 @@ SERVER_ENVIRONMENT = {
 Show = Callable[[Console, RunConfig, Any], None]
 
 
-def main(flow: Flow[..., Any], show: Show | None = None, parameters: type[RunParameters] = RunParameters) -> None:
+def main(flow: Flow[..., Any], show: Show | None = None) -> None:
     """Read the command line, run the flow, print what came out. Exits with 2 after a user's mistake.
 
-    Arguments are a preset's name (optional, first) and changes as `section.key=value`; a name without a section is a
-    field of `parameters`.
+    Arguments are a preset's name (optional, first) and changes as `section.key=value`; see `flows.arguments`.
     """
     console, started = Console(), time.monotonic()
     try:
-        run = _parameters(sys.argv[1:], parameters)
+        run = read(flow.name.replace("-", "_"), sys.argv[1:])
         config = run.config()  # a wrong setting is told before anything starts
         with _quiet_prefect(), _progress(console):
             result = flow(run)
-    except HassError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(USER_ERROR)
     except KeyboardInterrupt:
-        console.print("stopped; the same command continues from what is finished")
+        print("stopped; the same command continues from what is finished", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        complain(error)
     (show or _show_stage)(console, config, result)
     console.print(f"took {time.monotonic() - started:.0f} s", highlight=False)
-
-
-def _parameters(arguments: list[str], kind: type[RunParameters]) -> RunParameters:
-    preset = arguments.pop(0) if arguments and "=" not in arguments[0] else "smollm2-cpu"
-    own = kind.model_fields.keys() - RunParameters.model_fields.keys()
-    given = dict(argument.split("=", 1) for argument in arguments if argument.partition("=")[0] in own)
-    rest = [argument for argument in arguments if argument.partition("=")[0] not in own]
-    return kind(preset=preset, overrides=rest, **given)
 
 
 def _show_stage(console: Console, config: RunConfig, result: Any) -> None:

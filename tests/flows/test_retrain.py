@@ -120,14 +120,14 @@ def names_are_those_of_the_readme(client: MlflowClient, runs: list[Run]) -> None
 def test_a_wrong_setting_is_one_sentence_and_exit_code_2(environment, tiny_preset):
     done = retrain(environment, tiny_preset, "training.pases=5")
     assert done.returncode == 2
-    assert "training.pases: no such setting; did you mean training.passes?" in done.stdout
+    assert "training.pases: no such setting; did you mean training.passes?" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_mistake_found_by_a_stage_is_one_sentence_too(environment, tiny_preset):
     done = retrain(environment, tiny_preset, 'prompts.files=["/nowhere.jsonl"]')
     assert done.returncode == 2
-    assert done.stdout.strip().endswith("error: /nowhere.jsonl: no such file; check prompts.files")
+    assert done.stderr.strip().endswith("error: /nowhere.jsonl: no such file; check prompts.files")
     assert "Traceback" not in done.stdout + done.stderr
 
 
