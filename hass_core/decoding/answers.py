@@ -160,7 +160,7 @@ def check_prompts(prompts: list[list[int]], context_tokens: int) -> None:
 
 
 def check_sound(sound: bool, row: int, position: int) -> None:
-    """Raise NonFinite unless the logits behind `position` new tokens were sound."""
+    """Raise NonFinite unless the logits after `position` new tokens were sound."""
     if not sound:
         raise NonFinite(
             f"the target's logits for prompt {row} are NaN or infinite after {position} new tokens; "

@@ -1,7 +1,7 @@
 """Drafting: bring the draft's cache up to date with true features, then grow a tree from there.
 
 The cache's live rows are built from the target's own features and stay. The rows of a tree, built from the draft's
-own estimates, stand behind them and are overwritten by the next cycle.
+own estimates, stand after them and are overwritten by the next cycle.
 
 Shapes: B batch, R new rows, T rows of one pass, K children and frontier nodes, H hidden, D draft vocabulary, N tree
 nodes, C tree rows in the cache, d head size.
@@ -18,11 +18,9 @@ from hass_core.decoding.sampling import top_tokens
 from hass_core.decoding.tree import ROOT, Pool, Tree, TreeShape, assemble, best, static_scores
 from hass_core.draft_model.checkpoint import Draft
 from hass_core.draft_model.layers import DraftModel
-from hass_core.target_model.block import DecoderBlock, LayerWeights
+from hass_core.target_model.block import DecoderBlock, LayerShape, LayerWeights, Linear, RopeTable, few_rows
 from hass_core.target_model.compiling import compiled
-from hass_core.target_model.kv_cache import FixedShapes, KVCache, LayerShape, attention_of
-from hass_core.target_model.linear import Linear, few_rows
-from hass_core.target_model.rope import RopeTable
+from hass_core.target_model.kv_cache import FixedShapes, KVCache, attention_of
 
 
 class TreeDrafter(Protocol):
@@ -30,7 +28,7 @@ class TreeDrafter(Protocol):
 
     shape: TreeShape
     capturable: bool  # `extend` and `grow` can go into a CUDA graph
-    scratch_slots: int  # cache slots needed behind the live rows
+    scratch_slots: int  # cache slots needed after the live rows
 
     def new_cache(self, batch_size: int, max_tokens: int) -> Any:
         """What the drafter remembers of the rows; handed back to it in every call."""
@@ -45,7 +43,7 @@ class TreeDrafter(Protocol):
     ) -> Tensor:
         """Take in true features [B, R, H] with their next tokens [B, R], the first `counts` [B] of each row.
 
-        Returns whatever `grow` starts from, behind each row's last live feature.
+        Returns whatever `grow` starts from, after each row's last live feature.
         """
         ...
 
@@ -80,7 +78,7 @@ class NoDraft:
 
 
 class Children(NamedTuple):
-    """The K likeliest next tokens behind each of n nodes."""
+    """The K likeliest next tokens after each of n nodes."""
 
     scores: Tensor  # [B, n, K] log-probabilities
     token_ids: Tensor  # [B, n, K]
@@ -152,7 +150,7 @@ class DraftRunner:
     ) -> Tensor:
         """Estimated next features [B, T, H] of `inputs` [B, T, 2H], at positions with the `rotation` of `rope`.
 
-        They are written `offset` slots behind the live lengths, and see what
+        They are written `offset` slots after the live lengths, and see what
         `hass_core.target_model.kv_cache.attention_of` says.
         """
         block, weights = self._block, self._weights
@@ -189,7 +187,7 @@ class Drafter:
     ) -> Tensor:
         """Append rows of true features [B, R, H] with their next tokens [B, R], `counts` [B] of each batch row live.
 
-        Returns the estimated feature [B, H] behind each batch row's last live row.
+        Returns the estimated feature [B, H] after each batch row's last live row.
         """
         positions = cache.lengths[:, None] + torch.arange(token_ids.shape[1], device=token_ids.device)
         inputs = self._runner.inputs(token_ids, features)
@@ -198,7 +196,7 @@ class Drafter:
         return last_of(outputs, counts.clamp(min=1))
 
     def grow(self, cache: KVCache, root: Tensor, estimate: Tensor, fixed: FixedShapes | None = None) -> Tree:
-        """The tree over root tokens [B], whose predecessor's estimated feature behind the root is `estimate` [B, H]."""
+        """The tree over root tokens [B], whose predecessor's estimated feature after the root is `estimate` [B, H]."""
         shape, runner = self.shape, self._runner
         begin, finish = (self._begin, self._finish) if fixed and fixed.lasting else (first_frontier, tree_of)
         first, levels = self._children(estimate[:, None]), []
@@ -225,7 +223,7 @@ class Drafter:
         return list(zip(cos.split(cache.batch_size), sin.split(cache.batch_size), strict=True))
 
     def _children(self, features: Tensor) -> Children:
-        """The K likeliest next tokens behind features [B, n, H]."""
+        """The K likeliest next tokens after features [B, n, H]."""
         scores, token_ids = top_tokens(self._product.of_few_rows(features), self.shape.top_k, self._head.token_ids)
         return Children(scores if self._by_rank is None else self._by_rank.expand(scores.shape), token_ids)
 
@@ -236,7 +234,7 @@ def fused_input(token_ids: Tensor, features: Tensor, embedding: Tensor) -> Tenso
 
 
 def first_frontier(children: Children, estimate: Tensor, embedding: Tensor, tree_rows: int) -> Frontier:
-    """All of the root's children [B, 1, K], behind the estimated feature [B, H]; C = `tree_rows`."""
+    """All of the root's children [B, 1, K], after the estimated feature [B, H]; C = `tree_rows`."""
     scores, token_ids = children.scores[:, 0], children.token_ids[:, 0]
     batch, top_k = token_ids.shape
     index = torch.arange(top_k, device=token_ids.device).expand(batch, -1)

@@ -43,7 +43,7 @@ class Session:
         self._cache = runner.new_cache(rows, self.slots)
         self._draft_cache = drafter.new_cache(rows, self.slots)
         self._sampler = Sampler(sampling, rows, self.slots, runner.vocab_size, device)
-        # what the last cycle made certain: features and the token behind each; the last live one is the root
+        # what the last cycle made certain: features and the token after each; the last live one is the root
         self._features = torch.zeros(rows, longest, runner.hidden_size, device=device, dtype=runner.dtype)
         self._token_ids = torch.zeros(rows, longest, dtype=torch.long, device=device)
         self._counts = torch.zeros(rows, dtype=torch.long, device=device)
@@ -111,7 +111,7 @@ class Session:
 
     def _cycle(self, new: int, fixed: FixedShapes | None = None) -> Tensor:
         """The packed report [B, 2 + 3R] of one cycle; the last one made at most `new` tokens of a row certain."""
-        # draft: take in what became certain, grow a tree behind its last token
+        # draft: take in what became certain, grow a tree after its last token
         started = time.perf_counter()
         runner, cache, counts = self._runner, self._cache, self._counts
         root = self._token_ids.gather(1, (counts.clamp(min=1) - 1)[:, None])[:, 0]

@@ -2,7 +2,7 @@
 
 To verify a tree is to read every weight once for a few dozen rows. The products wait for memory, and between them stand
 norms, gates and sums too small to fill a GPU. Here a gate or a residual belongs to the product before it, and so does
-most of the RMSNorm behind it: (w ⊙ x / rms(x)) · W = ((w ⊙ x) · W) / rms(x), so the product that makes x also writes
+most of the RMSNorm after it: (w ⊙ x / rms(x)) · W = ((w ⊙ x) · W) / rms(x), so the product that makes x also writes
 w ⊙ x and its sums of squares, and the next one divides its result. A decoder layer takes four launches for eight.
 
 The sums of squares are kept one per program and added in order: the same input gives the same bits.
@@ -149,15 +149,15 @@ def _product(
     else:
         WIDE: tl.constexpr = 2 if GATED else 1
         mask = (row < rows)[:, None] & (column < outputs)[None, :]
-        place = row[:, None] * outputs * WIDE + column[None, :]
-        tl.store(partial + split * rows * outputs * WIDE + place, summed, mask=mask)
+        address = row[:, None] * outputs * WIDE + column[None, :]
+        tl.store(partial + split * rows * outputs * WIDE + address, summed, mask=mask)
         if GATED:
-            tl.store(partial + split * rows * outputs * WIDE + place + outputs, ungated, mask=mask)
+            tl.store(partial + split * rows * outputs * WIDE + address + outputs, ungated, mask=mask)
         if is_last(arrivals + tile, SPLITS):
             summed = tl.zeros([ROWS, COLUMNS], tl.float32)
             ungated = tl.zeros([ROWS, COLUMNS], tl.float32)
             for part in tl.static_range(SPLITS):
-                there = partial + part * rows * outputs * WIDE + place
+                there = partial + part * rows * outputs * WIDE + address
                 summed += tl.load(there, mask=mask, other=0.0, cache_modifier=".cg")
                 if GATED:
                     ungated += tl.load(there + outputs, mask=mask, other=0.0, cache_modifier=".cg")
@@ -173,7 +173,7 @@ def _finish(
     column, tile, INPUTS: tl.constexpr, SHRUNK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
     GATED: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """What comes behind a product, and writing it."""
+    """What comes after a product, and writing it."""
     real, inside = row < rows, column < outputs
     if SCALE:
         summed *= tl.load(scale + column, mask=inside, other=0.0)[None, :]
@@ -219,7 +219,7 @@ def sums(
     x, weight, rows, outputs, apart, row, column, INPUTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     STEP: tl.constexpr, STAGES: tl.constexpr, PAIRED: tl.constexpr, SPLITS: tl.constexpr = 1, split=0,
 ):  # fmt: skip
-    """x · weightᵀ at the rows and columns, and if PAIRED at the columns `apart` behind those; over every SPLITS-th part
+    """x · weightᵀ at the rows and columns, and if PAIRED at the columns `apart` after those; over every SPLITS-th part
     of the inputs."""
     SHARE: tl.constexpr = (INPUTS + SPLITS * STEP - 1) // (SPLITS * STEP) * STEP
     EVEN: tl.constexpr = INPUTS % (SPLITS * STEP) == 0
@@ -230,14 +230,14 @@ def sums(
     summed = tl.zeros([ROWS, COLUMNS], tl.float32)
     other = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in tl.range(0, SHARE, STEP, num_stages=STAGES):
-        place = split * SHARE + first + step
-        held = (place < INPUTS) | EVEN
-        part = tl.load(own_rows + place[None, :], mask=real[:, None] & held[None, :], other=0.0)
-        columns = tl.load(own_weight + place[:, None], mask=inside[None, :] & held[:, None], other=0.0)
+        index = split * SHARE + first + step
+        held = (index < INPUTS) | EVEN
+        part = tl.load(own_rows + index[None, :], mask=real[:, None] & held[None, :], other=0.0)
+        columns = tl.load(own_weight + index[:, None], mask=inside[None, :] & held[:, None], other=0.0)
         part = as_factor(part, columns)
         summed = tl.dot(part, columns.to(part.dtype), summed, input_precision="ieee")
         if PAIRED:
-            columns = tl.load(other_weight + place[:, None], mask=inside[None, :] & held[:, None], other=0.0)
+            columns = tl.load(other_weight + index[:, None], mask=inside[None, :] & held[:, None], other=0.0)
             other = tl.dot(part, columns.to(part.dtype), other, input_precision="ieee")
     return summed, other
 

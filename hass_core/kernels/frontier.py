@@ -25,7 +25,7 @@ class Chosen(NamedTuple):
     """The K best candidates of a level, best first."""
 
     token_ids: Tensor  # [B, K]
-    pairs: Tensor  # [B, K, 2H] their embeddings, and the features estimated at their parents
+    inputs: Tensor  # [B, K, 2H] their embeddings, and the features estimated at their parents
     scores: Tensor  # [B, K]
     candidates: Tensor  # [B, K] numbers among the level's candidates
     seen: Tensor  # [B, K, C]
@@ -65,7 +65,7 @@ def best_candidates(
 
 @triton.jit
 def _choose(
-    node_scores, child_scores, child_ids, seen, features, embedding, token_ids, pairs, scores, candidates, own_seen,
+    node_scores, child_scores, child_ids, seen, features, embedding, token_ids, inputs, scores, candidates, own_seen,
     rows_from, number_from, hidden, columns, K: tl.constexpr, COLUMNS: tl.constexpr, CANDIDATES: tl.constexpr,
     SEEN: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +90,7 @@ def _choose(
     own = batch * K + rank
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < hidden
-    goal = pairs + own * 2 * hidden + column
+    goal = inputs + own * 2 * hidden + column
     tl.store(goal, tl.load(embedding + token_id * hidden + column, mask=inside), mask=inside)
     tl.store(goal + hidden, tl.load(features + parent * hidden + column, mask=inside), mask=inside)
     if tl.program_id(2) == 0:

@@ -60,7 +60,7 @@ def _sums(
     x, weight, column, apart, inside, INPUTS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
     PAIRED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """x · weightᵀ at the columns, and if PAIRED at the columns `apart` behind those."""
+    """x · weightᵀ at the columns, and if PAIRED at the columns `apart` after those."""
     start = weight + column[:, None].to(tl.int64) * INPUTS
     other_start = weight + (column + apart)[:, None].to(tl.int64) * INPUTS
     first = _weights(start, 0, inside, INPUTS, STEP)
@@ -69,24 +69,24 @@ def _sums(
     part = _inputs(x, 0, INPUTS, STEP)
     summed = first.to(tl.float32) * part
     other = other_first.to(tl.float32) * part if PAIRED else summed
-    for place in range(STEP, INPUTS, STEP):
-        part = _inputs(x, place, INPUTS, STEP)
-        summed += _weights(start, place, inside, INPUTS, STEP).to(tl.float32) * part
+    for at in range(STEP, INPUTS, STEP):
+        part = _inputs(x, at, INPUTS, STEP)
+        summed += _weights(start, at, inside, INPUTS, STEP).to(tl.float32) * part
         if PAIRED:
-            other += _weights(other_start, place, inside, INPUTS, STEP).to(tl.float32) * part
+            other += _weights(other_start, at, inside, INPUTS, STEP).to(tl.float32) * part
     return tl.sum(summed, 1), tl.sum(other, 1)
 
 
 @triton.jit
 def _weights(start, first, inside, INPUTS: tl.constexpr, STEP: tl.constexpr):
     """[columns, STEP] weights of the inputs from `first` on."""
-    place = first + tl.arange(0, STEP)
-    mask = inside[:, None] & ((place < INPUTS) | (INPUTS % STEP == 0))[None, :]
-    return tl.load(start + place[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+    at = first + tl.arange(0, STEP)
+    mask = inside[:, None] & ((at < INPUTS) | (INPUTS % STEP == 0))[None, :]
+    return tl.load(start + at[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
 def _inputs(x, first, INPUTS: tl.constexpr, STEP: tl.constexpr):
     """[1, STEP] inputs from `first` on, in float32."""
-    place = first + tl.arange(0, STEP)
-    return tl.load(x + place, mask=(place < INPUTS) | (INPUTS % STEP == 0), other=0.0).to(tl.float32)[None, :]
+    at = first + tl.arange(0, STEP)
+    return tl.load(x + at, mask=(at < INPUTS) | (INPUTS % STEP == 0), other=0.0).to(tl.float32)[None, :]

@@ -27,7 +27,7 @@ MOST_SPLITS = 16
 
 
 def split_attention(
-    mixed: Tensor,
+    qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
     keys: Tensor,
@@ -37,39 +37,39 @@ def split_attention(
     visible: Tensor | None,
 ) -> Tensor:
     """As `hass_core.kernels.tree_attention.tree_attention`, for at most MOST_QUERIES queries of a key-value head."""
-    batch, tokens, parts, dim = mixed.shape
+    batch, tokens, parts, dim = qkv.shape
     kv = keys.shape[1]
     heads = parts - 2 * kv
     group = heads // kv
     width = triton.next_power_of_2(dim)
-    queries = torch.empty(batch, tokens, heads, dim, device=mixed.device, dtype=mixed.dtype)
+    queries = torch.empty(batch, tokens, heads, dim, device=qkv.device, dtype=qkv.dtype)
     _place[(batch * tokens, triton.cdiv(parts, PARTS_AT_ONCE))](
-        mixed, cos, sin, queries, keys, values, lengths, offset, tokens, cos.stride(1), keys.stride(0), keys.stride(1),
-        values.stride(0), values.stride(1), heads, kv, dim, PARTS=PARTS_AT_ONCE, WIDTH=width, **chained(mixed),
+        qkv, cos, sin, queries, keys, values, lengths, offset, tokens, cos.stride(1), keys.stride(0), keys.stride(1),
+        values.stride(0), values.stride(1), heads, kv, dim, PARTS=PARTS_AT_ONCE, WIDTH=width, **chained(qkv),
     )  # fmt: skip
     # of the wide ones a processor holds one or two
     splits = max(1, min(MOST_SPLITS, PROCESSORS * (1 if width >= 128 else 4) // (batch * kv)))
-    out = torch.empty(batch, tokens, heads * dim, device=mixed.device, dtype=mixed.dtype)
+    out = torch.empty(batch, tokens, heads * dim, device=qkv.device, dtype=qkv.dtype)
     lines = batch * kv * splits * tokens * group if splits > 1 else 0
-    partial = torch.empty(lines, dim, device=mixed.device, dtype=torch.float32)
-    lse = torch.empty(lines, device=mixed.device, dtype=torch.float32)
+    partial = torch.empty(lines, dim, device=qkv.device, dtype=torch.float32)
+    lse = torch.empty(lines, device=qkv.device, dtype=torch.float32)
     columns = 0 if visible is None else visible.shape[2]
     _attend[(batch * kv, splits)](
         queries, keys, values, lengths, visible, partial, lse, out, offset, tokens, columns, 1 / math.sqrt(dim),
         keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), heads, kv, group, dim, SPLITS=splits,
-        ROWS=MOST_QUERIES, SLOTS=32 if width >= 128 else 64, WIDTH=width, CAUSAL=visible is None, **chained(mixed),
+        ROWS=MOST_QUERIES, SLOTS=32 if width >= 128 else 64, WIDTH=width, CAUSAL=visible is None, **chained(qkv),
     )  # fmt: skip
     if splits > 1:
         _merge[(batch * kv, tokens * group)](
             partial, lse, out, tokens, heads, kv, group, dim, splits, SPLITS=triton.next_power_of_2(splits),
-            WIDTH=width, **chained(mixed),
+            WIDTH=width, **chained(qkv),
         )  # fmt: skip
     return out
 
 
 @triton.jit
 def _place(
-    mixed, cos, sin, queries, keys, values, lengths, offset, tokens, turn, key_batch, key_head, value_batch, value_head,
+    qkv, cos, sin, queries, keys, values, lengths, offset, tokens, stride, key_batch, key_head, value_batch, value_head,
     heads, kv, dim, PARTS: tl.constexpr, WIDTH: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Program: some heads of one token. Rotates queries and keys, stores keys and values."""
@@ -78,19 +78,19 @@ def _place(
     slot = tl.load(lengths + batch) + offset + token % tokens
     part, column = tl.program_id(1) * PARTS + tl.arange(0, PARTS)[:, None], tl.arange(0, WIDTH)[None, :]
     inside = (part < heads + 2 * kv) & (column < dim)
-    start = mixed + (token.to(tl.int64) * (heads + 2 * kv) + part) * dim
-    along = tl.load(cos + token * turn + column, mask=column < dim, other=0.0).to(tl.float32)
-    across = tl.load(sin + token * turn + column, mask=column < dim, other=0.0).to(tl.float32)
+    start = qkv + (token.to(tl.int64) * (heads + 2 * kv) + part) * dim
+    cosine = tl.load(cos + token * stride + column, mask=column < dim, other=0.0).to(tl.float32)
+    sine = tl.load(sin + token * stride + column, mask=column < dim, other=0.0).to(tl.float32)
     wait_for_inputs(CHAINED)
-    straight = tl.load(start + column, mask=inside, other=0.0)
-    crossed = tl.load(start + (column + dim // 2) % dim, mask=inside, other=0.0).to(tl.float32)
-    rotated = (straight.to(tl.float32) * along + crossed * across).to(straight.dtype)
+    own = tl.load(start + column, mask=inside, other=0.0)
+    rolled = tl.load(start + (column + dim // 2) % dim, mask=inside, other=0.0).to(tl.float32)
+    rotated = (own.to(tl.float32) * cosine + rolled * sine).to(own.dtype)
     tl.store(queries + (token.to(tl.int64) * heads + part) * dim + column, rotated, mask=inside & (part < heads))
     own_key, own_value = part - heads, part - heads - kv
-    place = keys + batch * key_batch + own_key * key_head + slot * dim + column
-    tl.store(place, rotated, mask=inside & (own_key >= 0) & (own_key < kv))
-    place = values + batch * value_batch + own_value * value_head + slot * dim + column
-    tl.store(place, straight, mask=inside & (own_value >= 0))
+    address = keys + batch * key_batch + own_key * key_head + slot * dim + column
+    tl.store(address, rotated, mask=inside & (own_key >= 0) & (own_key < kv))
+    address = values + batch * value_batch + own_value * value_head + slot * dim + column
+    tl.store(address, own, mask=inside & (own_value >= 0))
 
 
 @triton.jit
@@ -110,14 +110,14 @@ def _attend(
     row = tl.arange(0, ROWS)
     token, column, real = row // group, tl.arange(0, WIDTH), row < tokens * group
     in_width = column[None, :] < dim
-    place = ((batch * tokens + token) * heads + head * group + row % group) * dim
+    address = ((batch * tokens + token) * heads + head * group + row % group) * dim
     keys += batch * key_batch + head * key_head
     values += batch * value_batch + head * value_head
     ahead = tl.minimum(split * share + tl.arange(0, SLOTS), end) * dim
     fetch(keys + ahead, CHAINED)
     fetch(values + ahead, CHAINED)
     wait_for_inputs(CHAINED)
-    query = tl.load(queries + place[:, None] + column[None, :], mask=real[:, None] & in_width, other=0.0)
+    query = tl.load(queries + address[:, None] + column[None, :], mask=real[:, None] & in_width, other=0.0)
 
     highest = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -127,13 +127,13 @@ def _attend(
         held = (slot < stop)[:, None] & in_width
         key = tl.load(keys + slot[:, None] * dim + column[None, :], mask=held, other=0.0)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        behind = (slot - live)[None, :]  # column of `visible`
+        past = (slot - live)[None, :]  # column of `visible`
         if CAUSAL:
-            seen = behind <= offset + token[:, None]
+            seen = past <= offset + token[:, None]
         else:
-            asked = visible + (batch * tokens + token)[:, None] * columns + behind
-            seen = tl.load(asked, mask=real[:, None] & (behind >= 0) & (behind < columns), other=0) != 0
-            seen = seen | (behind < 0)
+            asked = visible + (batch * tokens + token)[:, None] * columns + past
+            seen = tl.load(asked, mask=real[:, None] & (past >= 0) & (past < columns), other=0) != 0
+            seen = seen | (past < 0)
         scores = tl.where(seen & (slot < stop)[None, :], scores, -float("inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         weight = tl.exp(scores - higher[:, None])
@@ -145,7 +145,7 @@ def _attend(
 
     mean = summed / tl.maximum(total, 1e-30)[:, None]
     if SPLITS == 1:
-        tl.store(out + place[:, None] + column[None, :], mean.to(out.dtype.element_ty), mask=real[:, None] & in_width)
+        tl.store(out + address[:, None] + column[None, :], mean.to(out.dtype.element_ty), mask=real[:, None] & in_width)
     else:
         line = (tl.program_id(0).to(tl.int64) * SPLITS + split) * tokens * group + row
         tl.store(lse + line, highest + tl.log(tl.maximum(total, 1e-30)), mask=real)
@@ -167,5 +167,5 @@ def _merge(
     inside = (split < splits)[:, None] & (column < dim)[None, :]
     means = tl.load(partial + line[:, None] * dim + column[None, :], mask=inside, other=0.0)
     merged = tl.sum(means * weight[:, None], 0) / tl.sum(weight, 0)
-    place = ((batch.to(tl.int64) * tokens + row // group) * heads + head * group + row % group) * dim
-    tl.store(out + place + column, merged.to(out.dtype.element_ty), mask=column < dim)
+    address = ((batch.to(tl.int64) * tokens + row // group) * heads + head * group + row % group) * dim
+    tl.store(out + address + column, merged.to(out.dtype.element_ty), mask=column < dim)

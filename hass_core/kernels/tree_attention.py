@@ -31,7 +31,7 @@ MOST_SPLITS = 16
 
 
 def tree_attention(
-    mixed: Tensor,
+    qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
     keys: Tensor,
@@ -40,36 +40,36 @@ def tree_attention(
     offset: int = 0,
     visible: Tensor | None = None,
 ) -> Tensor:
-    """Attended values [B, T, A·d] of the queries in `mixed` [B, T, A + 2·KV, d]: queries, keys and values side by side.
+    """Attended values [B, T, A·d] of the queries in `qkv` [B, T, A + 2·KV, d]: queries, keys and values side by side.
 
-    `cos`, `sin` [B, T, 1, d] as in `hass_core.target_model.rope`, with the same strides. The new keys and values are
+    `cos`, `sin` [B, T, 1, d] as in `hass_core.target_model.block`, with the same strides. The new keys and values are
     written into `keys`, `values` [B, KV, S, d] from slot `lengths` [B] + `offset` on. A token sees the first
     `lengths` slots, and of the C slots after them those that `visible` [B, T, C] says; without it, all up to itself.
     """
-    batch, tokens, parts, dim = mixed.shape
+    batch, tokens, parts, dim = qkv.shape
     kv = keys.shape[1]
     heads = parts - 2 * kv
     wanted, width = tokens * heads // kv, triton.next_power_of_2(dim)
     if wanted <= MOST_QUERIES:
-        return split_attention(mixed, cos, sin, keys, values, lengths, offset, visible)
-    roomy = shared_memory(mixed.device) >= HOPPERS_SHARED_MEMORY
+        return split_attention(qkv, cos, sin, keys, values, lengths, offset, visible)
+    roomy = shared_memory(qkv.device) >= HOPPERS_SHARED_MEMORY
     # a long context is read once for each block of queries
     queries = QUERIES_AT_ONCE * (2 if roomy and width >= 128 and keys.shape[2] > 1024 else 1)
-    fewer, narrow = max(1, width * mixed.element_size() // 128), 1 if roomy else 2
+    fewer, narrow = max(1, width * qkv.element_size() // 128), 1 if roomy else 2
     slots, new = SLOTS_AT_ONCE // fewer // narrow, NEW_AT_ONCE * 2 // max(2, fewer) // narrow
     groups = batch * kv * triton.cdiv(wanted, queries)
     splits = max(1, min(MOST_SPLITS, PROCESSORS // groups, keys.shape[2] // (2 * slots)))
     lines = groups * splits * queries if splits > 1 else 0
-    partial = torch.empty(lines, width, device=mixed.device, dtype=torch.float32)
-    lse = torch.empty(lines, device=mixed.device, dtype=torch.float32)
-    out = torch.empty(batch, tokens, heads * dim, device=mixed.device, dtype=mixed.dtype)
+    partial = torch.empty(lines, width, device=qkv.device, dtype=torch.float32)
+    lse = torch.empty(lines, device=qkv.device, dtype=torch.float32)
+    out = torch.empty(batch, tokens, heads * dim, device=qkv.device, dtype=qkv.dtype)
     columns = 0 if visible is None else visible.shape[2]
     _attend[(min(PROCESSORS, groups * splits),)](
-        mixed, cos, sin, keys, values, lengths, mixed if visible is None else visible, partial, lse,
-        _counters(mixed.device), out, offset, tokens, columns, groups, splits, 1 / math.sqrt(dim), cos.stride(1),
+        qkv, cos, sin, keys, values, lengths, qkv if visible is None else visible, partial, lse,
+        _counters(qkv.device), out, offset, tokens, columns, groups, splits, 1 / math.sqrt(dim), cos.stride(1),
         keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), HEADS=heads, KV=kv, DIM=dim, WIDTH=width,
         QUERIES=queries, SLOTS=slots, NEW=min(new, max(16, triton.next_power_of_2(tokens))),
-        CAUSAL=visible is None, EARLIER=offset > 0, num_warps=8, **chained(mixed),
+        CAUSAL=visible is None, EARLIER=offset > 0, num_warps=8, **chained(qkv),
     )  # fmt: skip
     return out
 
@@ -82,8 +82,8 @@ def _counters(device: torch.device) -> Tensor:
 
 @triton.jit
 def _attend(
-    mixed, cos, sin, keys, values, lengths, visible, partial, lse, counters, out, offset, tokens, columns, groups,
-    splits, scale, turn, key_batch, key_head, value_batch, value_head, HEADS: tl.constexpr, KV: tl.constexpr,
+    qkv, cos, sin, keys, values, lengths, visible, partial, lse, counters, out, offset, tokens, columns, groups,
+    splits, scale, stride, key_batch, key_head, value_batch, value_head, HEADS: tl.constexpr, KV: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr, NEW: tl.constexpr,
     CAUSAL: tl.constexpr, EARLIER: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -97,18 +97,18 @@ def _attend(
         shares = tl.minimum(splits, tl.maximum(1, (live + offset) // (2 * SLOTS)))
         if split < shares:
             _unit(
-                mixed + first * (HEADS + 2 * KV) * DIM, cos + first * turn, sin + first * turn,
+                qkv + first * (HEADS + 2 * KV) * DIM, cos + first * stride, sin + first * stride,
                 keys + batch * key_batch + head * key_head, values + batch * value_batch + head * value_head,
                 visible + first * columns, partial, lse, counters + group, out + first * HEADS * DIM,
-                group * splits + split, live, offset, tokens, columns, scale, turn, head, group % blocks, split, shares,
-                HEADS, KV, DIM, WIDTH, QUERIES, SLOTS, NEW, CAUSAL, EARLIER, CHAINED,
+                group * splits + split, live, offset, tokens, columns, scale, stride, head, group % blocks, split,
+                shares, HEADS, KV, DIM, WIDTH, QUERIES, SLOTS, NEW, CAUSAL, EARLIER, CHAINED,
             )  # fmt: skip
 
 
 @triton.jit
 def _unit(
-    mixed, cos, sin, keys, values, visible, partial, lse, counter, out, line, live, offset, tokens, columns, scale,
-    turn, head, block, split, shares, HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    qkv, cos, sin, keys, values, visible, partial, lse, counter, out, line, live, offset, tokens, columns, scale,
+    stride, head, block, split, shares, HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     QUERIES: tl.constexpr, SLOTS: tl.constexpr, NEW: tl.constexpr, CAUSAL: tl.constexpr, EARLIER: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -132,20 +132,20 @@ def _unit(
     seen = _seen_of_cached(visible, slot, stop, live, token, real, columns, CAUSAL, EARLIER)
     new_seen = _seen_of_new(visible, new, taken, token, real, columns, offset, CAUSAL)
     key, value = _cached(keys, slot, stop, DIM, WIDTH), _cached(values, slot, stop, DIM, WIDTH)
-    along, across = _part(cos, token * turn, real, DIM, WIDTH), _part(sin, token * turn, real, DIM, WIDTH)
-    new_along, new_across = _part(cos, new * turn, held, DIM, WIDTH), _part(sin, new * turn, held, DIM, WIDTH)
+    cosine, sine = _part(cos, token * stride, real, DIM, WIDTH), _part(sin, token * stride, real, DIM, WIDTH)
+    new_cosine, new_sine = _part(cos, new * stride, held, DIM, WIDTH), _part(sin, new * stride, held, DIM, WIDTH)
     fetch(keys + tl.minimum(slot + SLOTS, before) * DIM, CHAINED)
     fetch(values + tl.minimum(slot + SLOTS, before) * DIM, CHAINED)
     wait_for_inputs(CHAINED)
 
-    place, new_place = (token * PARTS + part) * DIM, (new * PARTS + HEADS + head) * DIM
-    query = _part(mixed, place, real, DIM, WIDTH)
-    crossed = _part_crossed(mixed, place, real, DIM, WIDTH)
-    new_key = _part(mixed, new_place, held, DIM, WIDTH)
-    new_crossed = _part_crossed(mixed, new_place, held, DIM, WIDTH)
-    new_value = _part(mixed, new_place + KV * DIM, held, DIM, WIDTH)
-    query = _turned(query, crossed, along, across, CHAINED)
-    new_key = _turned(new_key, new_crossed, new_along, new_across, CHAINED)
+    start, new_start = (token * PARTS + part) * DIM, (new * PARTS + HEADS + head) * DIM
+    query = _part(qkv, start, real, DIM, WIDTH)
+    rolled = _part_rolled(qkv, start, real, DIM, WIDTH)
+    new_key = _part(qkv, new_start, held, DIM, WIDTH)
+    new_rolled = _part_rolled(qkv, new_start, held, DIM, WIDTH)
+    new_value = _part(qkv, new_start + KV * DIM, held, DIM, WIDTH)
+    query = _rotated(query, rolled, cosine, sine, CHAINED)
+    new_key = _rotated(new_key, new_rolled, new_cosine, new_sine, CHAINED)
     key, value, new_value = arrived(key, CHAINED), arrived(value, CHAINED), arrived(new_value, CHAINED)
     scores = tl.where(seen, tl.dot(query, tl.trans(key), input_precision="ieee") * scale, -float("inf"))
     new_scores = tl.dot(query, tl.trans(new_key), input_precision="ieee") * scale
@@ -165,12 +165,12 @@ def _unit(
     for first in range(NEW, taken, NEW):
         more = first + tl.arange(0, NEW)
         held = more < taken
-        new_place = (more * PARTS + HEADS + head) * DIM
-        new_along, new_across = _part(cos, more * turn, held, DIM, WIDTH), _part(sin, more * turn, held, DIM, WIDTH)
-        new_key = _part(mixed, new_place, held, DIM, WIDTH)
-        new_crossed = _part_crossed(mixed, new_place, held, DIM, WIDTH)
-        new_value = _part(mixed, new_place + KV * DIM, held, DIM, WIDTH)
-        new_key = _turned(new_key, new_crossed, new_along, new_across, CHAINED)
+        new_start = (more * PARTS + HEADS + head) * DIM
+        new_cosine, new_sine = _part(cos, more * stride, held, DIM, WIDTH), _part(sin, more * stride, held, DIM, WIDTH)
+        new_key = _part(qkv, new_start, held, DIM, WIDTH)
+        new_rolled = _part_rolled(qkv, new_start, held, DIM, WIDTH)
+        new_value = _part(qkv, new_start + KV * DIM, held, DIM, WIDTH)
+        new_key = _rotated(new_key, new_rolled, new_cosine, new_sine, CHAINED)
         _keep(keys, values, new_key, new_value, before + more, more < kept, DIM, WIDTH)
         new_seen = _seen_of_new(visible, more, taken, token, real, columns, offset, CAUSAL)
         highest, total, summed = _step(query, new_key, new_value, new_seen, highest, total, summed, scale)
@@ -201,11 +201,11 @@ def _cached(stored, slot, stop, DIM: tl.constexpr, WIDTH: tl.constexpr):
 def _seen_of_cached(
     visible, slot, stop, live, token, real, columns, CAUSAL: tl.constexpr, EARLIER: tl.constexpr
 ):  # fmt: skip
-    """[queries, slots]: all live slots, and of EARLIER rows of a tree behind them what `visible` says."""
+    """[queries, slots]: all live slots, and of EARLIER rows of a tree past them what `visible` says."""
     seen = (slot < stop)[None, :] & real[:, None]
     if EARLIER and not CAUSAL:
-        behind = (slot - live)[None, :]
-        seen &= tl.load(visible + token[:, None] * columns + behind, mask=seen & (behind >= 0), other=1) != 0
+        past = (slot - live)[None, :]
+        seen &= tl.load(visible + token[:, None] * columns + past, mask=seen & (past >= 0), other=1) != 0
     return seen
 
 
@@ -220,25 +220,25 @@ def _seen_of_new(visible, new, taken, token, real, columns, offset, CAUSAL: tl.c
 
 
 @triton.jit
-def _part(rows, place, real, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """[n, WIDTH] from the places [n] of `rows` on."""
+def _part(rows, start, real, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """[n, WIDTH] from the indices `start` [n] of `rows` on."""
     dim = tl.arange(0, WIDTH)
-    return tl.load(rows + place[:, None] + dim[None, :], mask=real[:, None] & (dim < DIM)[None, :], other=0.0)
+    return tl.load(rows + start[:, None] + dim[None, :], mask=real[:, None] & (dim < DIM)[None, :], other=0.0)
 
 
 @triton.jit
-def _part_crossed(rows, place, real, DIM: tl.constexpr, WIDTH: tl.constexpr):
+def _part_rolled(rows, start, real, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """As `_part`, the second half first."""
     dim = tl.arange(0, WIDTH)
-    crossed = (dim + DIM // 2) % DIM
-    return tl.load(rows + place[:, None] + crossed[None, :], mask=real[:, None] & (dim < DIM)[None, :], other=0.0)
+    rolled = (dim + DIM // 2) % DIM
+    return tl.load(rows + start[:, None] + rolled[None, :], mask=real[:, None] & (dim < DIM)[None, :], other=0.0)
 
 
 @triton.jit
-def _turned(straight, crossed, along, across, CHAINED: tl.constexpr):
+def _rotated(x, rolled, cosine, sine, CHAINED: tl.constexpr):
     """Rotated by positions' cosines and signed sines."""
-    turned = straight.to(tl.float32) * along.to(tl.float32) + crossed.to(tl.float32) * across.to(tl.float32)
-    return arrived(turned.to(straight.dtype), CHAINED)
+    rotated = x.to(tl.float32) * cosine.to(tl.float32) + rolled.to(tl.float32) * sine.to(tl.float32)
+    return arrived(rotated.to(x.dtype), CHAINED)
 
 
 @triton.jit

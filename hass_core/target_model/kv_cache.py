@@ -1,15 +1,15 @@
 """Keys and values of all layers and rows, allocated once, and the attention of one forward pass over them.
 
 Rows are left-aligned: slot i of a row holds its i-th token, and each row has its own live length. A forward pass writes
-behind the live length; the caller then decides which of the written slots live on: `advance` and `lengthen` for the
-first ones, after `move` for a path through a tree. What stands behind the live length is scrap and is overwritten by
+after the live length; the caller then decides which of the written slots live on: `advance` and `lengthen` for the
+first ones, after `move` for a path through a tree. What stands after the live length is scrap and is overwritten by
 the next pass.
 
 A few new tokens on a GPU go through `hass_core.kernels.tree_attention`, everything else through PyTorch's attention
 with a mask; both compute the same.
 
 Shapes: B batch, T new tokens, A heads, KV key-value heads, G = A / KV, S slots, d head size, C columns of a tree
-attention mask `visible`: the slots behind the live length.
+attention mask `visible`: the slots after the live length.
 """
 
 from dataclasses import dataclass
@@ -21,17 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hass_core import kernels
-from hass_core.target_model.rope import rotated
+from hass_core.target_model.block import LayerShape, rotated
 
 FEW_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What one layer stores per token."""
-
-    num_key_value_heads: int
-    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -102,7 +94,7 @@ class KVCache:
         self.host_lengths[:] = 0
 
     def advance(self, counts: int | list[int]) -> None:
-        """The first `counts` slots behind each row's live length live on; a number per row, or one for all."""
+        """The first `counts` slots after each row's live length live on; a number per row, or one for all."""
         self.host_lengths += np.asarray(counts)
         if self.lengths.device.type != "cpu":
             self.lengths.copy_(torch.from_numpy(self.host_lengths))
@@ -119,8 +111,9 @@ class KVCache:
         self.host_lengths[:] = self.host_lengths + counts
 
     def move(self, slots: Tensor) -> None:
-        """Of the slots just written, move `slots` [B, K], numbered from the live length and increasing, to directly
-        behind the live length. Fixed shapes, and no look from the host."""
+        """Move `slots` [B, K] of those just written, numbered from the live length and increasing, to directly after
+        the live length. Fixed shapes, and no look from the host.
+        """
         steps = torch.arange(slots.shape[1], device=slots.device)
         start = self.lengths[:, None]
         if self.batch_size == 1:
@@ -155,9 +148,9 @@ def attention_of(
     offset: int = 0,
     fixed: FixedShapes | None = None,
 ) -> Attention:
-    """The attention of `tokens` new tokens a row, written `offset` slots behind the live lengths.
+    """The attention of `tokens` new tokens a row, written `offset` slots after the live lengths.
 
-    A token sees the live slots, and of those behind them what `visible` [B, T, C] says; without it, all up to itself.
+    A token sees the live slots, and of those after them what `visible` [B, T, C] says; without it, all up to itself.
     `group` is G.
     """
     if tokens <= FEW_TOKENS and kernels.usable(cache.lengths):

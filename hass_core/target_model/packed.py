@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hass_core import kernels
-from hass_core.target_model.fused import FusedRunner
-from hass_core.target_model.linear import Linear
+from hass_core.target_model.block import Linear, rotated
 from hass_core.target_model.loader import Target
-from hass_core.target_model.rope import rotated
+from hass_core.target_model.runner import FusedRunner
 
 FLASH_DTYPES, FLASH_HEAD_DIM = (torch.bfloat16, torch.float16), 256
 

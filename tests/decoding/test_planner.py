@@ -12,6 +12,7 @@ from hass_core.bench.decoding import bench_decode
 from hass_core.cli.app import app
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding import planner
+from hass_core.decoding.answers import StopRule
 from hass_core.decoding.decoder import PlainDecoder, SpeculativeDecoder
 from hass_core.decoding.drafter import Drafter
 from hass_core.decoding.planner import (
@@ -179,3 +180,23 @@ def test_hass_plan_prints_the_curve_and_writes_it(monkeypatch, tmp_path, tiny_ta
     assert result.exit_code == 0, result.output
     plan = Plan.model_validate_json((tmp_path / "plan.json").read_text())
     assert f"best {plan.best.tokens_per_second:.1f}" in result.output
+
+
+def test_a_plan_counts_no_cycle_after_the_end_of_an_answer(tiny_target, prompts):
+    runner, draft = make_runner(tiny_target), random_draft(tiny_target)
+    (answer,) = PlainDecoder(runner).generate(prompts[:1], SamplingConfig(), 40, ENDLESS)
+    end = next(token for token in answer.token_ids[3:] if token not in answer.token_ids[:3])
+    stop = StopRule(frozenset({end}))
+    ended = observe(runner, draft, prompts[:1], stop, 40)
+    emitted = 1 + sum(r.gained(LARGEST.depth, LARGEST.top_k, LARGEST.nodes) for r in ended)
+    at_end = answer.token_ids.index(end) + 1
+    assert at_end <= emitted <= at_end + LARGEST.depth  # the last cycle may have seen further
+    assert len(ended) < len(observe(runner, draft, prompts[:1], ENDLESS, 40))
+
+
+def test_a_plan_over_answers_that_end_at_once_decodes_plainly(tiny_target, prompts, monkeypatch):
+    monkeypatch.setattr(planner, "cycle_seconds", made_up_seconds)
+    runner, draft = make_runner(tiny_target), random_draft(tiny_target)
+    plan = make_plan(runner, draft, prompts[:1], StopRule(frozenset(range(runner.vocab_size))))
+    assert plan.best.tau == 1
+    assert not plan.pays

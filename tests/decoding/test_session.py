@@ -14,11 +14,10 @@ from hass_core.draft_model.architecture import DraftArchitecture
 from hass_core.draft_model.checkpoint import Draft
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
-from hass_core.target_model.fused import FusedRunner
 from hass_core.target_model.identity import TargetIdentity
 from hass_core.target_model.kv_cache import FixedShapes, KVCache
 from hass_core.target_model.loader import Target
-from hass_core.target_model.runner import make_runner
+from hass_core.target_model.runner import FusedRunner, make_runner
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.decoding.conftest import ENDLESS, random_draft
 
@@ -64,7 +63,7 @@ def test_cycles_of_fixed_width_give_the_same_tokens(monkeypatch, tiny_target, pr
 @pytest.mark.parametrize("kind", ["dynamic", "static", "chain", "plain"])
 def test_nothing_in_a_cycle_on_a_gpu_reads_back_or_mixes_devices(monkeypatch, rows, kind, sampling):
     # meta tensors have shapes but no values: to read one, or to add a CPU tensor to it, raises
-    monkeypatch.setattr("hass_core.target_model.linear.packable", lambda weight: False)
+    monkeypatch.setattr("hass_core.target_model.block.packable", lambda weight: False)
     with torch.device("meta"), torch.inference_mode():
         model = tiny_llama()
         target = Target("meta", "", model.eval(), byte_tokenizer(), TargetIdentity("", "", "", "", ""))

@@ -13,8 +13,8 @@ from hass_core.kernels.frontier import best_candidates
 from hass_core.kernels.tiles import Tiles
 from hass_core.kernels.top_k import row_top_k
 from hass_core.kernels.tree_attention import tree_attention
-from hass_core.target_model.kv_cache import KVCache, LayerShape, MaskedAttention
-from hass_core.target_model.linear import Linear, in_eight_bits, restored
+from hass_core.target_model.block import LayerShape, Linear, in_eight_bits, restored
+from hass_core.target_model.kv_cache import KVCache, MaskedAttention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ATTENTION = {  # batch, new tokens, heads, key-value heads, head size, slots, offset, columns of `visible`

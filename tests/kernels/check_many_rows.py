@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from hass_core.kernels.many_rows import COLUMNS, gate, rotate
-from hass_core.target_model.rope import rotated
+from hass_core.target_model.block import rotated
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROTATIONS = [(5, 9, 3, 64), (3, 32, 8, 128), (1, 4, 4, 20), (7, 2, 1, 16)]  # tokens, heads, key-value heads, head size

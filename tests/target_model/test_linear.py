@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from hass_core.target_model.linear import Linear, in_eight_bits, restored
+from hass_core.target_model.block import Linear, in_eight_bits, restored
 
 
 def test_eight_bits_keep_every_output_within_the_rounding_of_fp8():

@@ -6,10 +6,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hass_core.errors import TargetError
 from hass_core.target_model.block import side_by_side
-from hass_core.target_model.fused import FusedRunner
 from hass_core.target_model.generic import HFRunner
 from hass_core.target_model.loader import Target
-from hass_core.target_model.runner import Runner, make_runner
+from hass_core.target_model.runner import FusedRunner, Runner, make_runner
 from tests.target_model.conftest import tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}  # float32, two layers: rounding in another order

@@ -1,7 +1,7 @@
 """Prompt lookup decoding (PLD): the draft is what followed the last few tokens where they stood before.
 
 The longest suffix of at most three tokens that occurs earlier in prompt or answer is found, latest occurrence first;
-the tokens behind it are verified as a chain. It costs no model, and pays where answers quote their prompts.
+the tokens after it are verified as a chain. It costs no model, and pays where answers quote their prompts.
 The chain always has the same length: without a match it repeats the root, which costs what any chain costs.
 """
 
@@ -53,7 +53,7 @@ class LookupDrafter:
         return features[:, 0]
 
     def grow(self, cache: Contexts, root: Tensor, estimate: Tensor, fixed: FixedShapes | None = None) -> Tree:
-        """A chain behind root tokens [B]."""
+        """A chain after root tokens [B]."""
         depth, batch = self.shape.depth, len(cache)
         drafted = [lookup(context, depth) for context in cache]
         rows = [draft + [last] * (depth - len(draft)) for draft, last in zip(drafted, root.tolist(), strict=True)]

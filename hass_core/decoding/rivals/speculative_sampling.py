@@ -107,12 +107,12 @@ class Reader:
     cache: KVCache
 
     def start(self, prompt: list[int]) -> Tensor:
-        """Logits [V] behind the prompt."""
+        """Logits [V] after the prompt."""
         rows = torch.tensor([prompt], device=self.runner.device)
         return self.runner.logits(prefill(self.runner, rows, [len(prompt)], self.cache)[0, -1])
 
     def read(self, token_ids: list[int]) -> Tensor:
-        """Logits [n, V] behind each of n new tokens, which are then in the cache."""
+        """Logits [n, V] after each of n new tokens, which are then in the cache."""
         rows = torch.tensor([token_ids], device=self.runner.device)
         positions = self.length + torch.arange(len(token_ids), device=self.runner.device)[None]
         limit = self.runner.context_tokens - 1
