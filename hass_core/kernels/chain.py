@@ -6,6 +6,12 @@ dependent launch): it begins to fetch what it needs anyway, its weights say, and
 
 A kernel of a chain lets the next one begin only when it has waited itself. So what it reads before it waits may be
 anything but the results of the kernel directly before it.
+
+    kernel n     ├─ fetch ─┤ wait │─ read results of n-1 ─ compute ─ write ─┤
+    kernel n+1                    ├─ fetch ─┤ wait ·························│─ read results of n ─ …
+
+Measured (H100, `chain_trials` in `infra/evidence/h100.json`): a layer of SmolLM2, one row, 17.5 → 12.2 µs (1.4 ×), 60
+rows 32.3 → 27.3, with new cuts of the products in the same change.
 """
 
 # where Triton is installed, a type checker takes its language for Python

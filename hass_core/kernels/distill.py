@@ -9,6 +9,13 @@ For a row's teacher logits t and each of n steps' student logits s (formulas in 
 The best K tokens lie in the K blocks with the highest maxima, so merge looks at K blocks only. Neither a softmax nor a
 target distribution is ever stored. PyTorch, compiled, passes over the same logits a dozen times and sorts.
 
+    teacher t [R, D]      │ piece │ piece │ …     `_survey`, one program: one piece of one row, teacher and all n steps
+    students s [n, R, D]  │ piece │ piece │ …     `_merge`, one program: one row
+                              ▼                   `_gradient`, one program: one piece of one row, all n steps
+    stats [R, P, 2 + 3n] ─► lse, top K, terms ─► s becomes its gradient
+
+Measured (H100): 12.1 of a step's 41.2 ms (README, training); beside PyTorch's own alone it is not on record.
+
 Shapes: R rows, n steps, D vocabulary, K top tokens, P pieces of a row.
 """
 

@@ -11,6 +11,18 @@ Weights may be of 8 bits with a scale per output: half the reading. Their produc
 numbers turn exactly and in one instruction. So little is read then that some programs share an output's inputs; the
 last of them adds up. A single row has a kernel of its own, `hass_core.kernels.one_row`.
 
+                inputs I                        one program of `_product`: COLUMNS outputs of all rows
+             ┌──────────────┐               1. start fetching its weights; wait for the launch before
+      rows R │      x       │               2. step by step: sum += x[:, step] · weight[columns, step]ᵀ
+             └──────────────┘               3. if SPLITS share the inputs, the last to end adds their sums up
+    COLUMNS  ┌──────────────┐ ──► [R, C]    4. / rms of x · scale + bias; gate; + residual
+             │    weight    │               5. write the result, and if a norm follows w ⊙ result and Σ result²
+             └──────────────┘
+
+Measured (H100, `infra/evidence/h100.json`): a layer's product with the norm before it, Llama-3-8B's q/k/v, 60 rows,
+24 µs for 31 by cuBLAS and PyTorch (1.3 ×, `few_rows_linear`); verifying 60 nodes with SmolLM2 1,286 → 888 µs with what
+else changed from `764ebf6` to `56bb5c5` (1.4 ×, `decoding`).
+
 Shapes: R rows, I inputs, O outputs, P programs that made the inputs.
 """
 

@@ -3,6 +3,13 @@
 Choosing the best of K² candidates and collecting what belongs to them is a few numbers' work; in PyTorch it takes a
 dozen launches, and drafting waits for each.
 
+    K nodes × K children = K² candidates        one program: one of the K chosen, COLUMNS of its draft input
+        scores = node's + child's               1. find the own rank's candidate among all K² (as every program does)
+        ▼ the own rank's best                   2. its token, score, number; the tree rows its parent sees, and its own
+    [embedding(token) ; feature of its parent]  3. copy COLUMNS of embedding and feature into the next level's input
+
+Measured (H100, `decoding_profile_chained`): 5 µs a level; the dozen launches it stands for are not on record alone.
+
 Shapes: B rows, K children and frontier nodes, H hidden, C tree rows in the cache, V vocabulary.
 """
 

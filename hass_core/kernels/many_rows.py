@@ -2,6 +2,12 @@
 
 PyTorch takes two launches for a gate and four for a rotation, and each carries all the numbers through memory again.
 
+    gate     one program: COLUMNS of one token     reads gate and up side by side, writes SiLU(gate) · up
+    rotate   one program: HEADS heads of a token   reads each head and its half-rolled self, writes x·cos + rolled·sin
+
+Measured (H100): of 83 ms for 65,000 tokens 44 went to PyTorch's launches for those (`da6baf3`); a whole pass with them,
+rows laid end to end, 1,389,000 tokens/s for 647,000 by the model's own (2.1 ×, `features_stage_packed`).
+
 Shapes: T tokens, I inner size, A heads, KV key-value heads, d head size.
 """
 

@@ -2,6 +2,14 @@
 
 Matrix units want 16 rows; for one, each weight is multiplied where it arrives, and nothing but weights passes through.
 
+    x [I]   ────────────────┐               one program: COLUMNS outputs
+    weight  ┌──────────────┐│ ⊙, Σ          for each STEP of inputs: sum += weight[columns, step] · x[step]
+    COLUMNS │ STEP │ STEP │ … ──► [C]       then as in `few_rows`: / rms, scale, bias, gate, residual, norm
+            └──────────────┘
+
+Measured (H100): Llama-3-8B's down projection 40 µs for 49 by the compiled product (1.2 ×, `e18cbb1`); a layer's time
+with and without it is not on record.
+
 Shapes: I inputs, O outputs, P programs that made the inputs.
 """
 

@@ -5,6 +5,14 @@ splits, by many programs at once, each reading only slots that hold something; t
 log-sum-exp (FlashDecoding). Nothing depends on the host knowing how many slots are live, so a captured graph serves
 every length.
 
+    `_place`    one program: some heads of one new token     rotate q and k; k, v ──► cache
+    `_attend`   one program: the G·T queries of a key-value  slots │ split 0 │ split 1 │ … │ new │
+                head over one split of its slots             ──► sum and log-sum-exp of the split
+    `_merge`    one program: one query                       splits weighted by exp(lse - max) ──► out
+
+Measured (H100, `chain_trials` in `infra/evidence/h100.json`): a layer of SmolLM2, one row, 12.2 µs with these three
+launches for 14.0 with `tree_attention`'s one (1.15 ×); Llama's attention alone 5.1 µs for 6.3 (1.2 ×).
+
 Shapes: B rows, T new tokens, A heads, KV key-value heads, G = A / KV, d head size, S slots, C columns of `visible`.
 """
 
