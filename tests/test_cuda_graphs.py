@@ -1,4 +1,4 @@
-"""Nothing may destroy a CUDA graph while another is capturing."""
+"""Work is captured the second time it comes; nothing may destroy a CUDA graph while another is captured."""
 
 import gc
 from contextlib import nullcontext
@@ -6,11 +6,16 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from hass_core.cuda_graphs import capturing
+from hass_core.cuda_graphs import GraphCache, capturing
 
 
 class Graph:
-    """Stands for a CUDA graph where there is no GPU."""
+    """Stands for a CUDA graph where there is no GPU: what is captured also runs, a replay is counted."""
+
+    replays = 0
+
+    def replay(self):
+        self.replays += 1
 
 
 @pytest.fixture
@@ -23,7 +28,36 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     return calls
+
+
+def test_work_runs_once_is_captured_once_and_then_replayed_from_its_own_inputs(asked):
+    graphs, given = GraphCache(), []
+
+    def run(value: float, key: str = "a") -> torch.Tensor:
+        x = torch.tensor([value])
+        given.append(x)
+        return graphs.run(key, lambda: x * 2, [x])
+
+    assert run(1.0).tolist() == [2.0]
+    assert asked == []
+    first = run(3.0)
+    assert len(asked) == 1
+    again = run(5.0)
+    assert again is first  # the graph writes where it wrote when it was captured …
+    assert given[1].tolist() == [5.0]  # … from the capture's input, which holds the new one
+    assert len(asked) == 1
+    assert graphs._captured["a"].graph.replays == 2
+    assert run(7.0, key="b").tolist() == [14.0]
+    assert len(asked) == 1
+
+
+def test_keys_beyond_the_most_graphs_are_never_captured(asked):
+    graphs = GraphCache(most=1)
+    for _ in range(3):
+        assert [graphs.run(key, lambda key=key: key) for key in "ab"] == ["a", "b"]
+    assert len(asked) == 1
 
 
 def test_the_garbage_collector_waits_for_a_capture_and_goes_on_after_a_failed_one(asked):

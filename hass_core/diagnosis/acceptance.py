@@ -63,7 +63,7 @@ def diagnose(
     case = replace(case, base=case.measure())
     if not case.base:
         raise BadInput("the target ended every answer at once, nothing was drafted; ask other questions")
-    found = [causes.depth_cause(case.base), causes.first_place_cause(case.base)]
+    found = [causes.depth_cause(case.base), causes.first_position_cause(case.base)]
     trained_tokens = settings.trained_tokens or case.draft.info.get("trained_tokens")
     found += [causes.category_cause(case.base), causes.context_cause(case.base, trained_tokens)]
     for number, variant in enumerate(VARIANTS, start=1):

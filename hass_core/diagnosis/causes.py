@@ -35,7 +35,7 @@ def from_variant(name: str, what: str, mend: str, base: Sequence[Cycle], mended:
 
 
 def depth_cause(cycles: Sequence[Cycle]) -> Cause:
-    """The draft's own features as input: what deeper places lose against the first one."""
+    """The draft's own features as input: what deeper positions lose against the first one."""
     shares = right_after(cycles)
     even = sum(shares[0] ** depth for depth in range(1, DEPTH + 1)) + 1
     listed = ", ".join(f"{share:.0%}" for share in shares)
@@ -43,15 +43,15 @@ def depth_cause(cycles: Sequence[Cycle]) -> Cause:
         "depth",
         even - tau(cycles),
         f"right drafts at depth 1 to {DEPTH}, of those tried: {listed}",
-        "train with more alignment steps (training.align_steps): they make deeper places as good as the first",
+        "train with more alignment steps (training.align_steps): they make deeper positions as good as the first",
     )
 
 
-def first_place_cause(cycles: Sequence[Cycle]) -> Cause:
-    """What is missing at the very first place, where the draft sees only the target's own features."""
+def first_position_cause(cycles: Sequence[Cycle]) -> Cause:
+    """What is missing at the very first position, where the draft sees only the target's own features."""
     share = right_after(cycles)[0]
     return Cause(
-        "first place",
+        "first position",
         (DEPTH + 1) - (sum(share**depth for depth in range(1, DEPTH + 1)) + 1),
         f"{share:.0%} of first drafts are right; with all right and every depth as good, τ would be {DEPTH + 1}",
         "the rest is the draft's own quality: more conversations, more passes over them",

@@ -1,6 +1,6 @@
 """Chain acceptance of one draft over a set of questions: the measurement every cause is weighed with.
 
-A chain, not a tree: each cycle then tells at which place the draft first went wrong.
+A chain, not a tree: each cycle then tells at which position the draft first went wrong.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +49,7 @@ def chain_cycles(
 ) -> list[Cycle]:
     """Answer every question by chain decoding, ROWS at once; `done` hears how many are answered.
 
-    A question has the same coins at every call.
+    A question has the same random numbers at every call.
     """
     decoder, stop = SpeculativeDecoder(make_runner(target), draft, CHAIN), StopRule.of(target)
     cycles: list[Cycle] = []

@@ -74,7 +74,7 @@ def cause(diagnosis, name) -> Cause:
 
 def test_a_sound_draft_is_blamed_for_nothing_but_its_own_quality(healthy):
     assert healthy.tau > 1.5, "the fixture must accept something"
-    assert {c.name for c in healthy.causes} <= {"depth", "first place", "domain", "context", "sampling"}
+    assert {c.name for c in healthy.causes} <= {"depth", "first position", "domain", "context", "sampling"}
 
 
 def test_wrong_rope_costs_the_tau_it_takes(planted, healthy, tiny_target, questions):
@@ -182,7 +182,7 @@ def test_the_terminal_shows_cost_and_remedy_of_what_matters(healthy):
     show_diagnosis(Console(file=out, width=200), healthy)
     text = out.getvalue()
     assert f"τ {healthy.tau:.2f} of at most 5 (a chain of 4), 6 questions, {healthy.cycles} cycles" in text
-    assert "first place  costs" in text
+    assert "first position  costs" in text
     assert "To mend: the rest is the draft's own quality" in text
 
 
