@@ -118,13 +118,10 @@ class DraftRunner:
         architecture, activation = model.architecture, model.layer.mlp.activation
         self.device, self.dtype = model.fc.weight.device, model.fc.weight.dtype
         shape, cuda = LayerShape(architecture.num_key_value_heads, architecture.head_dim), self.device.type == "cuda"
-        self._block = DecoderBlock(
-            architecture.num_attention_heads, shape, architecture.rms_norm_eps, activation, cuda
-        )  # fmt: skip
-        self._fc, self._weights = (
-            Linear(model.fc.weight, model.fc.bias, eight_bits),
-            LayerWeights.of(model.layer, eight_bits),
-        )
+        heads = architecture.num_attention_heads
+        self._block = DecoderBlock(heads, shape, architecture.rms_norm_eps, activation, cuda)
+        self._fc = Linear(model.fc.weight, model.fc.bias, eight_bits)
+        self._weights = LayerWeights.of(model.layer, eight_bits)
         self._silu = architecture.hidden_act == "silu"  # the kernels know no other activation
         self.embedding = model.embedding
         self.rope = RopeTable(model.rotary, self.device, self.dtype)
@@ -155,7 +152,10 @@ class DraftRunner:
         """
         block, weights = self._block, self._weights
         attention = attention_of(inputs.shape[1], cache, block.group, self.dtype, visible, offset, fixed)
-        attend = lambda qkv: attention(qkv, *rotation, *cache.layers[0])  # noqa: E731
+
+        def attend(qkv: Tensor) -> Tensor:
+            return attention(qkv, *rotation, *cache.layers[0])
+
         lasting = fixed is not None and fixed.lasting
         if lasting and self._silu and few_rows(inputs, inputs.shape[0] * inputs.shape[1]):
             u = self._fc.of_few_rows(inputs)
@@ -207,9 +207,8 @@ class Drafter:
                 frontier = begin(first, estimate, runner.embedding, self.scratch_slots)
             else:
                 frontier = next_frontier(levels[-1], features, runner.embedding, number)
-            features = runner.forward(
-                frontier.inputs, rotations[number], cache, frontier.seen, number * shape.top_k, fixed
-            )  # fmt: skip
+            offset = number * shape.top_k
+            features = runner.forward(frontier.inputs, rotations[number], cache, frontier.seen, offset, fixed)
             levels.append(Level(frontier, self._children(features)))
         return finish(root, first, levels, shape)
 

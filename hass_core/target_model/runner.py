@@ -104,9 +104,7 @@ class FusedRunner:
         visible: Tensor | None = None,
         fixed: FixedShapes | None = None,
     ) -> Tensor:
-        attention = attention_of(
-            token_ids.shape[1], cache, self.block.group, self.dtype, visible=visible, fixed=fixed
-        )  # fmt: skip
+        attention = attention_of(token_ids.shape[1], cache, self.block.group, self.dtype, visible, fixed=fixed)
         cos, sin = self.rope.at(position_ids)
         attends = [lambda qkv, layer=layer: attention(qkv, cos, sin, *layer) for layer in cache.layers]
         x, lasting = F.embedding(token_ids, self.embedding), fixed is not None and fixed.lasting
