@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hass_core.config import ResponsesConfig
 from hass_core.data.engines.base import Completion, Request, RequestQueue
-from hass_core.data.engines.replies import OddReply, Reply, quoted, read_reply, without_refused
+from hass_core.data.engines.replies import OddReply, Reply, model_in, quoted, read_reply, without_refused
 from hass_core.data.messages import as_sent
 from hass_core.data.rendering import SkippedConversation, special_token_ids
 from hass_core.data.templates import answer_tokens
@@ -73,20 +73,24 @@ class OpenAIEngine:
         """The one model the server offers: a first request that shows whether it is there."""
         import httpx
 
-        said = ""
-        try:
-            reply = await client.get("/models")
-            said = f"; it said {quoted(reply.content)}"
-            reply.raise_for_status()
-            name = reply.json()["data"][0]["id"]
-            if not isinstance(name, str):
-                raise ValueError("the first model has no name")
-            return name
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
-            raise TargetError(
-                f"the server {self._url} does not list its models: {error}{said}{self._hint()}; check that it runs, or "
-                "set responses.server_model"
-            ) from error
+        problem = ""
+        for attempt in range(ODD_ATTEMPTS):
+            try:
+                reply = await client.get("/models")
+            except (httpx.RequestError, httpx.InvalidURL) as error:
+                problem = f"{error!r}"
+                break
+            name = model_in(reply.content) if reply.status_code == 200 else None
+            if name:
+                return name
+            problem = f"status {reply.status_code}, it said {quoted(reply.content)}"
+            if reply.status_code != 200 and reply.status_code not in WORTH_REPEATING:
+                break
+            await asyncio.sleep(backoff_seconds(attempt, reply.headers.get("retry-after")))
+        raise TargetError(
+            f"the server {self._url} does not list its models: {problem}{self._hint()}; check that it runs, or set "
+            "responses.server_model"
+        )
 
     def _unless_all_fail(self, completions: Iterator[Completion]) -> Iterator[Completion]:
         """Hold failures back until there is an answer. Raises TargetError when the first ones are all alike."""

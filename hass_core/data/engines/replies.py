@@ -61,6 +61,15 @@ def read_reply(data: bytes) -> Reply:
     )
 
 
+def model_in(data: bytes) -> str | None:
+    """The name of the first model in a server's list of them; None when it holds none."""
+    try:
+        name = json.loads(data)["data"][0]["id"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return name if isinstance(name, str) and name else None
+
+
 def quoted(data: bytes) -> str:
     """The server's own words, shortened: the message of an error object, else the text without its tags."""
     text = data.decode(errors="replace")

@@ -10,7 +10,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 seen: set[str] = set()
-state = {"now": 0, "most": 0}
+state = {"now": 0, "most": 0, "models": 0}
 lock = threading.Lock()
 
 
@@ -18,7 +18,12 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        self.reply(200, state if self.path.endswith("/state") else {"data": [{"id": "tiny"}]})
+        if self.path.startswith("/warming"):
+            state["models"] += 1
+            return self.reply(200, "<html>warming up</html>" if state["models"] == 1 else {"data": [{"id": "tiny"}]})
+        if self.path.startswith("/closed"):
+            return self.reply(401, {"error": {"message": "no key, no models"}})
+        return self.reply(200, state if self.path.endswith("/state") else {"data": [{"id": "tiny"}]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

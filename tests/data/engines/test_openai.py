@@ -149,6 +149,14 @@ def test_a_server_that_is_not_there_is_named(tiny_target):
         ask("http://127.0.0.1:9/v1", tiny_target, ["hello"])
 
 
+def test_the_list_of_models_is_asked_for_again_and_a_refusal_of_it_quoted(server_url, tiny_target, monkeypatch):
+    monkeypatch.setattr("hass_core.data.engines.openai.FIRST_PAUSE_SECONDS", 0.01)
+    root = server_url.removesuffix("/v1")
+    assert ask(f"{root}/warming/v1", tiny_target, ["hello"])["hello"].error is None
+    with pytest.raises(TargetError, match=r"does not list its models: status 401, it said 'no key, no models'; check"):
+        ask(f"{root}/closed/v1", tiny_target, ["hello"])
+
+
 def test_a_server_that_goes_away_stops_the_run(server_url, tiny_target, monkeypatch):
     monkeypatch.setattr("hass_core.data.engines.openai.FIRST_PAUSE_SECONDS", 0.01)
     settings = ResponsesConfig(engine="openai", server_url="http://127.0.0.1:9/v1", server_model="tiny")
