@@ -14,7 +14,7 @@ PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := infra/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install retrain test test-recovery lint types ui deploy stack stack-test constraints clean
+.PHONY: help install retrain test test-recovery lint types ui deploy stack stack-status stack-logs stack-test constraints clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,12 @@ deploy: $(VENV)/.installed  ## create work pools and deployments on the Prefect 
 
 stack: $(VENV)/.installed  ## run PostgreSQL, S3 store, MLflow, Prefect and workers on this machine until Ctrl-C
 	@$(BIN)/python -m infra.stack $(STACK)
+
+stack-status: $(VENV)/.installed  ## what of the stack runs, and where its logs are
+	@$(BIN)/python -m infra.stack status $(STACK)
+
+stack-logs: $(VENV)/.installed  ## the end of each log of the stack (STACK='--part worker-cpu --lines 100')
+	@$(BIN)/python -m infra.stack logs $(STACK)
 
 stack-test: $(VENV)/.installed  ## a retraining through that stack (2 minutes)
 	@$(BIN)/python -m pytest -m recovery tests/flows/test_local_stack.py

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import infra.stack
 from infra.stack.machine import StackError, claim_port, write_private
+from infra.stack.parts import show_logs, show_status, write_parts
 from infra.stack.postgres import start_postgres
 from infra.stack.processes import Processes
 from infra.stack.s3 import start_s3
@@ -24,6 +25,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m infra.stack", description=infra.stack.__doc__)
+    parser.add_argument("action", nargs="?", choices=("start", "status", "logs"), default="start")
+    parser.add_argument("--part", help="of logs: one process, such as worker-cpu; default: all")
+    parser.add_argument("--lines", type=int, default=20, help="of logs: so many of each, from the end")
     parser.add_argument("--folder", type=Path, default=ROOT / ".hass" / "stack", help="where everything lies")
     parser.add_argument("--prefect-port", type=int, default=4200, help="of the UI and API; 0: any free one")
     parser.add_argument("--mlflow-port", type=int, default=5000, help="of the UI and API; 0: any free one")
@@ -49,6 +53,7 @@ def start(processes: Processes, folder: Path, prefect_port: int, mlflow_port: in
     deploy(environment, ROOT)
     pools = start_workers(processes, environment)
     write_environment(folder / "env", environment)
+    write_parts(folder, processes.pids)
     greet(folder, environment, pools)
 
 
@@ -100,6 +105,10 @@ def main() -> int:
     """Run the stack; the exit status: 0 when it was asked to stop, 1 when it could not start or a part ended."""
     given = arguments()
     folder = given.folder.resolve()
+    if given.action == "status":
+        return show_status(folder)
+    if given.action == "logs":
+        return show_logs(folder, given.part, given.lines)
     processes = Processes(folder / "logs", ROOT)
     for number in SIGNALS:
         signal.signal(number, asked_to_stop)

@@ -57,6 +57,11 @@ class Processes:
             )
         self._running[name] = Running(process, log, stop_signal)
 
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids by name."""
+        return {name: running.process.pid for name, running in self._running.items()}
+
     def wait_until(self, name: str, ready: Callable[[], bool]) -> None:
         """Until a program is ready. Raises StackError with the end of its log when it ends or takes too long."""
         running, deadline = self._running[name], time.monotonic() + READY_SECONDS

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,10 @@ class RunningStack:
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """A command as in a shell that has read `env`."""
         return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
+
+    def command(self, action: str, *options: str) -> subprocess.CompletedProcess[str]:
+        """`make stack-status` and `make stack-logs`."""
+        return self.run(sys.executable, "-m", "infra.stack", action, "--folder", str(self.folder), *options)
 
     def dump(self, database: str) -> str:
         """All that a database holds, as text."""
@@ -131,13 +136,34 @@ def test_a_retraining_goes_through_the_stack_and_is_there_after_a_restart(shared
 def test_when_a_part_dies_it_is_named_and_the_others_are_stopped(folder):
     stack = RunningStack(folder)
     try:
+        shown = stack.command("status")
+        assert shown.returncode == 0, shown.stdout
+        assert {line.split()[0]: line.split()[1] for line in shown.stdout.splitlines()} == {
+            name: "running" for name in ("postgres", "s3", "mlflow", "prefect", "worker-cpu")
+        }
         store = next(part for part in stack.parts if "weed" in Path(part.exe()).name)
         os.kill(store.pid, signal.SIGKILL)
         wait_for(stack.stopped, "all parts to end", 90)
         assert stack.process.returncode == 1
         assert "s3 has ended" in stack.output
+        shown = stack.command("status")
+        assert shown.returncode == 1
+        assert "running" not in shown.stdout
+        assert "Worker" in stack.command("logs", "--part", "worker-cpu").stdout
+        assert "worker-cpu" in stack.command("logs", "--part", "worker").stderr
     finally:
         stack.end()
+
+
+def test_a_busy_port_is_told_before_anything_starts(folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "infra.stack", "--folder", str(folder), "--mlflow-port", port]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"port {port} of 127.0.0.1 is in use, and mlflow needs it" in done.stderr
+    assert not (folder / "postgres").exists()
+    assert not list(folder.rglob("*.log"))
 
 
 def files_of(stack: RunningStack) -> s3fs.S3FileSystem:
