@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from hass_core.config import RunConfig
 from hass_core.errors import TrackingError
+from tasks.tracking.in_place import follow_the_folder
 from tasks.tracking.view import MODEL_TRAINING, VIEW, add_view, experiment_tags
 
 
@@ -88,6 +89,7 @@ def _client(uri: str, folder: Path) -> MlflowClient:
         logging.getLogger(name).setLevel(logging.WARNING)
     if uri.startswith("sqlite:"):
         folder.mkdir(parents=True, exist_ok=True)
+        follow_the_folder(uri, folder)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

@@ -1,0 +1,63 @@
+"""Artifacts stay beside the database in use, also after the project's folder moved.
+
+MLflow writes whole paths into its database: of an experiment, a run, a model. Where the folder `mlartifacts` that they
+name is not the one beside the database, they are from before a move, or from the folder this one is a copy of.
+"""
+
+from pathlib import Path
+
+import sqlalchemy
+
+ARTIFACTS = "mlartifacts"
+PATHS = {
+    "experiments": ("artifact_location",),
+    "runs": ("artifact_uri",),
+    "logged_models": ("artifact_location",),
+    "model_versions": ("source", "storage_location"),
+}
+"""Tables and columns of MLflow's database that hold paths of artifacts."""
+
+
+def follow_the_folder(uri: str, folder: Path) -> list[str]:
+    """Let the SQLite database at `uri` name `folder`/mlartifacts wherever it names another; the places replaced."""
+    here = (folder / ARTIFACTS).as_uri()
+    engine = sqlalchemy.create_engine(uri)
+    try:
+        with engine.begin() as connection:
+            found = {table: _columns(connection, table) for table in PATHS}
+            elsewhere = _places(connection, found) - {here}
+            for place in elsewhere:
+                for table, columns in found.items():
+                    for column in columns:
+                        _replace(connection, table, column, place, here)
+    finally:
+        engine.dispose()
+    return sorted(elsewhere)
+
+
+def _columns(connection: sqlalchemy.Connection, table: str) -> list[str]:
+    """The columns with paths that the table has in this version of MLflow; none where there is no such table."""
+    inspector = sqlalchemy.inspect(connection)
+    if not inspector.has_table(table):
+        return []
+    there = {column["name"] for column in inspector.get_columns(table)}
+    return [column for column in PATHS[table] if column in there]
+
+
+def _places(connection: sqlalchemy.Connection, found: dict[str, list[str]]) -> set[str]:
+    """The folders of local artifacts that the experiments name."""
+    if not found["experiments"]:
+        return set()
+    rows = connection.execute(sqlalchemy.text("SELECT artifact_location FROM experiments"))
+    named = {str(location) for (location,) in rows}
+    return {path for path in named if path.startswith("file:///") and path.endswith(f"/{ARTIFACTS}")}
+
+
+def _replace(connection: sqlalchemy.Connection, table: str, column: str, place: str, here: str) -> None:
+    """Names of the table come from `PATHS`, never from outside."""
+    change = f"UPDATE {table} SET {column} = :here || substr({column}, :length) WHERE {_BEGINS.format(column)}"
+    values = {"here": here, "place": place, "length": len(place) + 1, "inside": f"{place}/"}
+    connection.execute(sqlalchemy.text(change), values)
+
+
+_BEGINS = "({0} = :place OR substr({0}, 1, length(:inside)) = :inside)"

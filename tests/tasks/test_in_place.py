@@ -1,0 +1,55 @@
+"""A project folder that moved or was copied keeps its runs with their artifacts, and writes new ones where it is."""
+
+import shutil
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from hass_core.config import RunConfig
+from tasks.tracking.client import connect, experiment_id, local_folder
+
+
+def config_in(folder) -> RunConfig:
+    return RunConfig.model_validate({"name": "tiny", "store": str(folder / ".hass/store")})
+
+
+def write_run(config: RunConfig, text: str) -> str:
+    client = connect(config)
+    run = client.create_run(experiment_id(client, config)).info.run_id
+    client.log_text(run, text, "note.txt")
+    return run
+
+
+def read_run(config: RunConfig, run: str) -> str:
+    client = connect(config)
+    return mlflow.artifacts.load_text(client.get_run(run).info.artifact_uri + "/note.txt")
+
+
+@pytest.mark.parametrize("how", [shutil.move, shutil.copytree])
+def test_artifacts_are_beside_the_database_in_use(tmp_path, how, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    before = config_in(tmp_path / "first")
+    old = write_run(before, "old")
+    how(tmp_path / "first", tmp_path / "se cond")
+    after = config_in(tmp_path / "se cond")
+
+    assert read_run(after, old) == "old"
+    new = write_run(after, "new")
+    place = local_folder(after) / "mlartifacts"
+    assert [file.read_text() for file in place.rglob("note.txt") if new in str(file)] == ["new"]
+    assert read_run(after, new) == "new"
+    if how is shutil.copytree:
+        assert not [file for file in (tmp_path / "first").rglob("note.txt") if new in str(file)]
+        assert read_run(before, old) == "old"
+        assert MlflowClient(f"sqlite:///{tmp_path}/first/.hass/mlflow.db").get_run(old).info.artifact_uri.count("first")
+
+
+def test_artifacts_elsewhere_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = config_in(tmp_path)
+    client = connect(config)
+    made = client.create_experiment("mine", artifact_location=(tmp_path / "own" / "place").as_uri())
+    connect.__globals__["_client"].cache_clear()
+    connect(config)
+    assert client.get_experiment(made).artifact_location == (tmp_path / "own" / "place").as_uri()
