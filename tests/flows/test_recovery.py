@@ -10,8 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from uuid import uuid4
 
+import httpx
 import psutil
 import pytest
 from mlflow import MlflowClient
@@ -27,8 +30,6 @@ LONG = ("training.passes=400", "training.checkpoint_every_steps=20", "training.v
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory) -> Iterator[Stack]:
     stack = Stack(tmp_path_factory.mktemp("stack"), PREFECT_FLOWS_HEARTBEAT_FREQUENCY="30")
-    stack.prefect("work-pool", "set-concurrency-limit", "gpu", "1")
-    stack.prefect("automation", "create", "--from-file", "infra/automations.yaml")
     try:
         yield stack
     finally:
@@ -95,6 +96,30 @@ def test_worker_and_flow_killed_the_slot_comes_back_and_the_next_run_completes(s
     assert {stage: after[stage] for stage in before} == before
     assert_once(tiny_preset)
     assert_no_step_twice(tiny_preset)
+
+
+def test_a_heartbeat_that_stops_crashes_runs_tagged_hass_and_no_others(stack):
+    flow = httpx.post(f"{stack.api}/flows/", json={"name": "of-somebody"}, timeout=30).json()["id"]
+
+    def run_with(tags: list[str]) -> str:
+        """A run that sends one heartbeat and then no more."""
+        made = {"flow_id": flow, "tags": tags, "state": {"type": "RUNNING"}}
+        run_id = httpx.post(f"{stack.api}/flow_runs/", json=made, timeout=30).raise_for_status().json()["id"]
+        related = [{"prefect.resource.id": f"prefect.tag.{tag}", "prefect.resource.role": "tag"} for tag in tags]
+        heartbeat = {
+            "id": str(uuid4()),
+            "occurred": datetime.now(UTC).isoformat(),
+            "event": "prefect.flow-run.heartbeat",
+            "resource": {"prefect.resource.id": f"prefect.flow-run.{run_id}"},
+            "related": related,
+        }
+        httpx.post(f"{stack.api}/events", json=[heartbeat], timeout=30).raise_for_status()
+        return run_id
+
+    foreign, ours = run_with(["billing"]), run_with(["hass", "retrain"])
+    wait_for(lambda: state(stack, ours) == "CRASHED", "the automation", 180)
+    time.sleep(10)  # theirs began before ours
+    assert state(stack, foreign) == "RUNNING"
 
 
 def test_a_crashed_run_completes_by_retry(stack, tiny_preset):

@@ -164,9 +164,17 @@ def main() -> int:
     services.start_with_needs("worker-cpu")
     services.start("deploy")
     services._wait("deploy", "service_completed_successfully")
-    done = subprocess.run(sys.argv[2:], cwd=ROOT, env=services.environment("worker-cpu"))
+    done = subprocess.run(
+        sys.argv[2:],
+        cwd=ROOT,
+        env=services.environment("worker-cpu"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     if done.returncode:
-        print(services.log("mlflow"), services.log("prefect"), services.log("worker-cpu"))
+        print(services.log("prefect"), services.log("worker-cpu"), sep="\n")
+    print(done.stdout)
     return done.returncode
 
 
