@@ -16,7 +16,7 @@ from infra.stack.machine import StackError, free_port, program, write_private
 from infra.stack.processes import Processes
 
 DATABASES = ("mlflow", "prefect")
-HINT = "on Debian and Ubuntu, apt install postgresql; without it, see infra/README.md on servers with SQLite"
+HINT = "on Debian and Ubuntu, apt install postgresql; without it, see docs/team.md on servers with SQLite"
 
 
 @dataclass(frozen=True)
