@@ -50,10 +50,11 @@ def validated(model: type[Model], values: dict[str, Any], where: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(problem, model) for problem in error.errors()]
-    if len(problems) == 1:
-        raise ConfigError(f"{where}: {problems[0]}")
-    raise ConfigError("\n  ".join((f"{where}: {len(problems)} bad settings", *problems)))
+        found = error.errors()
+    inner = {problem["loc"][:-1] for problem in found}  # a list is not at fault for being empty without its bad items
+    problems = [_explain(problem, model) for problem in found if problem["loc"] not in inner or not problem["loc"]]
+    count = f"{len(problems)} bad settings: " if len(problems) > 1 else ""
+    raise ConfigError(f"{where}: {count}{'; '.join(problems)}")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """`hass run` and `hass presets`: the stages by hand."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from hass_core.cli.common import console, progress_bar, settings, show, show_json
-from hass_core.cli.options import AsJson, ConfigName, Overrides
+from hass_core.cli.options import AsJson, ConfigName, Overrides, draft_folder
 from hass_core.config import Stage, load_config, preset_names
+from hass_core.store import Store
 
 
 def register(app: typer.Typer) -> None:
@@ -27,6 +29,9 @@ def run(
     Example: hass run draft -c smollm2-cpu -s training.passes=2
     """
     chosen = settings(config, override)
+    if chosen.draft.warm_start and "://" not in chosen.draft.warm_start:
+        draft_folder(Path(chosen.draft.warm_start))
+    Store(chosen.store).check_writable()
     from hass_core.stages import run_until  # imports torch: only when the settings are right
 
     with progress_bar(stage) as report:
