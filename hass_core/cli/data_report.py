@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hass_core.features.audit import Audit, Sample
+from hass_core.features.checks import Audit, Sample
 
 MOST_SHOWN = 20
 

@@ -85,7 +85,7 @@ def data(
     """Show what is supervised in stored features, and check every row."""
     store, artifact = store_at(features, "features")
     from hass_core.cli.data_report import show_audit, show_problems
-    from hass_core.features.validate import find_audit, validate_features
+    from hass_core.features.checks import find_audit, validate_features
 
     audit = find_audit(store, artifact, target)
     if not as_json:

@@ -7,7 +7,8 @@ batches before it are encoded and written, and the parts before that are hashed 
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,21 +18,22 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from hass_core.config import FeaturesConfig, RunConfig
-from hass_core.errors import HassError
-from hass_core.features.ahead import tokenising
-from hass_core.features.audit import AUDIT, audit_masks
-from hass_core.features.forecast import forecast, measure, refuse_if_too_large
-from hass_core.features.parts_writer import Batch, PartsWriter
+from hass_core.errors import HassError, StoreError
+from hass_core.features.checks import AUDIT, audit_masks
 from hass_core.features.reader import shard_names
-from hass_core.features.schema import SKIPPED, FeatureInfo
-from hass_core.features.tokenised import Encoded, Part, encode_part
+from hass_core.features.schema import SKIPPED, Encoding, FeatureInfo, encode
+from hass_core.features.tokenise import Encoded, Part, encode_part, tokenising
+from hass_core.features.writer import Computed, PartsWriter
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, FileRecord, StageFolder, Store
-from hass_core.target_model.capture import Capture, batches_for
+from hass_core.target_model.capture import Capture, TokenIds, batches_for, capture_features
 from hass_core.target_model.loader import Target
 
 STEP_VERSION = 4  # 4: the target by its identity, row groups by their size
 SAMPLE_CONVERSATIONS, SAMPLE_PARTS = 64, 8
+OTHER_BYTES_PER_TOKEN = 6  # token ids, mask and the rest, before compression
+RESERVE = 1.05
+TIMED_BATCHES = 2
 SPEED_ONLY = {"max_tokens_per_batch"}  # row groups decide in which order conversations are trained on
 
 Spread = Callable[[list[str]], Iterable[str]]
@@ -85,6 +87,57 @@ def extract_part(config: RunConfig, responses: Artifact, store: Store, target: T
         parts = parts_of([name], source.local_path)
         _Extraction(config, source, folder, target, no_progress, rows).complete([name], parts)
     return name
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Expected size of the work to come."""
+
+    tokens: int
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.tokens:,} tokens, {self.bytes / 1e9:.2f} GB, {self.seconds:,.0f} s"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one token costs here."""
+
+    bytes_per_token: float
+    tokens_per_second: float
+
+
+def measure(target: Target, sample: Sequence[TokenIds], max_tokens: int, encoding: Encoding) -> Measured:
+    """Capture and encode a few batches of the sample's token ids; the first pass, which warms up, is not timed."""
+    batches = list(batches_for(target, [len(ids) for ids in sample], max_tokens))[:TIMED_BATCHES]
+    size = tokens = 0
+    for batch in batches[:1]:
+        for row in capture_features(target, [sample[i] for i in batch]):
+            size += len(encode(row, encoding))
+            tokens += len(row)
+    started = time.perf_counter()
+    timed = sum(len(row) for batch in batches for row in capture_features(target, [sample[i] for i in batch]))
+    return Measured(size / tokens + OTHER_BYTES_PER_TOKEN, timed / (time.perf_counter() - started))
+
+
+def forecast(sample_lengths: Sequence[int], conversations: int, measured: Measured) -> Forecast:
+    """For `conversations` conversations, from the lengths in tokens of some of them and the cost of a token."""
+    tokens = round(sum(sample_lengths) / len(sample_lengths) * conversations)
+    return Forecast(tokens, round(tokens * measured.bytes_per_token), tokens / measured.tokens_per_second)
+
+
+def refuse_if_too_large(expected: Forecast, store: Store) -> None:
+    """Raise StoreError, saying by how much, when a local store has no room for the forecast."""
+    free = store.free_bytes()
+    if free is None or expected.bytes * RESERVE <= free:
+        return
+    missing = expected.bytes * RESERVE - free
+    raise StoreError(
+        f"the features need {expected}, but {store.root} has only {free / 1e9:.2f} GB free: {missing / 1e9:.2f} GB too "
+        'little; free space, set features.encoding to "int8" or "none", or lower responses.max_conversations'
+    )
 
 
 class _Extraction:
@@ -179,7 +232,7 @@ def _key(config: RunConfig, responses: Artifact, target: Target) -> dict[str, An
     }
 
 
-def _captured(encoded: list[Encoded], target: Target, settings: FeaturesConfig) -> Iterator[Batch]:
+def _captured(encoded: list[Encoded], target: Target, settings: FeaturesConfig) -> Iterator[Computed]:
     nothing = target.embedding.new_zeros(1, target.embedding.shape[1])
     for indices in batches_for(target, [len(c.token_ids) for c in encoded], settings.max_tokens_per_batch):
         batch = [encoded[i] for i in indices]

@@ -23,9 +23,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from hass_core.errors import CorruptFile, DraftMismatch
-from hass_core.features.encoding import checksum, decode
 from hass_core.features.remote import RemoteGroups
-from hass_core.features.schema import FeatureInfo
+from hass_core.features.schema import FeatureInfo, checksum, decode
 from hass_core.store import Artifact, StageFolder, Store
 
 SMALLEST_CACHE_BYTES = 2 << 30  # what training mixes, and what it mixes next

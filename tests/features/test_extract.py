@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from hass_core.bench.features import bench_features
 from hass_core.config import parse_config
 from hass_core.errors import HassError, NonFinite, StoreError
-from hass_core.features.extract import _Extraction, extract_features
-from hass_core.features.forecast import Measured, forecast, measure, refuse_if_too_large
+from hass_core.features.checks import validate_features
+from hass_core.features.extract import Measured, _Extraction, extract_features, forecast, measure, refuse_if_too_large
 from hass_core.features.reader import FeatureDataset
 from hass_core.features.schema import FeatureInfo
-from hass_core.features.tokenised import split_of
-from hass_core.features.validate import validate_features
+from hass_core.features.tokenise import split_of
 from hass_core.features.writer import FeatureWriter
 from hass_core.target_model.capture import batches_by_tokens, capture_features
 from tests.features.conftest import conversation, responses_artifact

@@ -6,10 +6,10 @@ import pytest
 
 from hass_core.config import parse_config
 from hass_core.errors import NonFinite
+from hass_core.features.checks import validate_features
 from hass_core.features.extract import extract_features
 from hass_core.features.live import LiveFeatures, with_features
 from hass_core.features.reader import FeatureDataset
-from hass_core.features.validate import validate_features
 from hass_core.training.train import train_draft
 from tests.features.conftest import conversation, responses_artifact
 

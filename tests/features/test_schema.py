@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hass_core.features.encoding import bytes_per_token, checksum, decode, encode
+from hass_core.features.schema import bytes_per_token, checksum, decode, encode
 
 
 @given(tokens=st.integers(1, 40), hidden=st.sampled_from([2, 16, 48]), seed=st.integers(0, 99))

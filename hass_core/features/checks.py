@@ -1,10 +1,12 @@
-"""The mask audit: what is supervised, shown on real text, and the masks that cannot be right.
+"""Checks of a features stage.
 
-It reads ids, tokens and masks, never a feature, so it is cheap at any size. Extraction stores it beside its shards as
-audit.json; `hass doctor data` shows it.
+`audit_masks` says what is supervised, shown on real text, and which masks cannot be right. It reads ids, tokens and
+masks, never a feature, so it is cheap at any size. Extraction stores it beside its shards as audit.json; `hass doctor
+data` shows it. `validate_features` reads every row and names every finding.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -12,9 +14,13 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
+from hass_core.config import TargetConfig
 from hass_core.data.templates import decode
-from hass_core.features.lists import from_lists
-from hass_core.store import StageFolder
+from hass_core.errors import CorruptFile
+from hass_core.features.reader import FeatureDataset, shard_names
+from hass_core.features.schema import from_lists
+from hass_core.store import Artifact, StageFolder, Store
+from hass_core.target_model.loader import load_target
 
 AUDIT = "audit.json"
 SAMPLES = 4  # conversations shown
@@ -22,6 +28,7 @@ DECODED = 2000  # conversations whose mask borders are checked by decoding
 KEPT_PROBLEMS = 100
 QUANTILES = (0, 25, 50, 75, 100)
 AROUND = 8  # tokens on each side of a border; a character is of four bytes at most
+LEAST_SUPERVISED, MOST_SUPERVISED = 0.01, 0.99  # shares outside of which a mask is likely wrong for all conversations
 CUT = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
 
 
@@ -122,3 +129,48 @@ def _rows(folder: StageFolder, names: Sequence[str]) -> Iterator[Row]:
             for batch in shard.iter_batches(columns=["id", "token_ids", "loss_mask"]):
                 ids, tokens, masks = (batch[column] for column in batch.schema.names)
                 yield from zip(ids.to_pylist(), from_lists(tokens), from_lists(masks), strict=True)
+
+
+@dataclass
+class FeaturesReport:
+    """What a features stage holds, and what is wrong with it."""
+
+    conversations: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def supervised_fraction(self) -> float:
+        return self.supervised_tokens / max(1, self.tokens)
+
+
+def validate_features(store: Store, artifact: Artifact, target_fingerprint: str | None = None) -> FeaturesReport:
+    """Read and check all rows. Raises DraftMismatch or CorruptFile when the stage as a whole cannot be read."""
+    dataset = FeatureDataset(store, artifact, target_fingerprint=target_fingerprint)
+    report = FeaturesReport(conversations=len(dataset))
+    names: set[str] = set()
+    for index in range(len(dataset)):
+        try:
+            row = dataset[index]
+        except CorruptFile as error:
+            report.problems.append(str(error))
+            continue
+        report.tokens += len(row.token_ids)
+        report.supervised_tokens += int(row.loss_mask.sum())
+        if row.id in names:
+            report.problems.append(f"{artifact.url}: the id {row.id} stands there twice")
+        names.add(row.id)
+    if report.tokens and not LEAST_SUPERVISED < report.supervised_fraction < MOST_SUPERVISED:
+        report.problems.append(f"{artifact.url}: {report.supervised_fraction:.1%} of the tokens are supervised")
+    return report
+
+
+def find_audit(store: Store, artifact: Artifact, target_source: str) -> Audit:
+    """The audit stored with the features; made now, with the target's tokenizer, for features from before it was."""
+    folder = store.open(artifact)
+    manifest = folder.manifest()
+    if manifest and AUDIT in manifest.files:
+        return Audit.model_validate_json(folder.read_text(AUDIT))
+    target = load_target(TargetConfig(source=target_source, device="cpu"))
+    return audit_masks(folder, shard_names(folder), target.tokenizer)

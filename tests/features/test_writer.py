@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from hass_core.features.parts_writer import BATCHES_HELD, WRITERS, PartsWriter
 from hass_core.features.schema import FeatureInfo
-from hass_core.features.tokenised import Encoded, Part
+from hass_core.features.tokenise import Encoded, Part
+from hass_core.features.writer import BATCHES_HELD, WRITERS, PartsWriter
 
 INFO = FeatureInfo(hidden_size=4, encoding="bf16", target_fingerprint="t", template_hash="h")
 
