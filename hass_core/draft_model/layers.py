@@ -10,8 +10,7 @@ estimate of f_{t+1}. The target's own output head turns that into the distributi
 Shapes: B batch, L rows, H hidden, A heads, KV key-value heads, d head size.
 """
 
-import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +19,6 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from hass_core.draft_model.architecture import DraftArchitecture
-
-
-class KeyValueStore(Protocol):
-    """The cache that `DraftModel.forward` writes to while decoding."""
-
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [B, KV, L, d] and return all keys and values so far [B, KV, S, d]."""
-        ...
 
 
 class DraftModel(nn.Module):
@@ -73,26 +64,14 @@ class DraftModel(nn.Module):
         y = u + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
         return y + layer.mlp(layer.post_attention_layernorm(y))
 
-    def forward(
-        self,
-        token_ids: Tensor,
-        features: Tensor,
-        position_ids: Tensor,
-        cache: KeyValueStore | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """Estimated next features [B, L, H].
+    def forward(self, token_ids: Tensor, features: Tensor, position_ids: Tensor) -> Tensor:
+        """Estimated next features [B, L, H] of rows that each see those up to themselves.
 
-        Without a mask each row sees the cache and the rows up to itself; `mask` [B, 1, L, S] (True = visible) replaces
-        that, for a draft tree. The new rows' keys and values are appended to `cache`.
+        Training (training/alignment.py) and decoding (decoding/drafter.py) attend otherwise, to a drafted chain and to
+        a cache: they take the parts above, or the weights. An exported draft is compared with this.
         """
         u, queries, keys, values = self.enter(token_ids, features, position_ids)
-        if cache is not None:
-            keys, values = cache.update(keys, values)
-        if mask is None and queries.shape[2] > 1:
-            mask = causal_mask(queries.shape[2], keys.shape[2], queries.device)
-        scale = 1 / math.sqrt(self.architecture.head_dim)
-        attended = F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale, enable_gqa=True)
+        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
         return self.output(u, attended)
 
 
@@ -165,8 +144,3 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
-
-
-def causal_mask(rows: int, columns: int, device: torch.device) -> Tensor:
-    """[rows, columns], True where visible: the rows are the last of the columns, each sees all up to itself."""
-    return torch.ones(rows, columns, dtype=torch.bool, device=device).tril(columns - rows)

@@ -27,7 +27,7 @@ from hass_core.features.remote import RemoteGroups
 from hass_core.features.schema import FeatureInfo, checksum, decode
 from hass_core.store import Artifact, StageFolder, Store
 
-SMALLEST_CACHE_BYTES = 2 << 30  # what training mixes, and what it mixes next
+SMALLEST_CACHE_BYTES = 2 << 30  # what training shuffles together, and what comes next
 CACHE_SHARE = 1 / 8  # of the machine's memory
 ROW_GROUP_BYTES = 64 << 20  # as the settings have it unless they are changed
 OPENING_THREADS, MOST_GROUPS_AHEAD = 8, 4

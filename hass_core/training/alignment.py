@@ -71,7 +71,7 @@ class Alignment(nn.Module):
         self, batch: Batch, step: int, previous: Tensor, keys: Tensor, values: Tensor, *own: Tensor
     ) -> tuple[Tensor, ...]:
         """Step `step`: its estimates [Q, H], and its own key and value [KV, Q, d]. `own` holds those of the steps
-        before it, by turns."""
+        before it: key, value, key, …"""
         u, queries, key, value = self._enter(*self._chain_inputs(batch, step, previous))
         attended = attend(queries, keys, values, [*own[::2], key], [*own[1::2], value], batch.documents)
         return self._output(u, attended), key, value

@@ -80,8 +80,8 @@ class MergedAttention(torch.autograd.Function):
         for term, value in zip(terms, values, strict=True):
             weight = (term - lse).exp()
             grouped = dout.unflatten(0, (value.shape[0], -1))
-            along = (grouped * value[:, None]).sum(-1, dtype=torch.float32).flatten(0, 1)
-            dterms.append(weight * (along - row_sum))
+            dot = (grouped * value[:, None]).sum(-1, dtype=torch.float32).flatten(0, 1)
+            dterms.append(weight * (dot - row_sum))
             dvalues.append((grouped * weight.unflatten(0, (value.shape[0], -1))[..., None].to(dout.dtype)).sum(1))
         return None, None, None, dq, dk, dv, None, *dterms, *dvalues
 
@@ -93,7 +93,7 @@ def _add_weighted(out: Tensor, weight: Tensor, value: Tensor) -> Tensor:
 
 
 class PlainKernel:
-    """Scores written out, on any device and in any dtype: the twin the fast kernels are held against."""
+    """Scores written out, on any device and in any dtype: the twin that the fast kernels are held against."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, where: Documents, scale: float) -> tuple[Tensor, Tensor]:
         q, k, v = _query_table(q, where), *_key_table(k, v, where, heads=q.shape[0])

@@ -4,7 +4,7 @@ The order is a pure function of the lengths, the row groups, the seed and the pa
 counting packs: there is no state to save. Each pass holds every conversation exactly once.
 
 A row group is read whole. So a pass goes through windows of a few row groups drawn at random, and everything of a
-window is mixed: whatever the data's size, what is read is used before it is forgotten.
+window is shuffled: whatever the data's size, what is read is used before it is forgotten.
 """
 
 import bisect
@@ -15,7 +15,7 @@ import numpy as np
 
 BLOCK = 64  # conversations taken as a row group where nobody says what those are
 SAMPLED = 8  # conversations of a row group that a sample takes
-WINDOW_BLOCKS = 16  # row groups, of 64 MB, that are mixed
+WINDOW_BLOCKS = 16  # row groups, of 64 MB, that are shuffled together
 WINDOW = 4096  # conversations at most, or packing them takes long
 
 
@@ -41,13 +41,13 @@ def _packs_by_window(
     parts = divided(len(lengths), blocks)
     drawn = [parts[i] for i in generator.permutation(len(parts))]
     for window in _windows(drawn):
-        mixed = generator.permutation(window)
-        filled = best_fit(mixed, lengths[mixed], tokens_per_pack)
+        shuffled = generator.permutation(window)
+        filled = best_fit(shuffled, lengths[shuffled], tokens_per_pack)
         yield from (filled[i] for i in generator.permutation(len(filled)))
 
 
 def _windows(blocks: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """Blocks after one another, so many at a time that they can be mixed."""
+    """Blocks after one another, so many at a time that they can be shuffled together."""
     window: list[np.ndarray] = []
     for block in blocks:
         full = len(window) == WINDOW_BLOCKS or sum(map(len, window)) + len(block) > WINDOW
@@ -70,8 +70,8 @@ def sample_order(count: int, seed: int, blocks: Sequence[int] | np.ndarray | Non
     """All of `count` conversations, so that the first ones are a random sample read from few row groups."""
     generator = np.random.default_rng(seed)
     parts = [generator.permutation(part) for part in divided(count, blocks)]
-    mixed = [parts[i] for i in generator.permutation(len(parts))]
-    first, rest = ([i for part in mixed for i in part[own]] for own in (slice(SAMPLED), slice(SAMPLED, None)))
+    shuffled = [parts[i] for i in generator.permutation(len(parts))]
+    first, rest = ([i for part in shuffled for i in part[own]] for own in (slice(SAMPLED), slice(SAMPLED, None)))
     return [int(i) for i in first + rest]
 
 
@@ -80,8 +80,8 @@ def best_fit(indices: np.ndarray, lengths: np.ndarray, capacity: int) -> list[li
     packs: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (free tokens, pack), ascending
     for i in np.argsort(-lengths, kind="stable"):
-        place = bisect.bisect_left(free, (int(lengths[i]), -1))
-        room, pack = free.pop(place) if place < len(free) else (capacity, len(packs))
+        fitting = bisect.bisect_left(free, (int(lengths[i]), -1))
+        room, pack = free.pop(fitting) if fitting < len(free) else (capacity, len(packs))
         if pack == len(packs):
             packs.append([])
         packs[pack].append(int(indices[i]))
@@ -91,7 +91,7 @@ def best_fit(indices: np.ndarray, lengths: np.ndarray, capacity: int) -> list[li
 
 
 class PackStream:
-    """The endless sequence of packs of all passes, readable from any place."""
+    """The endless sequence of packs of all passes, readable from any of them on."""
 
     def __init__(
         self,

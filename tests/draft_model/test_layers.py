@@ -129,18 +129,6 @@ def test_casting_the_model_keeps_the_rotary_frequencies_exact():
     assert torch.equal(draft.rotary.inv_freq, before)
 
 
-@torch.no_grad()
-def test_a_tree_mask_hides_siblings():
-    """Two candidates for the same place give what each gives alone."""
-    draft, _ = twins(LlamaConfig(**SIZES), LlamaForCausalLM)
-    features, candidates = torch.randn(1, 1, 32), torch.tensor([[5, 9]])
-    mask = torch.eye(2, dtype=torch.bool)[None, None]
-    both = draft(candidates, features.expand(1, 2, 32), torch.tensor([[3, 3]]), mask=mask)
-    for i in range(2):
-        alone = draft(candidates[:, i : i + 1], features, torch.tensor([[3]]))
-        torch.testing.assert_close(both[:, i : i + 1], alone)
-
-
 def test_the_weights_carry_eagles_names_and_nothing_else():
     draft, _ = twins(LlamaConfig(**SIZES), LlamaForCausalLM)
     assert set(draft.state_dict()) == {

@@ -17,18 +17,6 @@ from tests.training.memory import LiveBytes
 STEPS = 5
 
 
-class GrowingCache:
-    """Keys and values of one conversation, as decoding keeps them."""
-
-    def __init__(self) -> None:
-        self.keys = self.values = torch.empty(0)
-
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self.keys = torch.cat([self.keys, keys], dim=2) if len(self.keys) else keys
-        self.values = torch.cat([self.values, values], dim=2) if len(self.values) else values
-        return self.keys, self.values
-
-
 def aligned(draft: DraftModel, batch: Batch, steps: int = STEPS, detach: bool = True) -> list[Tensor]:
     return Alignment(draft, steps, detach)(batch, batch.features)
 
@@ -64,7 +52,7 @@ def test_a_row_depends_on_just_the_features_in_the_mask_table(length, step):
 
 
 @pytest.mark.parametrize("overrides", [{}, {"qk_norm": True, "head_dim": 16}, {"qkv_bias": True}], ids=str)
-def test_training_equals_cached_drafting_from_every_prefix(talks, overrides):
+def test_training_equals_drafting_from_every_prefix(talks, overrides):
     draft = make_draft(**overrides)
     batch = collate(talks, STEPS)
     with torch.no_grad():
@@ -117,20 +105,12 @@ def locate(talks: list[Talk], row: int) -> tuple[Talk, int]:
 
 
 def draft_chain(draft: DraftModel, talk: Talk, anchor: int) -> list[Tensor]:
-    """The chain's features as a decoder makes them: prefill to the anchor, then one token at a time."""
-    cache, length = GrowingCache(), len(talk.token_ids)
-    if anchor + 1 >= length:
-        return []
-    prefix = talk.token_ids[None, 1 : anchor + 2], talk.features[None, : anchor + 1], torch.arange(anchor + 1)[None]
-    features = draft(*prefix, cache)[:, -1:]
-    chain = [features[0, 0]]
-    for step in range(2, STEPS + 1):
-        if anchor + step >= length:
-            break
-        features = draft(
-            talk.token_ids[None, anchor + step, None], features, torch.tensor([[anchor + step - 1]]), cache
-        )
-        chain.append(features[0, 0])
+    """The chain's features as a decoder makes them, one token at a time, from those of the target up to the anchor."""
+    features, chain = talk.features[: anchor + 1], []
+    for step in range(1, min(STEPS, len(talk.token_ids) - 1 - anchor) + 1):
+        tokens = talk.token_ids[1 : anchor + step + 1]
+        chain.append(draft(tokens[None], features[None], torch.arange(len(tokens))[None])[0, -1])
+        features = torch.cat([features, chain[-1][None]])
     return chain
 
 
