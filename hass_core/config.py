@@ -207,6 +207,16 @@ class TrainingConfig(Settings):
     top_k_weight: float = Field(default=1.0, ge=0, description="Weight of the Top-K loss; 0 = EAGLE-2's objective")
     soft_ce_weight: float = Field(default=0.1, ge=0, description="Weight of the soft cross-entropy")
     regression_weight: float = Field(default=1.0, ge=0, description="Weight of the smooth-L1 feature regression")
+    acceptance_weight: float = Field(
+        default=0.0, ge=0, description="Weight of -log of the share that rejection sampling accepts at temperature 1"
+    )
+    hybrid_weight: float = Field(
+        default=0.0, ge=0, description="Weight of KL that turns into the rejected share as acceptance grows"
+    )
+    agreement_weight: float = Field(
+        default=0.0, ge=0, description="Weight of -log of how often coupled drafting at temperature 1 finds the token"
+    )
+    agreement_candidates: int = Field(default=1, ge=1, le=64, description="Candidates of that coupled drafting")
     feature_noise: float = Field(
         default=0.0, ge=0, le=1, description="Half width of the uniform noise on input features"
     )
@@ -260,8 +270,9 @@ class TrainingConfig(Settings):
             raise ValueError(
                 f"training.step_weights has {len(self.step_weights)} values, training.align_steps is {self.align_steps}"
             )
-        if self.top_k_weight == self.soft_ce_weight == self.regression_weight == 0:
-            raise ValueError("all three loss weights are 0: nothing to train")
+        terms = (self.top_k_weight, self.soft_ce_weight, self.regression_weight)
+        if not any((*terms, self.acceptance_weight, self.hybrid_weight, self.agreement_weight)):
+            raise ValueError("all loss weights are 0: nothing to train")
         return self
 
 

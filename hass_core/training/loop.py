@@ -154,10 +154,11 @@ class Pace:
 
 def _training_record(run: Run, at: Position, window: Window, norm: float) -> dict[str, Any]:
     parts, config = window.mean(), run.trainer.config
+    recorded = PARTS if run.trainer.objective.samples else set(PARTS) - {"sampling"}
     return {
         "train/loss": window.loss(run.trainer.objective),
-        **{f"train/{name}": float(parts[:, i].sum()) for i, name in enumerate(PARTS[:3])},
-        **{f"train/accuracy_step_{j}": float(value) for j, value in enumerate(parts[:, 3], 1)},
+        **{f"train/{name}": float(parts[:, i].sum()) for i, name in enumerate(PARTS[:-1]) if name in recorded},
+        **{f"train/accuracy_step_{j}": float(value) for j, value in enumerate(parts[:, -1], 1)},
         "train/lr": learning_rate(config, at.step - 1, run.total_steps),
         "train/grad_norm": norm,
         "train/tokens_per_second": window.rate(),

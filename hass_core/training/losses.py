@@ -6,6 +6,7 @@ With q the target's distribution at temperature 1, log p the draft's, K the targ
     soft CE      -Σ_v q(v) log p(v)
     Top-K        -Σ_{v in K} q(v) log p(v)          neither q nor p renormalised on K
 
+and, where their weights ask for it, terms for decoding that samples (sampling_losses.py);
 each averaged over the supervised tokens of the whole optimizer step, on all devices and micro-batches. The n steps'
 losses are summed.
 
@@ -30,19 +31,25 @@ from hass_core import kernels
 from hass_core.config import TrainingConfig
 from hass_core.draft_model.head import DraftHead
 from hass_core.training.batch import Batch
+from hass_core.training.sampling_losses import sampling_terms
 
-PARTS = ("regression", "soft_ce", "top_k", "accuracy")
+PARTS = ("regression", "soft_ce", "top_k", "sampling", "accuracy")  # `sampling` with its weights, the others without
 LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 30}
+SAMPLING_COPIES = 8  # what sampling_losses.py holds beside the logits, about
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Weights and switches of the three terms. `step_weights` has one weight for each alignment step."""
+    """Weights and switches of the terms. `step_weights` has one weight for each alignment step."""
 
     regression: float = 1.0
     soft_ce: float = 0.1
     top_k: float = 1.0
     k: int = 10
+    acceptance: float = 0.0
+    hybrid: float = 0.0
+    agreement: float = 0.0
+    candidates: int = 1
     step_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     @classmethod
@@ -52,19 +59,28 @@ class Objective:
             soft_ce=config.soft_ce_weight,
             top_k=config.top_k_weight,
             k=config.top_k,
+            acceptance=config.acceptance_weight,
+            hybrid=config.hybrid_weight,
+            agreement=config.agreement_weight,
+            candidates=config.agreement_candidates,
             step_weights=config.step_weights or (1.0,) * config.align_steps,
         )
 
+    @property
+    def samples(self) -> bool:
+        """Whether there are terms of sampling_losses.py."""
+        return bool(self.acceptance or self.hybrid or self.agreement)
+
     def combine(self, parts: Tensor) -> Tensor:
-        """The loss from its parts [n, 4]."""
-        weights = parts.new_tensor([self.regression, self.soft_ce, self.top_k, 0.0])
+        """The loss from its parts [n, 5]."""
+        weights = parts.new_tensor([self.regression, self.soft_ce, self.top_k, 1.0, 0.0])
         return (parts @ weights) @ parts.new_tensor(self.step_weights)
 
 
 def distill(
     outputs: list[Tensor], batch: Batch, head: DraftHead, objective: Objective, counts: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """Parts [n, 4] (see PARTS) of this micro-batch's share of the mean, and the loss's gradient for each output.
+    """Parts [n, 5] (see PARTS) of this micro-batch's share of the mean, and the loss's gradient for each output.
 
     `outputs` are n estimates [Q, H]; `counts` [n] the supervised tokens of the whole optimizer step. Summed over all
     micro-batches and devices the parts are means over tokens, and so is the gradient. A distribution term of weight 0
@@ -79,6 +95,8 @@ def distill(
     parts = torch.zeros(steps, len(PARTS), device=device)
     gradients = [torch.zeros_like(output) for output in estimates]
     rows_per_chunk = max(16, LOGITS_PER_CHUNK[device.type] // (head.size * (steps + 1)))
+    if objective.samples:
+        rows_per_chunk = max(16, rows_per_chunk // SAMPLING_COPIES)
     for first in range(0, len(batch.targets), rows_per_chunk):
         rows = slice(first, first + rows_per_chunk)
         anchors, features = batch.target_anchors[:, rows], batch.features[batch.targets[rows]]
@@ -93,22 +111,33 @@ def distill(
 def _chunk(
     estimates: Tensor, features: Tensor, informative: Tensor, head: DraftHead, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """Parts [n, R, 4] and gradients [n, R, H] of one chunk of estimates [n, R, H]; rows whose next token is not in the
+    """Parts [n, R, 5] and gradients [n, R, H] of one chunk of estimates [n, R, H]; rows whose next token is not in the
     draft vocabulary are not `informative` [R]."""
-    total, top, right, by_logit = _terms(head.logits(features), head.logits(estimates), objective)
+    teacher, logits = head.logits(features), head.logits(estimates)
+    sampling, by_sampling = _sampling(teacher, logits, objective)
+    total, top, right, by_logit = _terms(teacher, logits, objective)
+    by_logit = by_logit if by_sampling is None else by_logit + by_sampling
     soft = (total - objective.top_k * top) / objective.soft_ce if objective.soft_ce else torch.zeros_like(total)
     known = informative.to(total.dtype)
     error = estimates.to(total.dtype) - features.to(total.dtype)
     regression = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none").mean(-1)
     by_feature = (by_logit @ head.weight).to(error.dtype) * known[:, None]
     gradient = by_feature + error.clamp(-1, 1) * (objective.regression / error.shape[-1])
-    return torch.stack([regression, soft * known, top * known, right * known], dim=-1), gradient
+    return torch.stack([regression, *(part * known for part in (soft, top, sampling, right))], dim=-1), gradient
 
 
 def _add_rows(gradients: list[Tensor], anchors: Tensor, added: Tensor) -> None:
     """Add [n, R, H] to the gradients [Q, H] of each step at `anchors` [n, R]."""
     for gradient, own, rows in zip(gradients, anchors, added, strict=True):
         gradient.index_add_(0, own, rows)
+
+
+def _sampling(teacher: Tensor, logits: Tensor, objective: Objective) -> tuple[Tensor, Tensor | None]:
+    """The terms for decoding that samples [n, R] and their gradient [n, R, D], where there are any."""
+    if not objective.samples:
+        return logits.new_zeros(logits.shape[:-1], dtype=_precise(logits)), None
+    weights = objective.acceptance, objective.hybrid, objective.agreement
+    return sampling_terms(teacher, logits, *weights, objective.candidates)
 
 
 def _terms(teacher: Tensor, logits: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 Every record has `step` (optimizer steps done) and `tokens_seen` (conversation tokens, all passes). Training records add
 
     train/loss, train/regression, train/soft_ce, train/top_k     means over supervised tokens; the parts unweighted
+    train/sampling                                               the terms for decoding that samples, if there are any
     train/accuracy_step_1 …                                      share of tokens where draft and target agree
     train/lr, train/grad_norm, train/tokens_per_second, train/waiting_for_data, train/epoch
 

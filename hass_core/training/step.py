@@ -42,7 +42,7 @@ Backward = Callable[[Batch, Tensor], Tensor]
 class StepResult:
     """What an optimizer step did; the same on all processes."""
 
-    parts: Tensor  # [n, 4] the loss's parts, means over the step's supervised tokens
+    parts: Tensor  # [n, 5] the loss's parts, means over the step's supervised tokens
     gradient_norm: float
     tokens: int  # of the step's conversations
     stop: bool  # some process was asked to stop
@@ -97,7 +97,7 @@ class Trainer:
 
     @cached_property
     def backward(self) -> Backward:
-        """Runs a micro-batch, adds to the gradients and returns its share of the loss's parts [n, 4]."""
+        """Runs a micro-batch, adds to the gradients and returns its share of the loss's parts [n, 5]."""
         return GraphPerShape(self.backward_eagerly) if self.captured else self.backward_eagerly
 
     def backward_eagerly(self, batch: Batch, counts: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from hass_core.draft_model.head import DraftHead
 from hass_core.training import losses
 from hass_core.training.batch import Batch, collate
 from hass_core.training.losses import Objective, distill
+from hass_core.training.sampling_losses import agreeing, sampling_terms
 from tests.training.conftest import HIDDEN, VOCABULARY
 
 OBJECTIVES = {
@@ -20,6 +21,10 @@ OBJECTIVES = {
     "fewer tokens": Objective(k=5),
     "no regression": Objective(regression=0.0),
     "top-k only": Objective(regression=0.0, soft_ce=0.0),
+    "acceptance": Objective(acceptance=0.5),
+    "hybrid": Objective(hybrid=0.7, top_k=0.0),
+    "agreement": Objective(regression=0.0, soft_ce=0.0, top_k=0.0, agreement=1.0),
+    "agreement of 4, beside acceptance": Objective(agreement=0.3, candidates=4, acceptance=0.2),
     "weighted steps": Objective(step_weights=(1.0, 0.5, 0.25)),
 }
 STEPS = 3
@@ -39,7 +44,7 @@ def slow_parts(outputs, talks, head: DraftHead, objective: Objective) -> torch.T
     """Token by token from the formulas; anchors are numbered as the batch lays them out."""
     batch = collate(talks, STEPS)
     anchor_of = {int(row): i for i, row in enumerate(batch.anchors)}
-    sums, counts = torch.zeros(STEPS, 4).double(), torch.zeros(STEPS)
+    sums, counts = torch.zeros(STEPS, 5).double(), torch.zeros(STEPS)
     start = 0
     for talk in talks:
         answer, length = talk.loss_mask.tolist(), len(talk.token_ids)
@@ -57,13 +62,24 @@ def slow_parts(outputs, talks, head: DraftHead, objective: Objective) -> torch.T
 def slow_row(f, guess, next_token: int, head: DraftHead, objective: Objective) -> list[float]:
     regression = sum(0.5 * d * d if abs(d) < 1 else abs(d) - 0.5 for d in (guess - f).tolist()) / len(f)
     if head.token_ids is not None and next_token not in head.token_ids.tolist():
-        return [regression, 0.0, 0.0, 0.0]
+        return [regression, 0.0, 0.0, 0.0, 0.0]
     q, p = ([math.exp(z) for z in (head.weight @ x).tolist()] for x in (f, guess))
     q, p = [x / sum(q) for x in q], [x / sum(p) for x in p]
     top = sorted(range(len(q)), key=lambda v: -q[v])[: objective.k]
     soft = -sum(a * math.log(b) for a, b in zip(q, p, strict=True)) if objective.soft_ce else 0.0
     right = float(max(range(len(p)), key=lambda v: p[v]) == top[0])
-    return [regression, soft, -sum(q[v] * math.log(p[v]) for v in top), right]
+    return [regression, soft, -sum(q[v] * math.log(p[v]) for v in top), slow_sampling(q, p, objective), right]
+
+
+def slow_sampling(q: list[float], p: list[float], objective: Objective) -> float:
+    alpha = sum(map(min, q, p))
+    share = math.exp(-3 * alpha)
+    kl = sum(a * math.log(a / b) for a, b in zip(q, p, strict=True))
+    both = list(zip(q, p, strict=True))
+    ahead = [sum(max(0.0, a / b * y - x) for x, y in both) for a, b in both] if objective.agreement else [0.0] * len(q)
+    agreed = sum(a * (1 - (x / (1 + x)) ** objective.candidates) for a, x in zip(q, ahead, strict=True))
+    hybrid = share * kl + (1 - share) * (1 - alpha)
+    return -objective.acceptance * math.log(alpha) + objective.hybrid * hybrid - objective.agreement * math.log(agreed)
 
 
 @pytest.mark.parametrize("tokens", [None, 60], ids=["full vocabulary", "trimmed"])
@@ -100,8 +116,37 @@ def autograd_loss(outputs, batch: Batch, head: DraftHead, objective: Objective) 
         rows = objective.regression * F.smooth_l1_loss(guess, f, reduction="none").mean(-1)
         rows = rows - known * objective.soft_ce * (q * logp).sum(-1)
         rows = rows - known * objective.top_k * (top * logp.gather(1, indices)).sum(-1)
+        rows = rows + known * dense_sampling(q, logp.exp(), objective)
         total = total + objective.step_weights[j] * rows[mask].sum() / mask.sum()
     return total
+
+
+def dense_sampling(q: torch.Tensor, p: torch.Tensor, objective: Objective) -> torch.Tensor:
+    alpha = torch.minimum(q, p).sum(-1)
+    share = (-3 * alpha.detach()).exp()
+    hybrid = share * (q * (q / p).log()).sum(-1) + (1 - share) * (1 - alpha)
+    ahead = ((q / p)[:, :, None] * p[:, None] - q[:, None]).clamp(min=0).sum(-1)
+    agreed = (q * (1 - (ahead / (1 + ahead)) ** objective.candidates)).sum(-1)
+    return -objective.acceptance * alpha.log() + objective.hybrid * hybrid - objective.agreement * agreed.log()
+
+
+def test_agreement_with_one_candidate_is_how_often_coupled_draws_agree():
+    generator = torch.Generator().manual_seed(0)
+    q, p = torch.randn(2, 9, generator=generator).mul(2).double().softmax(-1)
+    noise = -torch.rand(200_000, 9, generator=generator).double().log_().neg_().log_()
+    drawn = (q.log() + noise).argmax(-1) == (p.log() + noise).argmax(-1)
+    agreed, _ = agreeing(q[None], p[None, None], 1)
+    assert float(agreed) == pytest.approx(float(drawn.double().mean()), abs=5e-3)
+    closed = (1 / torch.maximum(q / q[:, None], p / p[:, None]).sum(-1)).sum()  # of the paper
+    assert float(agreed) == pytest.approx(float(closed))
+
+
+def test_terms_for_sampling_stay_finite_where_the_draft_gives_the_targets_tokens_nothing():
+    teacher = torch.tensor([[80.0, 0.0, -80.0], [0.0, 0.0, 0.0]])
+    logits = torch.tensor([[[-80.0, 0.0, 80.0], [0.0, -90.0, 90.0]]])
+    value, gradient = sampling_terms(teacher, logits, 1.0, 1.0, 1.0, 4)
+    assert value.isfinite().all()
+    assert gradient.isfinite().all()
 
 
 def test_chunks_do_not_change_the_result(talks, monkeypatch):
