@@ -63,8 +63,16 @@ class Target:
 
     @property
     def context_tokens(self) -> int:
-        """Longest sequence in tokens."""
-        return int(getattr(self.model.config, "max_position_embeddings", 0) or 2**31)
+        """Longest sequence in tokens that is decoded as one pass computes it.
+
+        Where a longrope target turns to its long factors, the positions of all tokens before are turned anew.
+        """
+        config = self.model.config.get_text_config()
+        longest = int(getattr(config, "max_position_embeddings", 0) or 2**31)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") != "longrope":
+            return longest
+        return min(longest, int(rope.get("original_max_position_embeddings") or longest))
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -116,7 +124,7 @@ def load_target(config: TargetConfig) -> Target:
         check_weights(found, source)
         check_tokenizer(tokenizer, len(model.get_input_embeddings().weight), source)
         weights = weights_of_files(weight_files(folder, model.config))
-    return freeze(model, tokenizer, name=target_name(source), folder=folder, weights=weights)
+        return freeze(model, tokenizer, name=target_name(source), folder=folder, weights=weights)
 
 
 def freeze(

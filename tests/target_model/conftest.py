@@ -44,6 +44,27 @@ OTHERS = {
     "qwen3, window": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1, "head_dim": 16},
     "gemma3_text": {"sliding_window": 8, "head_dim": 12},
     "cohere": {"logit_scale": 0.25},
+    "cohere, unscaled": {"logit_scale": 1.0},
+    "gemma": {"head_dim": 12},
+    "gemma2": {"sliding_window": 8, "head_dim": 12, "query_pre_attn_scalar": 12},
+    "gemma2, uncapped": {"sliding_window": 8, "head_dim": 12, "final_logit_softcapping": None},
+    "phi3": {},
+    "phi3, longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+        },
+        "original_max_position_embeddings": 64,
+    },
+    "phi": {},
+    "glm": {"head_dim": 16, "partial_rotary_factor": 0.5, "attention_bias": True},
+    "glm4": {"head_dim": 16, "partial_rotary_factor": 0.5},
+    "granite": {"logits_scaling": 8.0},
+    "granite, unscaled": {"logits_scaling": 1.0},
+    "llama, biases": {"attention_bias": True},
+    "llama, partial": {"rope_parameters": {"rope_theta": 10_000.0, "partial_rotary_factor": 0.5}},
 }
 
 

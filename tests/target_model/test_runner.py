@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from hass_core.draft_model.head import DraftHead
 from hass_core.errors import TargetError
 from hass_core.target_model.block import side_by_side
 from hass_core.target_model.generic import HFRunner
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import FusedRunner, Runner, make_runner
-from tests.target_model.conftest import tiny_model
+from tests.target_model.conftest import OTHERS, VARIANTS, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}  # float32, two layers: rounding in another order
 
@@ -84,6 +85,30 @@ def test_tree_rows_see_their_ancestors_only_and_the_kept_path_lives_on(runner, b
     for b, prompt in enumerate(prompts):
         kept = tree[b, [0, 2, 4]].tolist()[: [3, 2][b]]
         torch.testing.assert_close(after[b, 0], truth(target, [*prompt, *kept, 7])[-1], **CLOSE)
+
+
+CHANGED_LOGITS = {"cohere", "gemma2", "granite"}
+BIASED_HEAD = {"phi"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS | OTHERS)
+def test_a_familys_logits_are_the_models_own_or_it_is_refused_when_it_is_loaded(variant):
+    if variant in CHANGED_LOGITS | BIASED_HEAD:
+        with pytest.raises(TargetError, match="has a bias" if variant in BIASED_HEAD else "changes its logits"):
+            tiny_model(variant)
+        return
+    target = tiny_model(variant)
+    run, ids = make_runner(target), torch.tensor([random_ids(20)])
+    features = run.forward(ids, torch.arange(20)[None], run.new_cache(1, 32))
+    with torch.no_grad():
+        expected = target.model(ids).logits
+    torch.testing.assert_close(run.logits(features), expected, **CLOSE)
+    torch.testing.assert_close(DraftHead.from_target(target.head).logits(features), expected, **CLOSE)
+
+
+def test_a_longrope_target_is_used_as_far_as_its_short_factors_hold():
+    assert tiny_model("phi3, longrope").context_tokens == 64
+    assert tiny_model("phi3").context_tokens == 256
 
 
 def test_logits_equal_the_models_own(any_target):
