@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from hass_core.config import RunConfig
 from hass_core.data import prompts, responses
 from hass_core.data.holdout import forbidden_questions
+from hass_core.data.live import resolve
 from hass_core.evaluation import evaluate
 from hass_core.evaluation.benchmarks import load_benchmarks
 from hass_core.features import extract
@@ -79,7 +80,13 @@ TABLE: dict[str, tuple[Any, str]] = {
     "target.license": ("mit", NONE),
     "prompts.builtin": (False, "prompts"),
     "prompts.files": (("MINE/b.jsonl",), "prompts"),
-    "prompts.datasets": (("data",), "prompts"),
+    "prompts.datasets": (("MINE/set",), "prompts"),
+    "prompts.newest": (1, "prompts"),
+    "prompts.last_days": (9, "prompts"),
+    "prompts.time_field": ("when", NONE),  # without a window no time is read
+    "prompts.mask_patterns": (("[0-9]{9}",), "prompts"),
+    "prompts.mask_command": ("cat", "prompts"),
+    "prompts.self_written_share": (0.5, "prompts"),
     "prompts.self_written": (3, "prompts"),
     "prompts.max_prompts": (3, "prompts"),
     "prompts.max_prompt_tokens": (99, "prompts"),
@@ -142,6 +149,8 @@ SPECIAL: list[tuple[dict[str, Any], str, Any, str]] = [
 def mine(tmp_path) -> Path:
     folder = tmp_path / "mine"
     (folder / "warm").mkdir(parents=True)
+    (folder / "set").mkdir()
+    (folder / "set" / "rows.jsonl").write_text(json.dumps({"prompt": "Tell me about sets."}) + "\n")
     for name in ("a", "b"):
         (folder / f"{name}.jsonl").write_text(json.dumps({"prompt": f"Tell me about {name}."}) + "\n")
     for name in ("questions", "others"):
@@ -181,7 +190,9 @@ def digests(config: RunConfig, target: Target, store: Store) -> dict[str, str]:
     if config.target.dtype == "bfloat16":
         target = bfloat16(target)
     hashes = sorted(forbidden_questions(config.evaluation).hashes)
-    made = {"prompts": store.stage("prompts", prompts._key(config, target, hashes)).digest}
+    sources = resolve(config.prompts)
+    key = prompts._key(config, target, hashes, sources, prompts._window(config, sources))
+    made = {"prompts": store.stage("prompts", key).digest}
     for stage, key in (("responses", responses._key), ("features", extract._key)):
         source = artifact(*list(made.items())[-1])
         made[stage] = store.stage(stage, key(config, source, target)).digest
@@ -242,6 +253,14 @@ def test_a_setting_counts_only_where_it_is_used(base, path, value, stage, mine, 
     ("name", "old", "new", "base", "path", "stage"),
     [
         ("a.jsonl", "about a", "about c", LOCAL, None, "prompts"),
+        (
+            "set/rows.jsonl",
+            "about sets",
+            "about rows",
+            LOCAL | {"prompts": {"datasets": ["MINE/set"]}},
+            None,
+            "prompts",
+        ),
         ("questions.jsonl", "What is questions 1", "What was questions 1", LOCAL, None, "prompts"),
         ("questions.jsonl", '"category": "x"', '"category": "y"', LOCAL, None, "evaluation"),
         ("warm/model.safetensors", "weights", "weighty", LOCAL, "draft.warm_start", "draft"),

@@ -5,6 +5,7 @@ revisions, so that a run with nothing new is known to be one, and of an old run 
 the newest conversations, by the time that a field of each row gives, else by the time of its file.
 """
 
+import hashlib
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -70,7 +71,7 @@ class Sources:
     def key(self) -> dict[str, Any]:
         """What decides the conversations read from here."""
         return {
-            "files": [[file.prefix, file.content] for file in self.files],
+            "files": [[file.source, file.prefix, file.content] for file in self.files],
             "datasets": [[dataset.name, dataset.revision] for dataset in self.datasets],
         }
 
@@ -230,7 +231,15 @@ def _file(fs: Any, path: str, info: dict[str, Any], source: str, prefix: str) ->
     modified = next((info[key] for key in ("mtime", "LastModified", "last_modified", "updated") if info.get(key)), None)
     if isinstance(fs, LocalFileSystem):
         return File(path, source, prefix, seconds_of(modified) or 0.0, sha256_of(Path(path)))
-    return File(fs.unstrip_protocol(path), source, prefix, seconds_of(modified) or 0.0, fs.ukey(path))
+    url = fs.unstrip_protocol(path)
+    return File(url, source, prefix, seconds_of(modified) or 0.0, _remote_content(fs, path, url))
+
+
+def _remote_content(fs: Any, path: str, url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        return fs.ukey(path)
+    with fs.open(path, "rb", block_size=0) as file:  # whose tag is no more than the address: read it
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def _root(path: str) -> str:

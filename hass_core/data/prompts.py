@@ -53,6 +53,7 @@ PROMPTS_SCHEMA = pa.schema(
 )
 SKIPPED_SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("reason", pa.string())])
 
+RESOLVED = {"files", "datasets", "newest", "last_days", "time_field"}  # count by what they lead to
 SELF_WRITTEN_MAX_TOKENS = 256
 MIN_YIELD = 0.05  # give up when fewer texts than this are usable
 
@@ -100,16 +101,16 @@ def _key(
     sources: Sources,
     window: list[Record | Skipped] | None,
 ) -> dict[str, Any]:
-    writes = config.prompts.self_written or config.prompts.self_written_share
+    writes = config.prompts.self_written or config.prompts.self_written_share  # only then is the target asked
     return {
-        "prompts": config.prompts.model_dump(),
+        "prompts": config.prompts.model_dump(exclude=RESOLVED),
         "sources": sources.key() if window is None else digest_of([_told_apart(item) for item in window]),
         "mask": Mask.of(config.prompts).key(),
         "builtin": digest_of([r.messages for r in packaged_prompts(TRAINING_FILE)]) if config.prompts.builtin else None,
         "forbidden": digest_of(forbidden_hashes),
         "target": target.identity.parts(*(() if writes else ("tokenizer", "template"))),
         "dtype": str(target.dtype) if writes else None,
-        "seed": config.seed,
+        "seed": config.seed if writes else None,
         "version": STEP_VERSION,
     }
 
