@@ -148,9 +148,7 @@ class ResponsesConfig(Settings):
 class FeaturesConfig(Settings):
     """How the target's hidden states are stored."""
 
-    removed: ClassVar[dict[str, str]] = {
-        "conversations_per_shard": "decided nothing and is gone; responses.conversations_per_shard sets it",
-    }
+    idle: ClassVar[frozenset[str]] = frozenset({"conversations_per_shard"})  # the responses' one decides
 
     max_tokens_per_conversation: int = Field(default=2048, ge=16, description="Longer conversations are cut")
     max_tokens_per_batch: int = Field(default=16_384, ge=16, description="Tokens of one forward pass, padding included")

@@ -20,6 +20,14 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     removed: ClassVar[dict[str, str]] = {}  # settings of earlier versions, and what to do instead
+    idle: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # settings of earlier versions that decided nothing: old files still hold
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_idle(cls, values: Any) -> Any:
+        return {k: v for k, v in values.items() if k not in cls.idle} if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _recordable(self) -> "Settings":

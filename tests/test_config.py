@@ -31,7 +31,6 @@ def test_every_preset_loads_under_its_own_name(name):
         ),
         ("training.renormalize_top_k=true", r"training\.renormalize_top_k is gone: no result was better for it"),
         ("draft.fc_bias=true", r"draft\.fc_bias is gone: vLLM cannot serve such a draft"),
-        ("features.conversations_per_shard=9", r"features\.conversations_per_shard decided nothing and is gone"),
         ("features.encoding=fp8", r"features\.encoding = 'fp8' is gone: \"bf16\" is lossless, \"int8\" halves"),
     ],
 )
@@ -93,3 +92,9 @@ def test_the_store_is_taken_from_the_environment_unless_it_is_set(monkeypatch):
     monkeypatch.setenv("HASS_STORE", "s3://key:secret@bucket/x")
     with pytest.raises(ConfigError, match="store holds a password"):
         parse_config({})
+
+
+def test_a_setting_that_decided_nothing_may_stand_in_old_files():
+    assert parse_config({"features": {"conversations_per_shard": 8}}) == parse_config({})
+    with pytest.raises(ConfigError, match="no such setting"):
+        parse_config({"features": {"conversations_per_shrad": 8}})
