@@ -181,6 +181,11 @@ class DraftConfig(Settings):
     start: Literal["random", "least_squares"] = Field(
         default="least_squares", description="least_squares fits fc to the features in closed form before training"
     )
+    family: Literal["auto", "target", "llama"] = Field(
+        default="auto",
+        description="Shape of the layer: the target's own, or Llama's, which every engine builds; "
+        "auto = the target's where vLLM and SGLang hold all of it",
+    )
     warm_start: str | None = Field(default=None, description="Folder of an existing draft to continue from")
 
 

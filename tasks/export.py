@@ -112,9 +112,7 @@ def _write(
     target, licence = target_of(config), target_licence(config.target)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _local(config, source) as draft:
-        exporter.export_draft(
-            draft, target.model.config, target.embedding, engine, out, tree, served_as or target.folder, licence
-        )
+        exporter.export_draft(draft, target, engine, out, tree, served_as or target.folder, licence)
 
 
 @contextmanager

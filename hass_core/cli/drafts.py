@@ -36,17 +36,18 @@ def export(
     nodes = steps + 1 if nodes is None else nodes
     shape = {"kind": "dynamic" if top_k > 1 else "chain", "depth": steps, "top_k": top_k, "nodes": nodes}
     tree = validated(TreeConfig, shape, "the draft tree")
+    from hass_core.draft_model.engines import ENGINES
     from hass_core.export.card import serving_command
-    from hass_core.export.engines import ENGINES
-    from hass_core.export.exporter import export_draft
+    from hass_core.export.exporter import TOKEN_MAP, export_draft
     from hass_core.target_model.licence import target_licence
     from hass_core.target_model.loader import load_target
 
     loaded = load_target(TargetConfig(source=target, device="cpu"))
     served_as = served_as or loaded.folder
     licence = target_licence(TargetConfig(source=target))
-    export_draft(draft, loaded.model.config, loaded.embedding, to, out, tree, served_as, licence)
-    command = serving_command(ENGINES[to], tree, served_as, str(out.resolve()))
+    export_draft(draft, loaded, to, out, tree, served_as, licence)
+    mapped = (out / TOKEN_MAP).is_file()
+    command = serving_command(ENGINES[to], tree, served_as, str(out.resolve()), mapped)
     if as_json:
         return show_json({"folder": out, "engine": to, "command": command})
     show(f"wrote {out}; it passed every check. To serve it:")
@@ -68,8 +69,8 @@ def import_(
     from hass_core.target_model.loader import load_target
 
     loaded = load_target(TargetConfig(source=target, device="cpu"))
-    importer.import_draft(source, loaded.model.config, out)
-    folding = importer.fold_bias(out, loaded.embedding, out) if fold_bias else None
+    importer.import_draft(source, loaded, out)
+    folding = importer.fold_bias(out, loaded, out) if fold_bias else None
     if as_json:
         return show_json({"folder": out, "folding": folding})
     if folding:

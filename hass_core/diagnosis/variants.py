@@ -13,14 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from hass_core.data.templates import encode_prompt
 from hass_core.diagnosis.causes import Cause, from_variant
 from hass_core.diagnosis.chain import Asked, Cycle, chain_cycles, tau
-from hass_core.draft_model.architecture import DraftArchitecture
+from hass_core.draft_model.architecture import rope_parameters
 from hass_core.draft_model.checkpoint import Draft, load_draft
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
 from hass_core.errors import BadInput
 from hass_core.evaluation.benchmarks import Question
 from hass_core.evaluation.lossless import in_float32
-from hass_core.export.checks import rope_of
 from hass_core.target_model.identity import recorded_template, template_digest
 from hass_core.target_model.loader import Target
 
@@ -73,16 +72,15 @@ def as_asked(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) 
 def rope_cause(case: Case) -> Cause | None:
     """Other rotary settings than the target's."""
     ours = case.draft.model.architecture
-    theirs = DraftArchitecture.from_target_config(case.target.model.config)
-    here, there = ({"rope_parameters": a.rope_parameters} for a in (ours, theirs))
-    if rope_of(here) == rope_of(there):
+    here, there = ours.rope_parameters, rope_parameters(case.target.model.config.get_text_config().to_dict())
+    if here == there:
         return None
-    mended = DraftModel(ours.model_copy(update=there), case.draft.model.embedding)
+    mended = DraftModel(ours.model_copy(update={"rope_parameters": there}), case.draft.model.embedding)
     mended.load_state_dict(case.draft.model.state_dict())
     mended.to(case.target.device, case.target.dtype).eval().requires_grad_(False)
     cycles = case.measure(replace(case.draft, model=mended))
-    what = f"the draft's rotary settings are {rope_of(here)}, the target has {rope_of(there)}"
-    mend = "copy the target's rope settings into the draft's config.json, unless it was trained with its own"
+    what = f"the draft's rotary settings are {here}, the target has {there}"
+    mend = "see that its config.json tells the rotary settings it was trained with; where it does, nothing is wrong"
     return from_variant("rope", what, mend, case.base, cycles)
 
 

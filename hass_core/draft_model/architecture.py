@@ -1,17 +1,26 @@
-"""The draft model's sizes and conventions, taken from the target's configuration and written as a config.json.
+"""The draft model's sizes and conventions, and the one table of the tensors that follow from them.
 
-Everything follows the target: hidden size, heads, rotary embedding with its scaling, activation, norm epsilon, biases
-on q/k/v (Qwen2), norms on q/k (Qwen3). Only the bias of the fusion layer is a choice, and off by default because vLLM
-cannot serve one.
+A draft of the family `target` has the shape of the target's own layers: heads, rotary embedding with its scaling,
+activation, norm epsilon, biases on q/k/v (Qwen2) and on the attention's output (Llama with attention_bias), norms on
+q/k (Qwen3). One of the family `llama` has no such bias or norm and a SiLU, which is what every serving engine builds
+(family.py chooses). A bias of the fusion layer is only ever one that an imported draft has: vLLM cannot serve it.
 """
 
+from collections.abc import Collection
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import LlamaConfig, PretrainedConfig
+
+from hass_core.errors import CorruptFile, DraftMismatch, TargetError
 
 NORMED_QK = ("qwen3", "qwen3_moe")
 BIASED_QKV = ("qwen2", "qwen2_moe", "qwen2_5_vl_text", "qwen2_vl_text")
+PLAIN_OUTPUT = ("glm", "glm4", "glm4_moe")  # their attention_bias is one of q/k/v alone
+NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+FC_BIAS, O_BIAS = "fc.bias", "layers.0.self_attn.o_proj.bias"
+QKV_BIASES = tuple(f"layers.0.self_attn.{part}_proj.bias" for part in "qkv")
+QK_NORMS = tuple(f"layers.0.self_attn.{part}_norm.weight" for part in "qk")
 
 
 class DraftArchitecture(BaseModel):
@@ -30,6 +39,7 @@ class DraftArchitecture(BaseModel):
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
     qkv_bias: bool = False
+    o_bias: bool = False
     qk_norm: bool = False
     fc_bias: bool = False
     bos_token_id: int | None = None
@@ -37,10 +47,22 @@ class DraftArchitecture(BaseModel):
     target_model_type: str = "llama"
 
     @classmethod
-    def from_target_config(cls, config: PretrainedConfig, fc_bias: bool = False) -> "DraftArchitecture":
-        """One layer in the target's own shape. Sizes a target lacks take the Llama family's usual values."""
+    def from_target_config(
+        cls, config: PretrainedConfig, fc_bias: bool = False, whole_heads: bool = False
+    ) -> "DraftArchitecture":
+        """One layer in the target's own shape. Sizes a target lacks take the Llama family's usual values.
+
+        Raises TargetError where the target rotates a part of each head only, unless `whole_heads`: a draft always
+        rotates them whole.
+        """
         text = config.get_text_config()
         heads = text.num_attention_heads
+        if (part := partial_rotary(text.to_dict())) != 1 and not whole_heads:
+            raise TargetError(
+                f"the target rotates {part:g} of each head (partial_rotary_factor), which a draft of its own shape "
+                'cannot; set draft.family = "llama"'
+            )
+        biased = bool(_field(text, "attention_bias", False))
         return cls(
             hidden_size=text.hidden_size,
             intermediate_size=_field(text, "intermediate_size", 4 * text.hidden_size),
@@ -51,8 +73,9 @@ class DraftArchitecture(BaseModel):
             max_position_embeddings=_field(text, "max_position_embeddings", 4096),
             rope_parameters=rope_parameters(text.to_dict()),
             rms_norm_eps=_field(text, "rms_norm_eps", 1e-6),
-            hidden_act=_field(text, "hidden_act", "silu"),
-            qkv_bias=text.model_type in BIASED_QKV or bool(_field(text, "attention_bias", False)),
+            hidden_act=_field(text, "hidden_activation", _field(text, "hidden_act", "silu")),
+            qkv_bias=text.model_type in BIASED_QKV or biased,
+            o_bias=biased and text.model_type not in PLAIN_OUTPUT,
             qk_norm=text.model_type in NORMED_QK,
             fc_bias=fc_bias,
             bos_token_id=text.bos_token_id,
@@ -61,44 +84,88 @@ class DraftArchitecture(BaseModel):
         )
 
     @classmethod
-    def from_config_json(cls, config: dict[str, Any], qk_norm: bool, fc_bias: bool) -> "DraftArchitecture":
-        """Read a draft's config.json (ours, EAGLE's or HASS's). The last two are told by the tensors, not by the file:
-        official files give `bias` a meaning that their own trainer does not follow."""
-        heads = config["num_attention_heads"]
-        return cls(
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_attention_heads=heads,
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            vocab_size=config["vocab_size"],
-            max_position_embeddings=config.get("max_position_embeddings") or 2048,
-            rope_parameters=rope_parameters(config),
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            hidden_act=config.get("hidden_act", "silu"),
-            qkv_bias=bool(config.get("qkv_bias")),
-            qk_norm=qk_norm,
-            fc_bias=fc_bias,
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_id=config.get("eos_token_id"),
-            target_model_type=config.get("hass", {}).get("target_model_type", "llama"),
-        )
+    def from_config_json(cls, config: dict[str, Any], names: Collection[str]) -> "DraftArchitecture":
+        """Read a draft's config.json (ours, EAGLE's or HASS's). Which biases and norms it has is told by the `names`
+        of its tensors, not by the file: official files give `bias` a meaning that their own trainer does not follow.
+
+        Raises CorruptFile for missing or senseless fields, DraftMismatch for a rotation of parts of heads.
+        """
+        if missing := [name for name in NEEDED if not config.get(name)]:
+            raise CorruptFile(f"the draft's config.json lacks {', '.join(missing)}; take it from the draft's source")
+        try:
+            heads = int(config["num_attention_heads"])
+            read = cls(
+                hidden_size=config["hidden_size"],
+                intermediate_size=config["intermediate_size"],
+                num_attention_heads=heads,
+                num_key_value_heads=config.get("num_key_value_heads") or heads,
+                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+                vocab_size=config["vocab_size"],
+                max_position_embeddings=config.get("max_position_embeddings") or 2048,
+                rope_parameters=rope_parameters(config),
+                rms_norm_eps=config.get("rms_norm_eps") or 1e-6,
+                hidden_act=config.get("hidden_act") or "silu",
+                qkv_bias=any(name in names for name in QKV_BIASES),
+                o_bias=O_BIAS in names,
+                qk_norm=any(name in names for name in QK_NORMS),
+                fc_bias=FC_BIAS in names,
+                bos_token_id=config.get("bos_token_id"),
+                eos_token_id=config.get("eos_token_id"),
+                target_model_type=(config.get("hass") or {}).get("target_model_type", "llama"),
+            )
+        except (ValidationError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            raise CorruptFile(f"the draft's config.json makes no sense: {_first_line(error)}") from None
+        if (part := partial_rotary(config)) != 1:
+            raise DraftMismatch(
+                f"the draft rotates {part:g} of each head (partial_rotary_factor in its config.json), which is not "
+                "supported; train a draft for this target instead"
+            )
+        return read
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of the draft, no others. Names are flat (`fc.weight`, `layers.0.…`): vLLM and
+        SGLang put `model.` in front themselves."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "fc.weight": (hidden, 2 * hidden),
+            "layers.0.self_attn.q_proj.weight": (queries, hidden),
+            "layers.0.self_attn.k_proj.weight": (keys, hidden),
+            "layers.0.self_attn.v_proj.weight": (keys, hidden),
+            "layers.0.self_attn.o_proj.weight": (hidden, queries),
+            "layers.0.mlp.gate_proj.weight": (inner, hidden),
+            "layers.0.mlp.up_proj.weight": (inner, hidden),
+            "layers.0.mlp.down_proj.weight": (hidden, inner),
+            "layers.0.post_attention_layernorm.weight": (hidden,),
+        }
+        if self.qkv_bias:
+            shapes |= zip(QKV_BIASES, [(queries,), (keys,), (keys,)], strict=True)
+        if self.o_bias:
+            shapes[O_BIAS] = (hidden,)
+        if self.qk_norm:
+            shapes |= dict.fromkeys(QK_NORMS, (self.head_dim,))
+        if self.fc_bias:
+            shapes[FC_BIAS] = (hidden,)
+        return shapes
 
     def to_config_json(self) -> dict[str, Any]:
         """config.json in the layout EAGLE, vLLM and SGLang read, without the `hass` section."""
         rope = dict(self.rope_parameters)
         theta = rope.pop("rope_theta", 10_000.0)
+        told_otherwise = {"rope_parameters", "qkv_bias", "o_bias", "qk_norm", "fc_bias", "target_model_type"}
         config = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "num_hidden_layers": 1,
-            **self.model_dump(exclude={"rope_parameters", "qkv_bias", "qk_norm", "fc_bias", "target_model_type"}),
+            **self.model_dump(exclude=told_otherwise),
             "rope_theta": theta,
             "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,
             "tie_word_embeddings": False,
             "bias": False,  # engines read it as a bias on q/k/v/o
         }
-        return config | ({"qkv_bias": True} if self.qkv_bias else {})
+        config |= {"qkv_bias": self.qkv_bias} if self.qkv_bias or self.o_bias else {}
+        config |= {"qk_norm": True} if self.qk_norm else {}  # no engine reads it
+        return config | ({"attention_bias": True} if self.o_bias else {})
 
     def rotary_config(self) -> LlamaConfig:
         """The configuration transformers' rotary embedding is built from."""
@@ -112,13 +179,31 @@ class DraftArchitecture(BaseModel):
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings in transformers 5's form, from either form. Where layers differ, those of full attention."""
+    """Rotary settings in transformers 5's form, from either form. Where layers differ, those of full attention.
+
+    Sections for pictures are left out: in text their three positions are one.
+    """
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope = dict(rope.get("full_attention", rope))
-    rope["rope_type"] = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
-    rope.pop("type", None)
-    return {name: value for name, value in rope.items() if value is not None}
+    old = rope.pop("type", None)
+    rope["rope_type"] = rope.get("rope_type") or ("default" if old == "mrope" else old) or "default"
+    rope["rope_theta"] = float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    told_apart = ("mrope_section", "mrope_interleaved", "partial_rotary_factor")
+    return {name: value for name, value in sorted(rope.items()) if value is not None and name not in told_apart}
+
+
+def partial_rotary(config: dict[str, Any]) -> float:
+    """The share of each head that is rotated."""
+    rope = dict(config.get("rope_parameters") or {})
+    rope = dict(rope.get("full_attention", rope))
+    return float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error)
 
 
 def _field(config: PretrainedConfig, name: str, default: Any) -> Any:

@@ -7,22 +7,37 @@ The `hass` section of config.json names the target the draft was trained for; lo
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from hass_core.draft_model.architecture import DraftArchitecture
+from hass_core.draft_model.accounting import EMBEDDING, SharedWeights, StoredDraft, read_draft
+from hass_core.draft_model.architecture import O_BIAS, QK_NORMS, QKV_BIASES
+from hass_core.draft_model.family import Family
+from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS, read_token_ids
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
-from hass_core.errors import CorruptFile, DraftMismatch
-from hass_core.target_model.loader import Target
+from hass_core.errors import DraftMismatch, HassError
 
-CONFIG, WEIGHTS, VOCABULARY, RANKS = "config.json", "model.safetensors", "draft_vocab.json", "token_ranks.json"
-FUSION = "fc.weight"  # every draft has it, no other model
-Q_NORM, FC_BIAS, EMBEDDING = "layers.0.self_attn.q_norm.weight", "fc.bias", "embed_tokens.weight"
+
+class DraftedTarget(SharedWeights, Protocol):
+    """What a draft needs to know of its target: see `Target`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def record(self) -> dict[str, Any]:
+        """What a draft keeps of the target it was trained for."""
+        ...
+
+    def differing(self, record: dict[str, Any]) -> list[str]:
+        """In what the target differs from a record, in words."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,7 @@ class Draft:
         return replace(self, head=DraftHead.from_target(self.head.weight, self.ranks[:size].sort().values))
 
 
-def draft_info(target: Target, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+def draft_info(target: DraftedTarget, extra: dict[str, Any] | None = None) -> dict[str, Any]:
     """The `hass` section: which target the draft belongs to, and whatever `extra` tells."""
     return {**target.record(), **(extra or {})}
 
@@ -66,71 +81,81 @@ def save_draft(
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
 
 
-def load_draft(folder: Path, target: Target, check: bool = True) -> Draft:
+def load_draft(folder: Path, target: DraftedTarget, check: bool = True) -> Draft:
     """Load a draft for `target`, on its device and in its dtype.
 
-    Sizes must always agree; `check=False` skips comparing the target with the record. Raises DraftMismatch naming both
-    sides, CorruptFile when a file is missing or broken.
+    Sizes and tensors must always agree; `check=False` skips comparing the target with the record. Raises DraftMismatch
+    naming both sides, CorruptFile when a file is missing or broken.
     """
-    config, tensors = _read(folder)
-    if FUSION not in tensors:
-        raise DraftMismatch(f"{folder} holds no draft: it has no {FUSION}. Name a draft's folder, not the target's")
-    info = config.get("hass", {})
-    _compare_sizes(folder, config, target)
-    if check:
-        _compare_origin(folder, info, target)
-    architecture = DraftArchitecture.from_config_json(config, qk_norm=Q_NORM in tensors, fc_bias=FC_BIAS in tensors)
-    own_embedding = tensors.pop(EMBEDDING, None)  # exports for some engines carry one
-    embedding = target.embedding if own_embedding is None else own_embedding.to(target.device, target.dtype)
-    model = DraftModel(architecture, embedding)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise DraftMismatch(f"{folder / WEIGHTS} does not fit its {CONFIG}: {error}") from error
-    model.to(target.device, target.dtype).eval().requires_grad_(False)
+    stored = read_draft(folder, target)
+    if check and (difference := origin_difference(stored.info, target)):
+        raise DraftMismatch(f"the draft in {folder} {difference}; train a draft for this target")
+    model = draft_model(stored, target.embedding).to(target.device, target.dtype).eval().requires_grad_(False)
     trimmed = draft_vocabulary(folder, target)
     ranks = None if trimmed is not None else _token_ids(folder / RANKS, target)
-    return Draft(model, DraftHead.from_target(target.head, trimmed), info, ranks)
+    return Draft(model, DraftHead.from_target(target.head, trimmed), stored.info, ranks)
 
 
-def draft_vocabulary(folder: Path, target: Target) -> Tensor | None:
+def draft_model(stored: StoredDraft, embedding: Tensor) -> DraftModel:
+    """The model with a stored draft's weights, in float32; it shares the target's `embedding` [V, H] unless the draft
+    has its own."""
+    own = stored.embedding
+    model = DraftModel(stored.architecture, embedding if own is None else own.to(embedding.device, embedding.dtype))
+    model.load_state_dict(stored.weights)
+    return model
+
+
+def warm_start(folder: Path, target: SharedWeights) -> StoredDraft:
+    """The draft that a training continues from.
+
+    Raises CorruptFile or DraftMismatch as `read_draft` does, and DraftMismatch where the draft has its own embedding:
+    training shares the target's.
+    """
+    try:
+        stored = read_draft(folder, target)
+    except HassError as error:
+        raise type(error)(f"draft.warm_start: {error}") from error
+    if stored.embedding is not None:
+        raise DraftMismatch(
+            f"draft.warm_start: the draft in {folder} has an {EMBEDDING} of its own, and training shares the target's; "
+            "start from a draft without one (a folded fc.bias: from the draft before `hass import --fold-bias`)"
+        )
+    return stored
+
+
+def continued_draft(stored: StoredDraft, target: SharedWeights, family: Family = "auto") -> DraftModel:
+    """The start of a training that continues a draft: it keeps its own architecture, rotary embedding and biases.
+
+    Raises DraftMismatch where it is not of the `family` asked for.
+    """
+    not_llama = {*QKV_BIASES, O_BIAS, *QK_NORMS} & stored.weights.keys()
+    if family == "llama" and not_llama:
+        raise DraftMismatch(
+            f'draft.warm_start: the draft in {stored.folder} is not of draft.family = "llama": it has '
+            f"{', '.join(sorted(not_llama))}; leave draft.family out, or train from the start"
+        )
+    return draft_model(stored, target.embedding)
+
+
+def draft_vocabulary(folder: Path, target: SharedWeights) -> Tensor | None:
     """Token ids [D] of a trimmed draft vocabulary, None for the full one. Raises DraftMismatch for unknown ids."""
     return _token_ids(folder / VOCABULARY, target)
 
 
-def _token_ids(path: Path, target: Target) -> Tensor | None:
-    if not path.exists():
+def _token_ids(path: Path, target: SharedWeights) -> Tensor | None:
+    token_ids = read_token_ids(path)
+    if token_ids is None:
         return None
-    token_ids = torch.tensor(json.loads(path.read_text()), dtype=torch.long)
     rows = target.head.shape[0]
-    if len(token_ids) == 0 or int(token_ids.min()) < 0 or int(token_ids.max()) >= rows:
+    if len(token_ids) == 0 or int(token_ids.max()) >= rows:
         raise DraftMismatch(f"{path} names token ids outside the target's vocabulary of {rows}")
     return token_ids
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise CorruptFile(f"{folder / name} is missing: a draft is a folder with {CONFIG} and {WEIGHTS}")
-    try:
-        return json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise CorruptFile(f"the draft in {folder} is broken: {error}; train or export it again") from error
-
-
-def _compare_sizes(folder: Path, config: dict[str, Any], target: Target) -> None:
-    text = target.model.config.get_text_config()
-    for name in ("hidden_size", "vocab_size"):
-        if config.get(name) != getattr(text, name):
-            raise DraftMismatch(
-                f"the draft in {folder} has {name} {config.get(name)}, the target {target.name} has "
-                f"{getattr(text, name)}; use the target it was trained for, or train a draft for this one"
-            )
-
-
-def _compare_origin(folder: Path, info: dict[str, Any], target: Target) -> None:
-    if differing := target.differing(info):  # imported EAGLE drafts tell nothing
-        raise DraftMismatch(
-            f"the draft in {folder} was trained for {info.get('target', 'another target')}, which differs from the "
-            f"target {target.name} in its {' and '.join(differing)}; train a draft for this target"
-        )
+def origin_difference(info: dict[str, Any], target: DraftedTarget) -> str | None:
+    """In what the target differs from the one that a draft's record `info` names; imported EAGLE drafts name none."""
+    differing = target.differing(info)
+    if not differing:
+        return None
+    trained = info.get("target", "another target")
+    return f"was trained for {trained}, which differs from the target {target.name} in its {' and '.join(differing)}"

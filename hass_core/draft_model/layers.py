@@ -115,7 +115,7 @@ class Projections(nn.Module):
         self.q_proj = nn.Linear(hidden, queries, bias=bias)
         self.k_proj = nn.Linear(hidden, keys, bias=bias)
         self.v_proj = nn.Linear(hidden, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, hidden, bias=False)
+        self.o_proj = nn.Linear(queries, hidden, bias=architecture.o_bias)
         if architecture.qk_norm:
             self.q_norm = Norm(architecture.head_dim, eps=architecture.rms_norm_eps)
             self.k_norm = Norm(architecture.head_dim, eps=architecture.rms_norm_eps)

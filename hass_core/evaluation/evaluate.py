@@ -4,7 +4,6 @@ In: a trained draft. Out: report.json, report.md, per_question.parquet (a Measur
 Everything that can be wrong with the input is found before anything is measured; measured questions survive a crash.
 """
 
-import json
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,9 @@ import pyarrow.parquet as pq
 import torch
 
 from hass_core.config import EvaluationConfig, RunConfig, TargetConfig, TreeConfig
-from hass_core.draft_model.checkpoint import CONFIG, RANKS, VOCABULARY, WEIGHTS
+from hass_core.draft_model.accounting import read_draft
+from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS, read_config
+from hass_core.draft_model.identity import draft_identity
 from hass_core.evaluation import figures
 from hass_core.evaluation.benchmarks import Question, assert_unseen, load_benchmarks
 from hass_core.evaluation.measure import check_lengths
@@ -129,7 +130,7 @@ class Work:
 
     def identity(self) -> dict[str, Any]:
         """All that determines the measurements of drafts that lie in folders."""
-        drafts = {name: _content(folder) for name, folder in self.drafts.items()}
+        drafts = {name: _content(name, folder, self.target) for name, folder in self.drafts.items()}
         return {"drafts": drafts, **_measured_by(self.config, self.tree, self.target, self.questions)}
 
 
@@ -147,14 +148,16 @@ def write_outputs(
     return [*(folder / name for name in texts), table, *drawn]
 
 
-def _content(draft: Path) -> list[str]:
-    files = [draft / name for name in (CONFIG, WEIGHTS, VOCABULARY, RANKS)]
-    return [content_of(file) if file.is_file() else "" for file in files]
+def _content(method: str, folder: Path, target: Target) -> str | list[str]:
+    """A name for a draft's content; `sps` drafts with a whole small model, told by its files."""
+    if method == "sps":
+        return [content_of(file) for file in (folder / CONFIG, folder / WEIGHTS) if file.is_file()]
+    return draft_identity(read_draft(folder, target))
 
 
 def _told_by(draft: Path) -> dict[str, Any]:
     """What a draft's config says of its making; drafts from elsewhere say nothing."""
-    return json.loads((draft / CONFIG).read_text()).get("hass", {})
+    return read_config(draft).get("hass") or {}
 
 
 def device_name(device: torch.device) -> str:

@@ -1,23 +1,45 @@
-"""A strict check of a draft folder against a target and an engine.
+"""A strict check of a draft folder against its target, an engine, and the draft it was exported from.
 
 Engines load wrong drafts without a word: a missing tensor keeps its random start, a bias is dropped, a wrong rope
 halves acceptance. Each function below looks for one kind of fault and yields findings that say what is wrong, what
-the engine would do, and how to mend it.
+the engine would do, and how to mend it. At the end the folder is read as the engine reads it, and what that draws must
+be what the draft draws.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from hass_core.errors import BadInput
-from hass_core.export.engines import Engine
-from hass_core.export.layout import Layout, read_config, read_tensors
-from hass_core.target_model.loader import Target
+from hass_core.draft_model.accounting import (
+    EMBEDDING,
+    PREFIX,
+    StoredDraft,
+    account,
+    refuse_other_models,
+    same_values,
+)
+from hass_core.draft_model.architecture import FC_BIAS, O_BIAS, QKV_BIASES, DraftArchitecture
+from hass_core.draft_model.checkpoint import DraftedTarget, origin_difference
+from hass_core.draft_model.engines import Engine, unheld
+from hass_core.draft_model.files import read_config, read_tensors
+from hass_core.draft_model.identity import draft_identity
+from hass_core.errors import DraftMismatch
+from hass_core.export.parity import feature_difference
+from hass_core.export.readers import EngineRefuses, read_as
+
+LARGEST_DIFFERENCE = 1e-3  # of the features, relative, by weights in the export's type
+NOT_COMPUTED = {"max_position_embeddings", "bos_token_id", "eos_token_id", "target_model_type"}
+
+
+class ServedTarget(DraftedTarget, Protocol):
+    """What an export needs to know of its target: see `Target`."""
+
+    @property
+    def context_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -36,65 +58,66 @@ class Finding:
 EXPORT_AGAIN = "export the draft again with `hass export`"
 
 
-def check_draft(
-    folder: Path,
-    target: PretrainedConfig,
-    engine: Engine,
-    embedding: Tensor | None = None,
-    origin: Target | None = None,
-) -> list[Finding]:
+def check_draft(folder: Path, target: ServedTarget, engine: Engine, source: StoredDraft | None = None) -> list[Finding]:
     """All faults of a draft folder; empty when it will serve.
 
-    `target` is the target's Hugging Face configuration; its token `embedding` [V, H], when given, is compared too,
-    and with the target itself, `origin`, what the draft records of the one that it was trained for.
-    Raises BadInput when the folder cannot be read at all or holds another kind of model.
+    With `source`, the draft that was exported, every tensor and setting is compared with it, and so are the features
+    that the engine will draw; without it, those that this project draws from the same folder.
+    Raises CorruptFile when the folder cannot be read at all, DraftMismatch when it holds another kind of model.
     """
-    config, tensors = read_config(folder), read_tensors(folder)
-    if not {"fc.weight", "model.fc.weight"} & tensors.keys():
-        raise BadInput(f"{folder} holds no draft: it has no fc.weight. Name a draft's folder; the target is --target")
-    layout = Layout.from_config(config)
-    text = target.get_text_config()
-    return [
-        *_origin(config.get("hass", {}), origin),
-        *_names(tensors, layout, engine),
-        *_shapes(tensors, layout),
+    config, stored = read_config(folder), read_tensors(folder)
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
+    refuse_other_models(folder, config, tensors)
+    draft = DraftArchitecture.from_config_json(config, tensors)
+    findings = [
+        *_origin(config.get("hass") or {}, target),
+        *_names(stored, draft, engine),
+        *_shapes(tensors, draft, config),
         *_values(tensors),
-        *_bias(tensors, config, engine),
-        *_embedding(tensors, config, engine, embedding),
+        *_fc_bias(tensors, config, engine),
+        *_attention_biases(tensors, config, engine),
+        *_unheld(draft, engine),
+        *_embedding(tensors, config, engine, target.embedding),
         *_classes(config, engine),
-        *_sizes(config, layout, text),
-        *_positions(config, text),
+        *_sizes(draft, target),
+        *_context(config, target),
     ]
+    own = _accounted(folder, config, stored, target)
+    if isinstance(own, Finding):
+        return findings or [own]
+    findings += _changed(own)
+    if source:
+        findings += _copied(own, source, target.embedding.dtype)
+    return [*findings, *_features(config, stored, engine, source or own, target)]
 
 
-def _origin(record: dict[str, Any], target: Target | None) -> Iterator[Finding]:
-    if target and (differing := target.differing(record)):  # imported EAGLE drafts tell nothing
+def _origin(trained: dict[str, Any], target: DraftedTarget) -> Iterator[Finding]:
+    if difference := origin_difference(trained, target):
         yield Finding(
             "target",
-            f"the draft was trained for {record.get('target', 'another target')}, which differs from {target.name} in "
-            f"its {' and '.join(differing)}",
+            f"the draft {difference}",
             "it loads, and few of its guesses are accepted",
             "serve it with the target it was trained for (--target), or train a draft for this one",
         )
 
 
-def _names(tensors: dict[str, Tensor], layout: Layout, engine: Engine) -> Iterator[Finding]:
-    if prefixed := sorted(name for name in tensors if name.startswith("model.")):
+def _names(stored: dict[str, Tensor], draft: DraftArchitecture, engine: Engine) -> Iterator[Finding]:
+    if prefixed := sorted(name for name in stored if name.startswith(PREFIX)):
         yield Finding(
             "prefix",
             f"{len(prefixed)} tensors carry the prefix `model.` ({prefixed[0]} …)",
             f"{engine.title} adds that prefix itself and finds none of them",
             "strip `model.` from the names, or " + EXPORT_AGAIN,
         )
-        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    for name in sorted(layout.trained().keys() - tensors.keys()):
+    names = {name.removeprefix(PREFIX) for name in stored}
+    for name in sorted(draft.tensors().keys() - names):
         yield Finding(
             "missing tensor",
             f"{name} is missing",
             f"{engine.title} starts with uninitialised values for it and says nothing",
             EXPORT_AGAIN,
         )
-    for name in sorted(tensors.keys() - layout.trained().keys() - layout.optional().keys()):
+    for name in sorted(names - draft.tensors().keys() - {FC_BIAS, EMBEDDING}):
         yield Finding(
             _extra_kind(name), f"{name} does not belong to a draft", _extra_consequence(name, engine), f"remove {name}"
         )
@@ -119,8 +142,9 @@ def _extra_consequence(name: str, engine: Engine) -> str:
     return f"{engine.title} {outcome}: {reason}"
 
 
-def _shapes(tensors: dict[str, Tensor], layout: Layout) -> Iterator[Finding]:
-    for name, shape in (layout.trained() | layout.optional()).items():
+def _shapes(tensors: dict[str, Tensor], draft: DraftArchitecture, config: dict[str, Any]) -> Iterator[Finding]:
+    optional = {FC_BIAS: (draft.hidden_size,), EMBEDDING: (draft.vocab_size, draft.hidden_size)}
+    for name, shape in (draft.tensors() | optional).items():
         if name in tensors and tuple(tensors[name].shape) != shape:
             yield Finding(
                 "shape",
@@ -141,53 +165,79 @@ def _values(tensors: dict[str, Tensor]) -> Iterator[Finding]:
             )
 
 
-def _bias(tensors: dict[str, Tensor], config: dict[str, Any], engine: Engine) -> Iterator[Finding]:
-    bias = tensors.get("fc.bias")
+def _fc_bias(tensors: dict[str, Tensor], config: dict[str, Any], engine: Engine) -> Iterator[Finding]:
+    bias = tensors.get(FC_BIAS)
     if engine.fc_bias == "ignored" and bias is not None and bool((bias != 0).any()):
         yield Finding(
-            "fc.bias",
+            FC_BIAS,
             "fc.bias is not zero",
             f"{engine.title} builds fc without a bias and ignores this one silently",
             "`hass import --fold-bias` moves it into the draft's own embedding where that is exact",
         )
     if engine.fc_bias == "required" and bias is None:
         yield Finding(
-            "fc.bias",
+            FC_BIAS,
             "fc.bias is missing",
             f"{engine.title} always has one and keeps its random start values",
             "add a zero fc.bias, or " + EXPORT_AGAIN,
         )
     if engine.fc_bias == "by_config" and (bias is not None) != config.get("bias", True):
         yield Finding(
-            "fc.bias",
+            FC_BIAS,
             f'fc.bias is {"present" if bias is not None else "missing"} but "bias" in config.json is '
             f"{config.get('bias', 'absent, which means true')}",
             f"{engine.title} loads strictly and fails",
             "make both agree, or " + EXPORT_AGAIN,
         )
-    if engine.fc_bias != "by_config" and (config.get("bias") or config.get("attention_bias")):
+
+
+def _attention_biases(tensors: dict[str, Tensor], config: dict[str, Any], engine: Engine) -> Iterator[Finding]:
+    """Biases of q/k/v and of the output: those that config.json makes the engine build are those in the file."""
+    output = engine.o_bias and bool(config.get("attention_bias") or config.get("bias"))
+    rest = bool(config.get("qkv_bias", output)) if engine.qkv_bias == "qkv_bias" else output
+    for names, built in ((QKV_BIASES, rest), ((O_BIAS,), output)):
+        missing = [name for name in names if name not in tensors]
+        present = [name for name in names if name in tensors and bool(tensors[name].any())]
+        if built and missing:
+            yield Finding(
+                "bias",
+                f'"bias", "attention_bias" or "qkv_bias" in config.json asks for {", ".join(missing)}',
+                f"{engine.title} builds them, the file lacks them: nothing is accepted, without an error",
+                f'set "bias" and "attention_bias" to false, or {EXPORT_AGAIN}',
+            )
+        if present and not built:
+            yield Finding(
+                "bias",
+                f"{', '.join(present)} are in the file, and config.json does not ask {engine.title} for them",
+                "they are dropped without a word and few of its guesses are accepted",
+                f"set {_setting_of(engine, names)} to true, or {EXPORT_AGAIN}",
+            )
+
+
+def _setting_of(engine: Engine, names: tuple[str, ...]) -> str:
+    return f'"{engine.qkv_bias if names is QKV_BIASES else "attention_bias"}"'
+
+
+def _unheld(draft: DraftArchitecture, engine: Engine) -> Iterator[Finding]:
+    for reason in unheld(engine, draft):
         yield Finding(
-            "bias",
-            '"bias" or "attention_bias" is true in config.json',
-            f"{engine.title} reads it as attention biases, which the file lacks: nothing is accepted, without an error",
-            'set "bias" to false and remove "attention_bias"',
+            "not held",
+            f"{engine.title} has no place for {reason}",
+            "it refuses the draft or draws other features from it",
+            'train a draft with draft.family = "llama", or serve with another engine',
         )
 
 
-def _embedding(
-    tensors: dict[str, Tensor], config: dict[str, Any], engine: Engine, target: Tensor | None
-) -> Iterator[Finding]:
-    own = tensors.get("embed_tokens.weight")
-    folded = bool(config.get("hass", {}).get("folded_bias"))
+def _embedding(tensors: dict[str, Tensor], config: dict[str, Any], engine: Engine, target: Tensor) -> Iterator[Finding]:
+    own = tensors.get(EMBEDDING)
     if engine.embedding == "required" and own is None:
         yield Finding(
             "embedding", "embed_tokens.weight is missing", f"{engine.title} loads strictly and fails", EXPORT_AGAIN
         )
-    if own is None or target is None or own.shape != target.shape:
+    if own is None or own.shape != target.shape or same_values(own, target):
         return
-    if torch.equal(own.float(), target.float().to(own.device).to(own.dtype).float()):
-        return
-    if folded and engine.embedding == "optional":
+    trained_so = (config.get("hass") or {}).get("own_embedding") or (config.get("hass") or {}).get("folded_bias")
+    if trained_so and engine.embedding != "replaced":
         return
     yield Finding(
         "embedding",
@@ -214,37 +264,21 @@ def _classes(config: dict[str, Any], engine: Engine) -> Iterator[Finding]:
             )
 
 
-def _sizes(config: dict[str, Any], layout: Layout, target: PretrainedConfig) -> Iterator[Finding]:
-    for field in ("hidden_size", "vocab_size"):
-        if getattr(layout, field) != getattr(target, field):
+def _sizes(draft: DraftArchitecture, target: ServedTarget) -> Iterator[Finding]:
+    rows, hidden = target.embedding.shape
+    for field, theirs in (("hidden_size", hidden), ("vocab_size", rows)):
+        if getattr(draft, field) != theirs:
             yield Finding(
                 field,
-                f"the draft's {field} is {getattr(layout, field)}, the target's is {getattr(target, field)}",
+                f"the draft's {field} is {getattr(draft, field)}, the target's is {theirs}",
                 "features or tokens of the target do not fit the draft",
                 "use the target this draft was trained with",
             )
-    for field in ("rms_norm_eps", "hidden_act"):
-        ours, theirs = config.get(field), getattr(target, field, None)
-        if theirs is not None and ours != theirs and not _close(ours, theirs):
-            yield Finding(
-                field,
-                f'"{field}" is {ours!r}, the target has {theirs!r}',
-                "the draft computes something else than it was trained to",
-                f'set "{field}" to {theirs!r}',
-            )
 
 
-def _positions(config: dict[str, Any], target: PretrainedConfig) -> Iterator[Finding]:
-    ours, theirs = rope_of(config), rope_of(target.to_dict())
-    if ours != theirs:
-        yield Finding(
-            "rope",
-            f"rotary settings are {ours}, the target has {theirs}",
-            "positions differ from training and acceptance falls with length",
-            "copy the target's rope settings",
-        )
-    longest, context = config.get("max_position_embeddings", 2048), target.max_position_embeddings
-    if longest < context:
+def _context(config: dict[str, Any], target: ServedTarget) -> Iterator[Finding]:
+    longest, context = config.get("max_position_embeddings") or 2048, target.context_tokens
+    if longest < context < 2**31:
         yield Finding(
             "max_position_embeddings",
             f"the draft stops at {longest} tokens, the target at {context}",
@@ -253,13 +287,61 @@ def _positions(config: dict[str, Any], target: PretrainedConfig) -> Iterator[Fin
         )
 
 
-def rope_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings in one form, whichever way a config.json writes them (transformers 4 or 5)."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    theta = float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0)
-    return {"rope_type": kind, "rope_theta": theta, **{k: v for k, v in sorted(rope.items()) if v is not None}}
+def _accounted(
+    folder: Path, config: dict[str, Any], stored: dict[str, Tensor], target: ServedTarget
+) -> StoredDraft | Finding:
+    try:
+        return account(folder, config, stored, target)
+    except DraftMismatch as error:
+        return Finding("tensors", str(error), "it is not the draft that was trained", EXPORT_AGAIN)
 
 
-def _close(ours: Any, theirs: Any) -> bool:
-    return isinstance(ours, float) and isinstance(theirs, float) and abs(ours - theirs) <= 1e-3 * abs(theirs)
+def _changed(own: StoredDraft) -> Iterator[Finding]:
+    recorded = own.info.get("export_identity")
+    if recorded and recorded != (found := draft_identity(own)):
+        yield Finding(
+            "changed",
+            f"weights or config.json are not those of the export (its record is {recorded}, they give {found})",
+            "the draft computes something else than it was trained to",
+            EXPORT_AGAIN,
+        )
+
+
+def _copied(own: StoredDraft, source: StoredDraft, dtype: torch.dtype) -> Iterator[Finding]:
+    for name, tensor in source.weights.items():
+        if name not in own.weights or not torch.equal(own.weights[name].to(dtype), tensor.to(dtype)):
+            yield Finding(
+                "other values",
+                f"{name} {'is not that' if name in own.weights else 'is missing; it is one'} of the draft exported",
+                "the draft computes something else than it was trained to",
+                EXPORT_AGAIN,
+            )
+    for name in sorted(own.weights.keys() - source.weights.keys()):
+        yield Finding("invented", f"{name} is no tensor of the draft exported", "it changes the features", EXPORT_AGAIN)
+    ours, theirs = (draft.architecture.model_dump(exclude=NOT_COMPUTED) for draft in (own, source))
+    for field in (name for name in theirs if ours[name] != theirs[name]):
+        yield Finding(
+            "rope" if field == "rope_parameters" else field,
+            f"{field} is {ours[field]!r}, the draft was trained with {theirs[field]!r}",
+            "the draft computes something else than it was trained to",
+            f"write the draft's own {field}, or {EXPORT_AGAIN}",
+        )
+
+
+def _features(
+    config: dict[str, Any], stored: dict[str, Tensor], engine: Engine, source: StoredDraft, target: ServedTarget
+) -> Iterator[Finding]:
+    try:
+        reading = read_as(engine.name, config, stored, target.embedding)
+    except EngineRefuses as refusal:
+        yield Finding("loading", f"{engine.title} does not load it: {refusal}", "it stops at its start", EXPORT_AGAIN)
+        return
+    difference = feature_difference(reading, source, target)
+    if not difference <= LARGEST_DIFFERENCE:  # NaN too
+        yield Finding(
+            "features",
+            f"read as {engine.title} reads it, the folder gives other features than the draft "
+            f"(relative difference {difference:.1e}, limit {LARGEST_DIFFERENCE:.0e})",
+            "few of its guesses are accepted",
+            EXPORT_AGAIN,
+        )

@@ -1,7 +1,8 @@
 """Write a trained draft the way one engine loads it: the same tensors, that engine's config.json, a model card.
 
-vLLM and SGLang get identical weights with an all-zero fc.bias: SGLang always has that bias and would leave it random,
-vLLM has none and ignores it. EAGLE's own code loads strictly, so it gets the embedding and no bias.
+SGLang's fc always has a bias and would leave it random, so it gets one of zeros; vLLM has none and ignores it, so that
+both can load the same weights. EAGLE's own code loads strictly: it gets the embedding, and a bias only where there is
+one. Biases of the attention that an engine builds beside one that is needed are zeros too.
 """
 
 import json
@@ -14,15 +15,21 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from hass_core.config import TreeConfig
-from hass_core.errors import DraftMismatch
+from hass_core.draft_model.accounting import EMBEDDING, StoredDraft, account, read_draft
+from hass_core.draft_model.architecture import FC_BIAS, O_BIAS, QKV_BIASES
+from hass_core.draft_model.checkpoint import draft_vocabulary, origin_difference
+from hass_core.draft_model.engines import ENGINES, Engine, unheld
+from hass_core.draft_model.files import CONFIG, WEIGHTS
+from hass_core.draft_model.identity import draft_identity
+from hass_core.errors import BadInput, DraftMismatch
 from hass_core.export.card import model_card
-from hass_core.export.checks import check_draft, rope_of
-from hass_core.export.engines import ENGINES, Engine
-from hass_core.export.layout import CONFIG, WEIGHTS, Layout, check_out, read_config, read_tensors
+from hass_core.export.checks import ServedTarget, check_draft
 from hass_core.target_model.licence import NOT_STATED
+
+TOKEN_MAP = "token_map.pt"  # SGLang reads it by torch.load(weights_only=True)
+LENGTH_BOUND_ROPES = ("dynamic", "longrope")  # max_position_embeddings is part of what they compute
 
 
 def is_draft_file(name: str) -> bool:
@@ -32,43 +39,56 @@ def is_draft_file(name: str) -> bool:
 
 def export_draft(
     draft: Path,
-    target: PretrainedConfig,
-    embedding: Tensor,
+    target: ServedTarget,
     engine_name: str,
     out: Path,
     tree: TreeConfig,
     target_name: str,
     licence: str = NOT_STATED,
 ) -> Path:
-    """Write `out` for one engine and check it with the strict checker; returns `out`. A failure leaves nothing there.
+    """Write `out` for one engine and check it against the draft; returns `out`. A failure leaves nothing there.
 
-    `embedding` is the target's token embedding [V, H], `licence` the target's, for the card. Raises DraftMismatch with
-    the findings when the draft does not belong to the target, BadInput when the draft folder is broken.
+    `licence` is the target's, for the card. Raises DraftMismatch with the findings when the draft does not belong to
+    the target or the engine has no place for all of it, CorruptFile when the draft's folder is broken.
     """
     engine = ENGINES[engine_name]
     check_out(out, draft)
-    source, tensors = read_config(draft), read_tensors(draft)
-    layout = Layout.from_config(source)
-    dtype = embedding.dtype
-    weights = {name: tensors[name].to(dtype).contiguous() for name in layout.trained() if name in tensors}
-    if engine.fc_bias != "by_config":
-        weights["fc.bias"] = tensors.get("fc.bias", torch.zeros(layout.hidden_size)).to(dtype)
-    elif "fc.bias" in tensors:
-        weights["fc.bias"] = tensors["fc.bias"].to(dtype)
-    if engine.embedding == "required":
-        weights["embed_tokens.weight"] = embedding.detach().cpu().contiguous()
-    elif source.get("hass", {}).get("folded_bias"):
-        weights["embed_tokens.weight"] = tensors["embed_tokens.weight"].to(dtype).contiguous()
-
-    config = engine_config(source, target.get_text_config(), engine, dtype, has_bias="fc.bias" in tensors)
+    source = read_draft(draft, target)
+    if reasons := [*unheld(engine, source.architecture), *_unheld_embedding(engine, source)]:
+        raise DraftMismatch(
+            f"the draft {draft} cannot serve under {engine.title}, which has no place for {'; '.join(reasons)}; "
+            'a draft trained with draft.family = "llama" loads everywhere'
+        )
+    if difference := origin_difference(source.info, target):
+        raise DraftMismatch(f"the draft {draft} {difference}; name the target it was trained for (--target)")
+    weights, token_map = engine_weights(source, engine, target.embedding), draft_vocabulary(draft, target)
+    config = engine_config(source, engine, target)
+    section = {**source.info, "draft_identity": draft_identity(source)}
     with _replacing(out) as partial:
+        made = account(partial, config, weights, target)
+        # this layout has no place for a trimmed vocabulary: engines draft among all tokens, or those of SGLang's map
+        section = {key: value for key, value in section.items() if key != "draft_vocab_size"}
+        config["hass"] = section | {"export_identity": draft_identity(made)}
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         save_file(weights, str(partial / WEIGHTS), metadata={"format": "pt"})
-        (partial / "README.md").write_text(model_card(config, engine, tree, target_name, licence))
-        if findings := check_draft(partial, target, engine, embedding):
+        mapped = engine.name == "sglang" and token_map is not None
+        if mapped and token_map is not None:
+            torch.save(token_map.tolist(), partial / TOKEN_MAP)
+        (partial / "README.md").write_text(model_card(config, engine, tree, target_name, licence, mapped))
+        if findings := check_draft(partial, target, engine, source):
             listed = "\n".join(f"- {finding}" for finding in findings)
             raise DraftMismatch(f"the draft {draft} cannot serve under {engine.title}:\n{listed}")
     return out
+
+
+def check_out(out: Path, source: Path) -> None:
+    """Raise BadInput where writing a draft to `out` would overwrite something else, or its own `source`."""
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out} is a file; name a folder to write the draft to")
+    if out.resolve() == source.resolve():
+        raise BadInput(f"{out} is the draft to read; name another folder to write to")
+    if out.exists() and not (out / WEIGHTS).is_file() and any(out.iterdir()):
+        raise BadInput(f"{out} exists and holds something other than a draft; name another folder")
 
 
 @contextmanager
@@ -85,38 +105,54 @@ def _replacing(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def engine_config(
-    source: dict[str, Any], target: PretrainedConfig, engine: Engine, dtype: torch.dtype, has_bias: bool
-) -> dict[str, Any]:
-    """config.json for one engine: the draft's sizes, everything positional from the target."""
-    layout = Layout.from_config(source)
-    rope = rope_of(target.to_dict())
-    theta = rope["rope_theta"]
+def _unheld_embedding(engine: Engine, source: StoredDraft) -> Iterator[str]:
+    if source.embedding is not None and engine.embedding == "replaced":
+        yield f"{EMBEDDING} (the draft's own, where it serves the target's)"
+    if FC_BIAS in source.weights and engine.fc_bias == "ignored":
+        yield f"{FC_BIAS} (`hass import --fold-bias` moves it into the draft's own embedding where that is exact)"
+
+
+def engine_weights(source: StoredDraft, engine: Engine, embedding: Tensor) -> dict[str, Tensor]:
+    """All tensors of the engine's file, in the type of the target's `embedding` [V, H]."""
+    dtype, hidden = embedding.dtype, source.architecture.hidden_size
+    weights = dict(source.weights)
+    if engine.fc_bias != "by_config":
+        weights.setdefault(FC_BIAS, torch.zeros(hidden))
+    if engine.qkv_bias == "attention_bias" and _biased(source):
+        for bias in (*QKV_BIASES, O_BIAS):
+            rows = weights[bias.removesuffix("bias") + "weight"].shape[0]
+            weights.setdefault(bias, torch.zeros(rows))
+    if source.embedding is not None or engine.embedding == "required":
+        weights[EMBEDDING] = embedding.detach().cpu() if source.embedding is None else source.embedding
+    return {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
+
+
+def engine_config(source: StoredDraft, engine: Engine, target: ServedTarget) -> dict[str, Any]:
+    """config.json for one engine, without the `hass` section: the draft's own sizes and rotary embedding, and the
+    longest context of the two."""
+    draft, dtype = source.architecture, str(target.embedding.dtype).removeprefix("torch.")
+    rope = draft.rope_parameters
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    config = {
+    longest = draft.max_position_embeddings
+    if rope["rope_type"] not in LENGTH_BOUND_ROPES:
+        longest = max(longest, target.context_tokens)
+    config = draft.to_config_json() | {
         "architectures": [engine.architecture],
-        "model_type": "llama",
-        "hidden_size": layout.hidden_size,
-        "intermediate_size": layout.intermediate_size,
-        "num_attention_heads": layout.num_attention_heads,
-        "num_key_value_heads": layout.num_key_value_heads,
-        "head_dim": layout.head_dim,
-        "num_hidden_layers": 1,
-        "vocab_size": layout.vocab_size,
-        "hidden_act": source.get("hidden_act", "silu"),
-        "rms_norm_eps": source["rms_norm_eps"],
-        "max_position_embeddings": target.max_position_embeddings,
+        "max_position_embeddings": longest,
         "rope_parameters": rope,
-        "rope_theta": theta,  # transformers 4 and the engines' own code read these two
-        "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
-        "tie_word_embeddings": False,
-        "bias": has_bias if engine.fc_bias == "by_config" else False,
-        "bos_token_id": target.bos_token_id,
-        "eos_token_id": target.eos_token_id,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "dtype": str(dtype).removeprefix("torch."),
+        # transformers 4 and the engines' own code read these two
+        "rope_scaling": None if scaling["rope_type"] == "default" else scaling | {"type": scaling["rope_type"]},
+        "torch_dtype": dtype,
+        "dtype": dtype,
         "use_cache": True,
-        # this layout has no place for a trimmed vocabulary: engines draft among all tokens
-        "hass": {key: value for key, value in source.get("hass", {}).items() if key != "draft_vocab_size"},
     }
+    if engine.qkv_bias == "attention_bias":
+        config.pop("qkv_bias", None)
+        config |= {"attention_bias": True} if _biased(source) else {}
+    if engine.fc_bias == "by_config":
+        config["bias"] = draft.fc_bias
     return config
+
+
+def _biased(source: StoredDraft) -> bool:
+    return source.architecture.qkv_bias or source.architecture.o_bias

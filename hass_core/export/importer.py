@@ -5,17 +5,19 @@ half of fc is invertible: with fc = [We | Wf], We·(e + x) + Wf·f = We·e + Wf�
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PretrainedConfig
 
+from hass_core.draft_model.accounting import EMBEDDING, SharedWeights, StoredDraft, read_draft
+from hass_core.draft_model.architecture import FC_BIAS
+from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS
 from hass_core.errors import BadInput, DraftMismatch
-from hass_core.export.layout import CONFIG, WEIGHTS, Layout, check_out, read_config, read_tensors
+from hass_core.export.exporter import check_out
 
 MAX_CONDITION = 1e6  # beyond this, fp32 loses more than half its digits in the solve
 MAX_RELATIVE_ERROR = 1e-4
@@ -29,48 +31,44 @@ class Folding:
     relative_error: float  # of the fused output on random inputs, fp32
 
 
-def import_draft(source: Path, target: PretrainedConfig, out: Path) -> Path:
-    """Convert a checkpoint folder (model.safetensors or pytorch_model.bin) to this project's layout; returns `out`.
+def import_draft(source: Path, target: SharedWeights, out: Path) -> Path:
+    """Convert a checkpoint folder (safetensors, shards or a .bin) to this project's layout; returns `out`.
 
-    Raises BadInput when tensors are missing or `out` holds something else, DraftMismatch when the sizes are not the
-    target's.
+    Every tensor arrives, but for the target's own embedding and head, which a draft shares. Raises CorruptFile when
+    files are missing or broken, DraftMismatch naming tensors that are missing or have no place, or sizes that are not
+    the target's; BadInput when `out` holds something else.
     """
     check_out(out, source)
-    config, tensors = read_config(source), _read_any(source)
-    layout = Layout.from_config(config)
-    _match(layout, target.get_text_config(), source)
-    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    if missing := sorted(layout.trained().keys() - tensors.keys()):
-        raise BadInput(f"{source} is no EAGLE checkpoint: it lacks {', '.join(missing)}")
-    kept = {name: tensors[name].contiguous() for name in layout.trained()}
-    if "fc.bias" in tensors and bool((tensors["fc.bias"] != 0).any()):
-        kept["fc.bias"] = tensors["fc.bias"].contiguous()
-    return _save(out, kept, {**config, "bias": "fc.bias" in kept, "architectures": ["LlamaForCausalLM"]})
+    return _save(out, read_draft(source, target))
 
 
-def fold_bias(folder: Path, embedding: Tensor, out: Path) -> Folding:
-    """Move fc.bias into an own copy of the embedding [V, H], for vLLM; writes `out`.
+def fold_bias(folder: Path, target: SharedWeights, out: Path) -> Folding:
+    """Move fc.bias into an own copy of the target's embedding, for vLLM; writes `out`.
 
     Raises DraftMismatch with the condition number when that would not be exact, BadInput when there is no bias.
     """
-    config, tensors = read_config(folder), read_tensors(folder)
-    if "fc.bias" not in tensors:
+    draft = read_draft(folder, target)
+    if FC_BIAS not in draft.weights:
         raise BadInput(f"{folder} has no fc.bias: there is nothing to fold")
-    weight, bias = tensors["fc.weight"].float(), tensors.pop("fc.bias").float()
-    hidden = bias.shape[0]
-    half = weight[:, :hidden].double()
+    before = (target.embedding if draft.embedding is None else draft.embedding).detach().float().cpu()
+    weight, bias = draft.weights["fc.weight"].float(), draft.weights[FC_BIAS].float()
+    half = weight[:, : bias.shape[0]].double()
     condition = float(torch.linalg.cond(half))
-    shift = torch.linalg.lstsq(half, bias.double().unsqueeze(1)).solution.squeeze(1)
-    error = _folding_error(weight, bias, shift.float(), embedding.float().cpu())
+    shift = torch.linalg.lstsq(half, bias.double().unsqueeze(1)).solution.squeeze(1).float()
+    error = _folding_error(weight, bias, shift, before)
     if not (condition <= MAX_CONDITION and error <= MAX_RELATIVE_ERROR):
         raise DraftMismatch(
             f"fc.bias of {folder} cannot be folded exactly: condition number {condition:.2e} "
             f"(limit {MAX_CONDITION:.0e}), relative error {error:.1e} (limit {MAX_RELATIVE_ERROR:.0e}); "
             "serve this draft with SGLang, which keeps the bias"
         )
-    tensors["embed_tokens.weight"] = (embedding.float().cpu() + shift.float()).contiguous()
-    made = {**config.get("hass", {}), "folded_bias": True}
-    _save(out, tensors, {**config, "bias": False, "hass": made})
+    folded = replace(
+        draft,
+        architecture=draft.architecture.model_copy(update={"fc_bias": False}),
+        weights={name: tensor for name, tensor in draft.weights.items() if name != FC_BIAS},
+        embedding=(before + shift).contiguous(),
+    )
+    _save(out, folded)
     return Folding(condition, error)
 
 
@@ -83,26 +81,25 @@ def _folding_error(weight: Tensor, bias: Tensor, shift: Tensor, embedding: Tenso
     return float((after - before).norm() / before.norm())
 
 
-def _read_any(folder: Path) -> dict[str, Tensor]:
-    if (folder / WEIGHTS).exists() or not (folder / "pytorch_model.bin").exists():
-        return read_tensors(folder)
-    try:
-        return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    except Exception as error:  # a pickle that holds more than tensors, or a broken file
-        raise BadInput(f"{folder / 'pytorch_model.bin'} is not a plain file of tensors: {error}") from error
-
-
-def _match(layout: Layout, target: PretrainedConfig, source: Path) -> None:
-    for field in ("hidden_size", "vocab_size"):
-        ours, theirs = getattr(layout, field), getattr(target, field)
-        if ours != theirs:
-            raise DraftMismatch(
-                f"{source} was trained for another target: its {field} is {ours}, the target's is {theirs}"
-            )
-
-
-def _save(out: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:
+def _save(out: Path, draft: StoredDraft) -> Path:
+    """Write a stored draft in this project's layout, with the lists of tokens beside it."""
+    section = {**draft.info, "target_model_type": draft.architecture.target_model_type}
+    tensors = dict(draft.weights)
+    if draft.embedding is not None:
+        tensors[EMBEDDING] = draft.embedding
+        section["own_embedding"] = True
+    config: dict[str, Any] = {
+        **draft.architecture.to_config_json(),
+        "bias": FC_BIAS in tensors,
+        "torch_dtype": str(tensors["fc.weight"].dtype).removeprefix("torch."),
+        "hass": section,
+    }
+    lists = {
+        name: (draft.folder / name).read_bytes() for name in (VOCABULARY, RANKS) if (draft.folder / name).is_file()
+    }
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, str(out / WEIGHTS), metadata={"format": "pt"})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(out / WEIGHTS), {"format": "pt"})
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    for name, content in lists.items():
+        (out / name).write_bytes(content)
     return out

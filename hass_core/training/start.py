@@ -44,6 +44,8 @@ def start_least_squares(
         if draft.fc.bias is not None:
             draft.fc.bias.zero_()
         draft.layer.self_attn.o_proj.weight.zero_()
+        if draft.layer.self_attn.o_proj.bias is not None:
+            draft.layer.self_attn.o_proj.bias.zero_()
         draft.layer.mlp.down_proj.weight.zero_()
 
 

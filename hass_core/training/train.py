@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 
 from hass_core.config import RunConfig, TrainingConfig, TreeConfig
-from hass_core.draft_model.architecture import DraftArchitecture
-from hass_core.draft_model.checkpoint import CONFIG, FC_BIAS, RANKS, VOCABULARY, WEIGHTS, draft_info, save_draft
+from hass_core.draft_model.checkpoint import continued_draft, draft_info, save_draft, warm_start
+from hass_core.draft_model.family import draft_architecture, shape_key
+from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS
 from hass_core.draft_model.head import DraftHead
+from hass_core.draft_model.identity import draft_identity
 from hass_core.draft_model.layers import DraftModel
 from hass_core.errors import BadInput
 from hass_core.features.live import LiveFeatures, with_features
@@ -122,19 +123,20 @@ def metrics_path(config: RunConfig, features: Artifact, store: Store, target: Ta
 def draft_folder(config: RunConfig, features: Artifact, store: Store, target: Target) -> StageFolder:
     """The stage's folder: named by the features, all settings that decide the draft, and this code's version.
 
-    Raises BadInput when there is no draft at `draft.warm_start`.
+    Raises CorruptFile or DraftMismatch when there is no draft for this target at `draft.warm_start`.
     """
     warm = config.draft.warm_start
     key = {
         "features": features.digest,
         "target": target.identity.parts(),
-        "draft": config.draft.model_dump(mode="json", exclude={"warm_start"}),
-        "warm_start": content_of(_warm_weights(Path(warm))) if warm else None,
+        "draft": config.draft.model_dump(mode="json", exclude={"warm_start", "family"}),
+        "warm_start": draft_identity(warm_start(Path(warm), target)) if warm else None,
         "training": _deciding(config.training, config.tree, target),
         "pretraining": _deciding(config.pretraining, config.tree, target) if config.pretraining else None,
         "seed": config.seed,
         "version": STEP_VERSION,
     }
+    key |= {} if warm else shape_key(target.model.config, config.draft.family)
     return store.stage("draft", key)
 
 
@@ -166,30 +168,11 @@ def _all(dataset: FeatureDataset | LiveFeatures) -> Iterator[Conversation]:
 def make_draft(config: RunConfig, dataset: FeatureDataset | LiveFeatures, target: Target) -> DraftModel:
     """A float32 draft at its start: an existing one, the least-squares fit, or random weights."""
     if config.draft.warm_start:
-        return _continued(Path(config.draft.warm_start), target)
-    draft = DraftModel(DraftArchitecture.from_target_config(target.model.config), target.embedding)
+        return continued_draft(warm_start(Path(config.draft.warm_start), target), target, config.draft.family)
+    draft = DraftModel(draft_architecture(target.model.config, config.draft.family), target.embedding)
     if config.draft.start == "least_squares":
         start_least_squares(draft, (dataset[i] for i in sample_order(len(dataset), config.seed, dataset.blocks)))
     return draft
-
-
-def _continued(folder: Path, target: Target) -> DraftModel:
-    path = _warm_weights(folder)
-    tensors = {name: value for name, value in load_file(path).items() if name != "embed_tokens.weight"}
-    architecture = DraftArchitecture.from_target_config(target.model.config, fc_bias=FC_BIAS in tensors)
-    draft = DraftModel(architecture, target.embedding)
-    try:
-        draft.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise BadInput(f"draft.warm_start: {path} does not fit this target: {error}") from error
-    return draft
-
-
-def _warm_weights(folder: Path) -> Path:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise BadInput(f"draft.warm_start: {path} does not exist; name a folder with {CONFIG} and {WEIGHTS}")
-    return path
 
 
 def make_feed(trainer: Trainer, dataset: Dataset, division: Division) -> Feed:

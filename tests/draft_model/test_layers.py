@@ -115,7 +115,7 @@ def test_rope_scaling_survives_the_config_file():
     for parameters in ROPES.values():
         config = LlamaConfig(**SIZES, rope_parameters=parameters)
         before = DraftArchitecture.from_target_config(config)
-        after = DraftArchitecture.from_config_json(before.to_config_json(), qk_norm=False, fc_bias=False)
+        after = DraftArchitecture.from_config_json(before.to_config_json(), before.tensors())
         assert after == before
 
 

@@ -7,20 +7,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hass_core.config import TreeConfig
-from hass_core.errors import BadInput, DraftMismatch
+from hass_core.draft_model.architecture import DraftArchitecture
+from hass_core.draft_model.engines import ENGINES
+from hass_core.errors import BadInput, CorruptFile, DraftMismatch
 from hass_core.export.checks import check_draft
-from hass_core.export.engines import ENGINES
 from hass_core.export.exporter import export_draft
 from hass_core.export.importer import fold_bias, import_draft
-from hass_core.export.layout import Layout
 
 
 @pytest.fixture
 def official(tmp_path, tiny_target):
     """A checkpoint as the official trainers write it: pytorch_model.bin with embedding and fc.bias."""
-    config = tiny_target.model.config.to_dict()
+    config = tiny_target.model.config.to_dict() | {"num_hidden_layers": 1, "bias": True}
     torch.manual_seed(2)
-    tensors = {name: torch.randn(shape) for name, shape in Layout.from_config(config).trained().items()}
+    shapes = DraftArchitecture.from_target_config(tiny_target.model.config).tensors()
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
     tensors |= {"fc.bias": torch.randn(48), "embed_tokens.weight": tiny_target.embedding.clone()}
     folder = tmp_path / "official"
     folder.mkdir()
@@ -30,7 +31,7 @@ def official(tmp_path, tiny_target):
 
 
 def test_an_official_checkpoint_is_imported(official, tiny_target, tmp_path):
-    out = import_draft(official, tiny_target.model.config, tmp_path / "imported")
+    out = import_draft(official, tiny_target, tmp_path / "imported")
     tensors = load_file(str(out / "model.safetensors"))
     original = torch.load(official / "pytorch_model.bin", weights_only=True)
     assert "embed_tokens.weight" not in tensors
@@ -39,8 +40,8 @@ def test_an_official_checkpoint_is_imported(official, tiny_target, tmp_path):
 
 
 def test_a_folded_bias_gives_the_same_output_and_serves_under_vllm(official, tiny_target, tmp_path):
-    imported = import_draft(official, tiny_target.model.config, tmp_path / "imported")
-    folding = fold_bias(imported, tiny_target.embedding, tmp_path / "folded")
+    imported = import_draft(official, tiny_target, tmp_path / "imported")
+    folding = fold_bias(imported, tiny_target, tmp_path / "folded")
     assert folding.relative_error < 1e-4
     before, after = (load_file(str(tmp_path / name / "model.safetensors")) for name in ("imported", "folded"))
     tokens, features = torch.randint(259, (50,)), torch.randn(50, 48)
@@ -50,23 +51,22 @@ def test_a_folded_bias_gives_the_same_output_and_serves_under_vllm(official, tin
     tree = TreeConfig(kind="chain", depth=3, nodes=4)
     out = export_draft(
         tmp_path / "folded",
-        tiny_target.model.config,
-        tiny_target.embedding,
+        tiny_target,
         "vllm",
         tmp_path / "vllm",
         tree,
         "org/target",
     )
-    assert check_draft(out, tiny_target.model.config, ENGINES["vllm"], tiny_target.embedding) == []
+    assert check_draft(out, tiny_target, ENGINES["vllm"]) == []
 
 
 def test_a_bias_that_cannot_be_folded_is_refused_with_the_condition_number(official, tiny_target, tmp_path):
-    imported = import_draft(official, tiny_target.model.config, tmp_path / "imported")
+    imported = import_draft(official, tiny_target, tmp_path / "imported")
     tensors = load_file(str(imported / "model.safetensors"))
     tensors["fc.weight"][0, :48] = tensors["fc.weight"][1, :48]  # singular embedding half
     save_file(tensors, str(imported / "model.safetensors"))
     with pytest.raises(DraftMismatch, match="condition number"):
-        fold_bias(imported, tiny_target.embedding, tmp_path / "folded")
+        fold_bias(imported, tiny_target, tmp_path / "folded")
 
 
 def test_a_pickle_with_code_in_it_is_refused(official, tiny_target, tmp_path):
@@ -75,35 +75,38 @@ def test_a_pickle_with_code_in_it_is_refused(official, tiny_target, tmp_path):
             return (print, ("executed",))
 
     torch.save({"fc.weight": Evil()}, official / "pytorch_model.bin")
-    with pytest.raises(BadInput, match="not a plain file of tensors"):
-        import_draft(official, tiny_target.model.config, tmp_path / "imported")
+    with pytest.raises(CorruptFile, match="not a plain file of tensors"):
+        import_draft(official, tiny_target, tmp_path / "imported")
 
 
 def test_an_incomplete_or_foreign_checkpoint_is_refused(official, tiny_target, tmp_path):
     tensors = torch.load(official / "pytorch_model.bin", weights_only=True)
     del tensors["fc.weight"]
     torch.save(tensors, official / "pytorch_model.bin")
-    with pytest.raises(BadInput, match=r"lacks fc\.weight"):
-        import_draft(official, tiny_target.model.config, tmp_path / "imported")
+    with pytest.raises(DraftMismatch, match=r"has no fc\.weight"):
+        import_draft(official, tiny_target, tmp_path / "imported")
+    torch.save(tensors | {"fc.weight": torch.randn(48, 96)}, official / "pytorch_model.bin")
     config = json.loads((official / "config.json").read_text())
     (official / "config.json").write_text(json.dumps(config | {"vocab_size": 7}))
     with pytest.raises(DraftMismatch, match="vocab_size is 7"):
-        import_draft(official, tiny_target.model.config, tmp_path / "imported")
+        import_draft(official, tiny_target, tmp_path / "imported")
 
 
 def test_folding_without_a_bias_says_so(official, tiny_target, tmp_path):
     tensors = torch.load(official / "pytorch_model.bin", weights_only=True)
     del tensors["fc.bias"]
     torch.save(tensors, official / "pytorch_model.bin")
-    imported = import_draft(official, tiny_target.model.config, tmp_path / "imported")
+    config = json.loads((official / "config.json").read_text())
+    (official / "config.json").write_text(json.dumps(config | {"bias": False}))
+    imported = import_draft(official, tiny_target, tmp_path / "imported")
     with pytest.raises(BadInput, match="nothing to fold"):
-        fold_bias(imported, tiny_target.embedding, tmp_path / "folded")
+        fold_bias(imported, tiny_target, tmp_path / "folded")
 
 
 def test_an_import_does_not_write_over_its_source_or_anything_else(official, tiny_target, tmp_path):
     with pytest.raises(BadInput, match="is the draft to read; name another folder"):
-        import_draft(official, tiny_target.model.config, official)
+        import_draft(official, tiny_target, official)
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "to mother.txt").write_text("dear")
     with pytest.raises(BadInput, match="holds something other than a draft"):
-        import_draft(official, tiny_target.model.config, tmp_path / "letters")
+        import_draft(official, tiny_target, tmp_path / "letters")

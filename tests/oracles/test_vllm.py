@@ -65,7 +65,7 @@ def draft_folder(target, prompts, plain, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def exported(target, draft_folder) -> Path:
     out = draft_folder.with_name("vllm")
-    return export_draft(draft_folder, target.model.config, target.embedding, "vllm", out, CHAIN, target.name)
+    return export_draft(draft_folder, target, "vllm", out, CHAIN, target.name)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,225 @@
+"""Every tensor of a draft's folder is carried into the draft, or the draft is refused and the tensor named.
+
+What a draft consists of is `DraftArchitecture.tensors()`. Beside those a folder may hold what says nothing new: the
+target's own embedding and head, a table of rotary frequencies that follows from config.json, biases that are all zero.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hass_core.draft_model.architecture import FC_BIAS, O_BIAS, QK_NORMS, QKV_BIASES, DraftArchitecture
+from hass_core.draft_model.files import CONFIG, read_config, read_tensors
+from hass_core.errors import DraftMismatch
+
+FUSION = "fc.weight"  # every draft has it, no other model
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+FREQUENCIES = "layers.0.self_attn.rotary_emb.inv_freq"
+PREFIX = "model."
+EAGLE3_NAMES = ("d2t", "t2d", "midlayer.", "layers.0.hidden_norm.", "fc_norm.", "input_norm.", "mask_hidden")
+HASS_NORMS = {  # of a variant that was only ever released as checkpoints
+    *("embed_layernorm.weight", "embedding_layernorm.weight", "hidden_layernorm.weight", "lm_head_layernorm.weight"),
+    *("hidden_states_layernorm.weight", "layers.0.input_layernorm.weight"),
+}
+WHY_NOT = {
+    HEAD: ", which uses the target's head: this one is another",
+    "norm.weight": ", which has no norm at its end",
+    FREQUENCIES: ", whose rotary frequencies follow from config.json: these are others",
+}
+OTHER_ARITHMETIC = {  # settings of other models' configurations that change what is computed, and their plain value
+    "add_para_norm": False,
+    "mlp_bias": False,
+    "norm_before_residual": False,
+    "quantization_config": None,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": None,
+    "embedding_multiplier": 1.0,
+    "logit_scale": 1.0,
+    "rope_is_neox_style": True,
+}
+
+
+class SharedWeights(Protocol):
+    """What of a target a draft shares: see `Target`."""
+
+    @property
+    def embedding(self) -> Tensor:
+        """[V, H]."""
+        ...
+
+    @property
+    def head(self) -> Tensor:
+        """[V, H]."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredDraft:
+    """A draft's folder, accounted for: `weights` are exactly `architecture.tensors()`."""
+
+    folder: Path
+    config: dict[str, Any]
+    architecture: DraftArchitecture
+    weights: dict[str, Tensor]
+    embedding: Tensor | None  # [V, H], the draft's own, where it differs from the target's
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The `hass` section of config.json."""
+        return self.config.get("hass") or {}
+
+
+def read_draft(folder: Path, target: SharedWeights) -> StoredDraft:
+    """Read a draft's folder for a target and account for all of it.
+
+    Raises CorruptFile when a file is missing or broken, DraftMismatch when the folder holds another kind of model, a
+    draft of other sizes, too few tensors or too many.
+    """
+    return account(folder, read_config(folder), read_tensors(folder), target)
+
+
+def account(folder: Path, config: dict[str, Any], stored: dict[str, Tensor], target: SharedWeights) -> StoredDraft:
+    """See `read_draft`."""
+    tensors = _flat(folder, stored)
+    refuse_other_models(folder, config, tensors)
+    _compare_sizes(folder, config, target)
+    broken_claims = [*_claims(config, tensors)]
+    tensors = _without_zero_biases(tensors)
+    architecture = DraftArchitecture.from_config_json(config, tensors)
+    embedding = _own_embedding(folder, tensors.pop(EMBEDDING, None), target.embedding)
+    objections = [
+        *_unknown(config, tensors, architecture, target),
+        *_missing(tensors, architecture),
+        *_wrong(tensors, architecture),
+        *broken_claims,
+    ]
+    if objections:
+        raise DraftMismatch(f"the draft in {folder} cannot be taken as it is: {'; '.join(objections)}")
+    return StoredDraft(folder, config, architecture, {n: tensors[n] for n in architecture.tensors()}, embedding)
+
+
+def refuse_other_models(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raise DraftMismatch for an EAGLE-3 draft, or what is no draft at all."""
+    if signs := sorted(_eagle3_signs(config, tensors)):
+        raise DraftMismatch(
+            f"{folder} is an EAGLE-3 draft (it has {', '.join(signs[:4])}), another architecture than the EAGLE, "
+            "EAGLE-2 and HASS drafts that are read here; name one of those, or train a draft for this target"
+        )
+    if FUSION not in tensors:
+        raise DraftMismatch(f"{folder} holds no draft: it has no {FUSION}. Name a draft's folder, not the target's")
+
+
+def _eagle3_signs(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
+    yield from (name for name in tensors if name.removeprefix(PREFIX).startswith(EAGLE3_NAMES))
+    yield from (str(name) for name in config.get("architectures") or () if "eagle3" in str(name).lower())
+    yield from (name for name in ("eagle_config", "eagle_aux_hidden_state_layer_ids") if name in config)
+    if config.get("speculators_model_type") == "eagle3":
+        yield "speculators_model_type eagle3"
+    hidden = config.get("hidden_size")
+    for name, tensor in tensors.items():
+        if name == FUSION and tensor.ndim == 2 and isinstance(hidden, int) and tensor.shape[1] == 3 * hidden:
+            yield f"an {FUSION} over three features"
+
+
+def _flat(folder: Path, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Under EAGLE's flat names: some trainers put `model.` in front."""
+    flat = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
+    if len(flat) != len(stored):
+        twice = sorted(name for name in flat if name in stored and PREFIX + name in stored)
+        raise DraftMismatch(f"the draft in {folder} holds {', '.join(twice)} twice, with and without the prefix model.")
+    return flat
+
+
+def _compare_sizes(folder: Path, config: dict[str, Any], target: SharedWeights) -> None:
+    rows, hidden = target.embedding.shape
+    for field, theirs in (("hidden_size", hidden), ("vocab_size", rows)):
+        if config.get(field) not in (None, theirs):  # its absence is told with the other fields'
+            raise DraftMismatch(
+                f"the draft in {folder} was trained for another target: its {field} is {config[field]}, the target's "
+                f"is {theirs}; use the target it was trained for, or train a draft for this one"
+            )
+
+
+def _without_zero_biases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without biases that are all zero: exports for engines that always have one carry such."""
+    for group in ((FC_BIAS,), (O_BIAS,), QKV_BIASES):
+        if not any(bool(tensors[name].any()) for name in group if name in tensors):
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in group}
+    return tensors
+
+
+def _own_embedding(folder: Path, own: Tensor | None, targets: Tensor) -> Tensor | None:
+    if own is None:
+        return None
+    if own.shape != targets.shape:
+        raise DraftMismatch(
+            f"the draft in {folder} has an {EMBEDDING} of {tuple(own.shape)}, the target's is {tuple(targets.shape)}"
+        )
+    return None if same_values(own, targets) else own
+
+
+def same_values(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, as far as the coarser of their types tells."""
+    ours, theirs = ours.detach().cpu(), theirs.detach().cpu()
+    if ours.shape != theirs.shape:
+        return False
+    return any(torch.equal(ours.to(kind), theirs.to(kind)) for kind in {ours.dtype, theirs.dtype})
+
+
+def _unknown(
+    config: dict[str, Any], tensors: dict[str, Tensor], architecture: DraftArchitecture, target: SharedWeights
+) -> Iterator[str]:
+    names = sorted(tensors.keys() - architecture.tensors().keys())
+    if norms := [name for name in names if name in HASS_NORMS]:
+        yield f"{', '.join(norms)} (norms of a variant of HASS) have no place in a draft"
+    for name in names:
+        if name not in HASS_NORMS and not _says_nothing_new(name, tensors[name], architecture, target):
+            yield f"{name} has no place in a draft{WHY_NOT.get(name, '')}"
+    for setting, plain in OTHER_ARITHMETIC.items():
+        if config.get(setting, plain) not in (plain, None):
+            yield f"{setting} = {config[setting]!r} in {CONFIG} is not supported"
+
+
+def _says_nothing_new(name: str, tensor: Tensor, architecture: DraftArchitecture, target: SharedWeights) -> bool:
+    if name == HEAD:
+        return same_values(tensor, target.head)
+    return name == FREQUENCIES and _same_frequencies(tensor, architecture)
+
+
+def _same_frequencies(stored: Tensor, architecture: DraftArchitecture) -> bool:
+    from hass_core.draft_model.layers import Rotary
+
+    follows = Rotary(architecture.rotary_config()).inv_freq
+    exact = 1e-5 if stored.dtype == torch.float32 else 1e-2  # old checkpoints stored them in half precision
+    return stored.shape == follows.shape and torch.allclose(stored.float(), follows, rtol=exact, atol=0)
+
+
+def _missing(tensors: dict[str, Tensor], architecture: DraftArchitecture) -> Iterator[str]:
+    if missing := sorted(architecture.tensors().keys() - tensors.keys()):
+        yield f"it lacks {', '.join(missing)}"
+
+
+def _wrong(tensors: dict[str, Tensor], architecture: DraftArchitecture) -> Iterator[str]:
+    for name, shape in architecture.tensors().items():
+        if name not in tensors:
+            continue
+        if (found := tuple(tensors[name].shape)) != shape:
+            yield f"{name} does not fit its {CONFIG}: it is {found}, {shape} is asked for"
+        elif tensors[name].dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            yield f"{name} is quantised ({str(tensors[name].dtype).removeprefix('torch.')})"
+
+
+def _claims(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
+    """What config.json says is there and the tensors do not show."""
+    claims = {"qkv_bias": QKV_BIASES, "qk_norm": QK_NORMS, "bias": (FC_BIAS,)}
+    if config.get("hass"):  # elsewhere it is the target's setting, copied with all others
+        claims["attention_bias"] = (O_BIAS,)
+    for setting, names in claims.items():
+        if config.get(setting) and (missing := [name for name in names if name not in tensors]):
+            yield f'{CONFIG} says "{setting}", but the tensors lack {", ".join(missing)}'
+    if (layers := config.get("num_hidden_layers", 1)) != 1:
+        yield f"{CONFIG} says num_hidden_layers {layers}, a draft has one"

@@ -1,0 +1,106 @@
+"""The files of a draft's folder: config.json beside safetensors (one file, or shards and their index) or a plain
+`.bin` of tensors, and the lists of tokens that a draft of ours has. Nothing that is read is left out without a word.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from hass_core.errors import CorruptFile
+from hass_core.json_files import read_object
+
+CONFIG, WEIGHTS, VOCABULARY, RANKS = "config.json", "model.safetensors", "draft_vocab.json", "token_ranks.json"
+INDEX, PICKLED, PICKLED_INDEX = f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
+A_DRAFT_IS = f"a draft is a folder with {CONFIG} and {WEIGHTS}, its shards or a {PICKLED}"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A draft's config.json. Raises CorruptFile when it is missing or no JSON object."""
+    return read_object(folder / CONFIG, CorruptFile, A_DRAFT_IS)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the folder under the names they have there, on the CPU.
+
+    Raises CorruptFile when there are none, a file is broken, or shards and their index do not name the same tensors.
+    """
+    for single, index, read in ((WEIGHTS, INDEX, _safetensors), (PICKLED, PICKLED_INDEX, _pickled)):
+        if (folder / index).is_file():
+            return _sharded(folder, folder / index, read)
+        if (folder / single).is_file():
+            _refuse_strays(folder, {single})
+            return read(folder / single)
+    raise CorruptFile(f"{folder / WEIGHTS} is missing: {A_DRAFT_IS}")
+
+
+def read_token_ids(path: Path) -> Tensor | None:
+    """The ids [D] of a draft's list of tokens; None where there is no such file. Raises CorruptFile for anything else
+    than a list of different ids."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptFile(f"{path} is no readable list of token ids: {error}") from None
+    if not isinstance(found, list) or not all(type(item) is int and 0 <= item < 2**31 for item in found):
+        raise CorruptFile(f"{path} is no list of token ids; train or export the draft again")
+    if len(set(found)) != len(found):
+        raise CorruptFile(f"{path} names a token twice; train or export the draft again")
+    return torch.tensor(found, dtype=torch.long)
+
+
+def _sharded(folder: Path, index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    places = read_object(index, CorruptFile, "it tells in which file each tensor is").get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise CorruptFile(f"{index} has no weight_map that tells in which file each tensor is")
+    single = folder / index.name.removesuffix(".index.json")
+    if single.is_file() and single.name not in places.values():
+        raise CorruptFile(f"{folder} holds both {single.name} and {index.name}; keep the one that is the draft")
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(places.values())):
+        if Path(file).name != file:
+            raise CorruptFile(f"{index} names {file!r}, which is outside of its folder")
+        found = read(folder / file)
+        if other := sorted(name for name in found if places.get(name) != file):
+            raise CorruptFile(f"{folder / file} holds {', '.join(other)}, which {index.name} does not place there")
+        tensors |= found
+    if missing := sorted(places.keys() - tensors.keys()):
+        raise CorruptFile(f"{index} names {', '.join(missing)}, which its files do not hold")
+    _refuse_strays(folder, set(places.values()))
+    return tensors
+
+
+def _refuse_strays(folder: Path, taken: set[str]) -> None:
+    """Raise CorruptFile for further weights of the same kind that no index names."""
+    kind = "model*.safetensors" if any(name.endswith(".safetensors") for name in taken) else "pytorch_model*.bin"
+    if strays := sorted(path.name for path in folder.glob(kind) if path.name not in taken):
+        raise CorruptFile(f"{folder} holds {', '.join(strays)} beside {', '.join(sorted(taken))} and no index names it")
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except FileNotFoundError:
+        raise CorruptFile(f"{path} is missing: {A_DRAFT_IS}") from None
+    except Exception as error:  # safetensors raises its own class, which it does not export as a type
+        raise CorruptFile(f"{path} is not a readable safetensors file: {error}; train or export it again") from error
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CorruptFile(f"{path} is missing: {A_DRAFT_IS}") from None
+    except Exception as error:  # a pickle that holds more than tensors, or a broken file
+        raise CorruptFile(f"{path} is not a plain file of tensors: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict):
+        raise CorruptFile(f"{path} is not a plain file of tensors: it holds one {type(found).__name__}")
+    if other := sorted(str(name) for name, value in found.items() if not isinstance(value, Tensor)):
+        raise CorruptFile(f"{path} is not a plain file of tensors: {', '.join(other)} is none")
+    return found
