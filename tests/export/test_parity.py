@@ -72,7 +72,7 @@ TARGETS = {
     "qwen2, yarn": (Qwen2ForCausalLM, Qwen2Config(**SIZES, rope_parameters=YARN)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=16)),
     "phi3": (Phi3ForCausalLM, Phi3Config(**SIZES)),
-    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**SIZES, head_dim=16)),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=None)),
     "glm": (GlmForCausalLM, GlmConfig(**SIZES, head_dim=12, attention_bias=True)),
 }
 NOT_IN_EAGLE = {  # what the official code has no place for, by target

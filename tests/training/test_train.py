@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from hass_core.bench import training as bench
 from hass_core.config import RunConfig, parse_config
 from hass_core.draft_model.checkpoint import load_draft
-from hass_core.errors import BadInput, DraftMismatch, NonFinite
+from hass_core.errors import CorruptFile, DraftMismatch, NonFinite
 from hass_core.features.reader import FeatureDataset
 from hass_core.store import Artifact, Store
 from hass_core.target_model.loader import Target
@@ -246,7 +246,7 @@ def test_features_of_another_target_are_refused(store, tiny_target):
 
 def test_a_missing_warm_start_is_named(store, tiny_target, features, tmp_path):
     draft = settings().draft.model_copy(update={"warm_start": str(tmp_path)})
-    with pytest.raises(BadInput, match=r"warm_start: .*model\.safetensors does not exist"):
+    with pytest.raises(CorruptFile, match=r"warm_start: .*config\.json is missing"):
         train_draft(settings().model_copy(update={"draft": draft}), features, store, tiny_target)
 
 
