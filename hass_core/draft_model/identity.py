@@ -35,4 +35,4 @@ def draft_identity(draft: StoredDraft) -> str:
 def _bytes(tensor: Tensor) -> memoryview:
     """Floating-point numbers count as float32: the shorter types are exact in it."""
     exact = tensor.detach().cpu().float() if tensor.is_floating_point() else tensor
-    return memoryview(exact.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return exact.contiguous().reshape(-1).view(torch.uint8).numpy().data

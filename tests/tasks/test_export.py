@@ -5,7 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hass_core.errors import BadInput, DraftMismatch, TrackingError
+from hass_core.errors import BadInput, CorruptFile, DraftMismatch, TrackingError
 from hass_core.export import exporter
 from tasks import export, promotion, tracking
 from tasks.export import DraftSource
@@ -140,7 +140,7 @@ def test_a_folder_is_exported_too(served, store, draft, tmp_path, in_store):
 
 
 def test_a_folder_that_is_none_is_told(served, tmp_path):
-    with pytest.raises(BadInput, match=r"nowhere/config.json does not exist; a draft is a folder with config.json"):
+    with pytest.raises(CorruptFile, match=r"nowhere/config.json is missing: a draft is a folder with config.json"):
         export.export_draft.fn(served, DraftSource(folder=f"{tmp_path}/nowhere"), "vllm", tmp_path / "out", None)
 
 
