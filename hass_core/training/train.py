@@ -32,7 +32,6 @@ from hass_core.features.live import LiveFeatures, with_features
 from hass_core.features.reader import Conversation, FeatureDataset
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, StageFolder, Store
-from hass_core.store.content import content_of
 from hass_core.target_model.loader import Target
 from hass_core.training.checkpoint import Position, checkpoints, load_checkpoint, load_weights
 from hass_core.training.feed import Dataset, Division, Feed, Prefetcher, micro_batches
