@@ -37,7 +37,7 @@ def show_json(result: Any) -> None:
 
 def complain(sentence: str) -> None:
     """Tell a mistake."""
-    notes.print(f"[bold red]error:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
+    notes.print(f"[bold red]error:[/] {escape(sentence)}", highlight=False, soft_wrap=True, emoji=False)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from hass_core.data.sources import (
     Skipped,
     conversation,
     dataset_rows,
+    named_failures,
     read_dataset,
     read_file,
     rows_of,
@@ -187,17 +188,13 @@ def _at(value: Any, field: str) -> Any:
 
 def _files(entry: str, source: str) -> Iterator[File]:
     """The files an entry names, in the order of their names."""
-    fs, path = fsspec.core.url_to_fs(entry)
-    fs.invalidate_cache()  # a worker lives for weeks, and what it listed once has grown since
-    try:
+    with named_failures(entry, "listed"):
+        fs, path = fsspec.core.url_to_fs(entry)
+        fs.invalidate_cache()  # a worker lives for weeks, and what it listed once has grown since
         if not PATTERN & set(entry) and not entry.endswith("/") and fs.isfile(path):
             yield _file(fs, path, fs.info(path), source, source)
             return
         found = _listed(fs, path)
-    except FileNotFoundError:
-        found = {}
-    except OSError as error:
-        raise BadInput(f"{entry}: cannot be listed: {error}; check the address and its credentials") from error
     if not found:
         what = "no such file" if entry.endswith((*FORMATS, *COMPRESSIONS)) else "no file of conversations there"
         raise BadInput(f"{entry}: {what}; check prompts.files")
@@ -209,7 +206,8 @@ def _files(entry: str, source: str) -> Iterator[File]:
 
 def _listed(fs: Any, path: str) -> dict[str, dict[str, Any]]:
     """Files below a folder or matching a pattern; a pattern that matches folders stands for what they hold."""
-    matched = fs.glob(path.rstrip("/"), detail=True) if PATTERN & set(path) else {path: {"type": "directory"}}
+    folder = {path: {"type": "directory"}} if fs.isdir(path) else {}
+    matched = fs.glob(path.rstrip("/"), detail=True) if PATTERN & set(path) else folder
     found = {place: info for place, info in matched.items() if info["type"] == "file"}
     for place, info in matched.items():
         if info["type"] == "directory":

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from hass_core.data.conversations import FORM_KEYS, Record, name_of, parse_row
 from hass_core.data.messages import BrokenRow, Unusable
-from hass_core.errors import BadInput
+from hass_core.errors import BadInput, HassError
 
 LISTS = ("data", "rows", "train", "examples", "items", "dataset")  # keys under which a file holds its rows
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
@@ -81,12 +81,24 @@ def conversation(row: Row, source: str, prefix: str | None = None) -> Record | S
 
 def rows_of(path: str | Path) -> Iterator[Row]:
     """All rows of one file. Raises BadInput naming what is missing, damaged or no JSON."""
-    try:
+    with named_failures(str(path), "read"):
         yield from _parquet_rows(str(path)) if str(path).endswith(".parquet") else _json_rows(str(path))
+
+
+@contextmanager
+def named_failures(path: str, what: str) -> Iterator[None]:
+    """Turn a failure to read or list a path into a BadInput; remote file systems have errors of their own."""
+    try:
+        yield
+    except HassError:
+        raise
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; check prompts.files") from None
-    except DAMAGED as error:
-        raise BadInput(f"{path}: cannot be read: {error}") from error
+    except Exception as error:
+        if "://" not in path and not isinstance(error, DAMAGED):
+            raise
+        advice = "; check the address, its credentials and AWS_ENDPOINT_URL" if "://" in path else ""
+        raise BadInput(f"{path}: cannot be {what}: {error or type(error).__name__}{advice}") from error
 
 
 def split_name(name: str) -> tuple[str, str | None, str]:

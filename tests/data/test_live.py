@@ -179,3 +179,18 @@ def test_a_dataset_is_keyed_by_its_content_and_recorded(tmp_path, store, tiny_ta
 def test_a_window_on_a_dataset_needs_a_field():
     with pytest.raises(ConfigError, match=r"need prompts\.time_field for prompts\.datasets"):
         parse_config({"prompts": {"datasets": ["a"], "newest": 3}})
+
+
+@pytest.mark.parametrize(
+    "address", ["s3://nobody/traffic/", "s3://nobody/2026-*/", "nowhere://a/b.jsonl", "s3://nobody/a.jsonl"]
+)
+def test_a_remote_place_that_cannot_be_reached_is_told(store, tiny_target, monkeypatch, address):
+    pytest.importorskip("s3fs")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(
+        BadInput, match=r"cannot be listed: .*; check the address, its credentials and AWS_ENDPOINT_URL"
+    ):
+        collect_prompts(run(address), store, tiny_target)
