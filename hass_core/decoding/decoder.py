@@ -11,6 +11,7 @@ from typing import Protocol
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.answers import Answers, CycleTrace, Generation, Step, StopRule, Timing
 from hass_core.decoding.drafter import Drafter, NoDraft, TreeDrafter
+from hass_core.decoding.sampling import Sampler
 from hass_core.decoding.session import Session
 from hass_core.decoding.tree import TreeShape
 from hass_core.draft_model.checkpoint import Draft
@@ -40,7 +41,7 @@ class Decoder(Protocol):
         stop: StopRule,
         seed: int | None = None,
     ) -> list[Generation]:
-        """Answer all prompts as one batch. `seed` replaces `sampling.seed`; prompt i draws with its own coins."""
+        """Answer all prompts as one batch. `seed` replaces `sampling.seed`; prompt i draws with its own noise."""
         ...
 
 
@@ -50,10 +51,10 @@ class TreeDecoder:
     Each call takes a session out of the decoder's keeping and gives it back, so interleaved calls do not meet.
     """
 
-    def __init__(self, runner: Runner, drafter: TreeDrafter, name: str):
+    def __init__(self, runner: Runner, drafter: TreeDrafter, name: str, sampler: type[Sampler] = Sampler):
         self.name = name
         self.shape = drafter.shape
-        self._runner, self._drafter = runner, drafter
+        self._runner, self._drafter, self._sampler = runner, drafter, sampler
         self._idle: Session | None = None
 
     def stream(
@@ -101,7 +102,7 @@ class TreeDecoder:
         session, self._idle = self._idle, None
         if session is not None and session.holds(rows, slots, sampling):
             return session
-        return Session(self._runner, self._drafter, sampling, rows, slots)
+        return Session(self._runner, self._drafter, sampling, rows, slots, self._sampler)
 
 
 class PlainDecoder(TreeDecoder):

@@ -7,6 +7,7 @@ Shapes: B batch, R new rows, T rows of one pass, K children and frontier nodes, 
 nodes, C tree rows in the cache, d head size.
 """
 
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hass_core import kernels
-from hass_core.decoding.sampling import top_tokens
+from hass_core.decoding.calibration import at_temperature, calibration_of
+from hass_core.decoding.sampling import NO_TOKEN, Sampler
 from hass_core.decoding.tree import ROOT, Pool, Tree, TreeShape, assemble, best, static_scores
 from hass_core.draft_model.checkpoint import Draft
 from hass_core.draft_model.layers import DraftModel
@@ -47,8 +49,10 @@ class TreeDrafter(Protocol):
         """
         ...
 
-    def grow(self, cache: Any, root: Tensor, estimate: Tensor, fixed: FixedShapes | None = None) -> Tree:
-        """The tree over root tokens [B], from what `extend` returned."""
+    def grow(
+        self, cache: Any, root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None
+    ) -> Tree:
+        """The tree over root tokens [B], from what `extend` returned, of tokens that `sampler` may draw."""
         ...
 
 
@@ -70,7 +74,9 @@ class NoDraft:
     ) -> Tensor:
         return counts
 
-    def grow(self, cache: "NoDraft", root: Tensor, estimate: Tensor, fixed: FixedShapes | None = None) -> Tree:
+    def grow(
+        self, cache: "NoDraft", root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None
+    ) -> Tree:
         alone = torch.zeros_like(root)[:, None]
         return Tree(
             root[:, None], alone, alone, alone, torch.ones_like(alone, dtype=torch.bool)[:, :, None], alone[:, 1:]
@@ -80,7 +86,7 @@ class NoDraft:
 class Children(NamedTuple):
     """The K likeliest next tokens after each of n nodes."""
 
-    scores: Tensor  # [B, n, K] log-probabilities
+    scores: Tensor  # [B, n, K] logarithms of the chance to be the one drawn
     token_ids: Tensor  # [B, n, K]
 
 
@@ -171,7 +177,7 @@ class Drafter:
         self._head, self._product = draft.head, Linear(draft.head.weight, None, draft.eight_bits)
         self.shape = shape
         self._by_rank = static_scores(shape.top_k).to(draft.head.weight.device) if shape.static else None
-        self.capturable = self._runner.rope.fixed
+        self.calibration, self.capturable = calibration_of(draft.info), self._runner.rope.fixed
         self.scratch_slots = (shape.depth - 1) * shape.top_k
         cuda = draft.head.weight.is_cuda
         self._begin, self._finish = (compiled(first_frontier), compiled(tree_of)) if cuda else (first_frontier, tree_of)
@@ -195,11 +201,14 @@ class Drafter:
         cache.lengthen(counts, fixed)
         return last_of(outputs, counts.clamp(min=1))
 
-    def grow(self, cache: KVCache, root: Tensor, estimate: Tensor, fixed: FixedShapes | None = None) -> Tree:
+    def grow(
+        self, cache: KVCache, root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None
+    ) -> Tree:
         """The tree over root tokens [B], whose predecessor's estimated feature after the root is `estimate` [B, H]."""
         shape, runner = self.shape, self._runner
         begin, finish = (self._begin, self._finish) if fixed and fixed.lasting else (first_frontier, tree_of)
-        first, levels = self._children(estimate[:, None]), []
+        children = partial(self._children, cache.lengths, sampler)
+        first, levels = children(estimate[:, None], 1), []
         rotations = self._rotations(cache)
         features = estimate
         for number in range(shape.depth - 1):
@@ -207,9 +216,10 @@ class Drafter:
                 frontier = begin(first, estimate, runner.embedding, self.scratch_slots)
             else:
                 frontier = next_frontier(levels[-1], features, runner.embedding, number)
+            path = path_of(levels, frontier) if sampler.wants_paths else None
             offset = number * shape.top_k
             features = runner.forward(frontier.inputs, rotations[number], cache, frontier.seen, offset, fixed)
-            levels.append(Level(frontier, self._children(features)))
+            levels.append(Level(frontier, children(features, number + 2, path)))
         return finish(root, first, levels, shape)
 
     def _rotations(self, cache: KVCache) -> list[tuple[Tensor, Tensor]]:
@@ -221,15 +231,25 @@ class Drafter:
         cos, sin = self._runner.rope.at(positions)
         return list(zip(cos.split(cache.batch_size), sin.split(cache.batch_size), strict=True))
 
-    def _children(self, features: Tensor) -> Children:
-        """The K likeliest next tokens after features [B, n, H]."""
-        scores, token_ids = top_tokens(self._product.of_few_rows(features), self.shape.top_k, self._head.token_ids)
+    def _children(
+        self, lengths: Tensor, sampler: Sampler, features: Tensor, ahead: int, path: Tensor | None = None
+    ) -> Children:
+        """The K likeliest draws after features [B, n, H], at positions `ahead` of the roots' [B]; see `path_of`."""
+        logits, calibrated = self._product.of_few_rows(features), at_temperature(self.calibration, sampler.temperature)
+        top_k, ids = self.shape.top_k, self._head.token_ids
+        scores, token_ids = sampler.guess(logits, lengths, ahead, top_k, ids, path, calibrated)
         return Children(scores if self._by_rank is None else self._by_rank.expand(scores.shape), token_ids)
 
 
 def fused_input(token_ids: Tensor, features: Tensor, embedding: Tensor) -> Tensor:
     """The draft's input [B, T, 2H]: the embeddings of tokens [B, T], and the features before them [B, T, H]."""
     return torch.cat([F.embedding(token_ids, embedding), features], -1)
+
+
+def path_of(levels: list[Level], frontier: Frontier) -> Tensor:
+    """The tokens [B, K, P] that lead to the nodes of a frontier, themselves included; NO_TOKEN among them."""
+    tokens = torch.cat([*(level.frontier.token_ids for level in levels), frontier.token_ids], 1)
+    return torch.where(frontier.seen[..., : tokens.shape[1]], tokens[:, None], NO_TOKEN)
 
 
 def first_frontier(children: Children, estimate: Tensor, embedding: Tensor, tree_rows: int) -> Frontier:

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +23,14 @@ from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.answers import StopRule
 from hass_core.decoding.decoder import Decoder, PlainDecoder, SpeculativeDecoder, TreeDecoder
 from hass_core.decoding.drafter import Drafter, DraftRunner, NoDraft, TreeDrafter
+from hass_core.decoding.sampling import Sampler
 from hass_core.decoding.session import Session
 from hass_core.decoding.tree import Tree, TreeShape, ancestors
 from hass_core.draft_model.checkpoint import Draft
 from hass_core.target_model.kv_cache import FixedShapes
 from hass_core.target_model.runner import Runner
 
+GREEDY = SamplingConfig()
 LARGEST = TreeConfig(kind="dynamic", depth=6, top_k=8, nodes=60)
 TOP_KS = (1, 2, 4, 8)
 NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 60)
@@ -101,14 +104,20 @@ def decoder_of(plan: Plan, runner: Runner, draft: Draft) -> Decoder:
 
 
 def make_plan(
-    runner: Runner, draft: Draft, prompts: list[list[int]], stop: StopRule, rows: int = 1, max_new_tokens: int = 64
+    runner: Runner,
+    draft: Draft,
+    prompts: list[list[int]],
+    stop: StopRule,
+    rows: int = 1,
+    max_new_tokens: int = 64,
+    sampling: SamplingConfig = GREEDY,
 ) -> Plan:
-    """Measure and choose. `prompts` should resemble what will be decoded; a handful of them suffices.
+    """Measure and choose for one `sampling`. `prompts` should resemble what will be decoded; a handful suffices.
 
     The draft is measured as it is, in 8 bits where it says so.
     """
-    records = observe(runner, draft, prompts, stop, max_new_tokens)
-    costs = measure_costs(runner, draft, rows)
+    records = observe(runner, draft, prompts, stop, max_new_tokens, sampling)
+    costs = measure_costs(runner, draft, rows, sampling)
     shapes = candidates(draft.head.size)
     choices = [_choice(records, costs, *shape, v, rows) for shape in shapes for v in (None, *costs.saved)]
     by_size = {n: max((c for c in choices if c.nodes == n), key=_speed) for n in sorted({c.nodes for c in choices})}
@@ -164,16 +173,23 @@ class Observer:
         self.new_cache, self.clear, self.extend = drafter.new_cache, drafter.clear, drafter.extend
         self.trees: list[Tree] = []
 
-    def grow(self, cache: Any, root: Tensor, estimate: Tensor, fixed: FixedShapes | None = None) -> Tree:
-        tree = self._drafter.grow(cache, root, estimate, fixed)
+    def grow(
+        self, cache: Any, root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None
+    ) -> Tree:
+        tree = self._drafter.grow(cache, root, estimate, sampler, fixed)
         self.trees.append(tree.to(torch.device("cpu")))
         return tree
 
 
 def observe(
-    runner: Runner, draft: Draft, prompts: list[list[int]], stop: StopRule, max_new_tokens: int
+    runner: Runner,
+    draft: Draft,
+    prompts: list[list[int]],
+    stop: StopRule,
+    max_new_tokens: int,
+    sampling: SamplingConfig = GREEDY,
 ) -> list[Record]:
-    """Decode greedily with the largest tree and note every cycle up to the answers' ends."""
+    """Decode under `sampling` with the largest tree and note every cycle up to the answers' ends."""
     observer = Observer(Drafter(draft, TreeShape.of(LARGEST, draft.head.size)))
     frequency_rank = torch.full((runner.vocab_size,), runner.vocab_size)
     if draft.ranks is not None:
@@ -182,7 +198,7 @@ def observe(
     records: list[Record] = []
     for prompt in prompts:
         observer.trees.clear()
-        (generation,) = decoder.generate([prompt], SamplingConfig(), max_new_tokens, stop)
+        (generation,) = decoder.generate([prompt], sampling, max_new_tokens, stop)
         for tree, cycle in zip(observer.trees, generation.cycles, strict=True):
             records.append(_record(tree, frequency_rank[tree.token_ids[0]].tolist(), cycle.ranks))
     return records
@@ -228,14 +244,15 @@ class Costs:
         return self.verify[below] * (1 - share) + self.verify[above] * share
 
 
-def measure_costs(runner: Runner, draft: Draft, rows: int) -> Costs:
+def measure_costs(runner: Runner, draft: Draft, rows: int, sampling: SamplingConfig = GREEDY) -> Costs:
     """Time verification by size, and drafting by width and by vocabulary, as whole cycles less their verification."""
     top_ks, sizes = (GPU_TOP_KS, GPU_NODES) if runner.device.type == "cuda" else (TOP_KS, NODES)
-    verify = {nodes: cycle_seconds(runner, FixedTree(nodes), rows) for nodes in sizes}
-    plain, shared = cycle_seconds(runner, NoDraft(), rows), DraftRunner(draft.model, draft.eight_bits)
+    timed = partial(cycle_seconds, runner, rows=rows, sampling=sampling)
+    verify = {nodes: timed(FixedTree(nodes)) for nodes in sizes}
+    plain, shared = timed(NoDraft()), DraftRunner(draft.model, draft.eight_bits)
 
     def drafted(own: Draft, depth: int, top_k: int) -> float:
-        return cycle_seconds(runner, Drafter(own, TreeShape(depth, top_k, nodes=2, static=False), shared), rows)
+        return timed(Drafter(own, TreeShape(depth, top_k, nodes=2, static=False), shared))
 
     drafting = {}
     for top_k in (k for k in top_ks if k <= draft.head.size):
@@ -293,7 +310,9 @@ class FixedTree:
     ) -> Tensor:
         return counts
 
-    def grow(self, cache: Any, root: Tensor, estimate: Tensor, fixed: FixedShapes | None = None) -> Tree:
+    def grow(
+        self, cache: Any, root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None
+    ) -> Tree:
         node = torch.arange(self.shape.nodes, device=root.device).expand(len(root), -1)
         parents = torch.zeros_like(node)
         token_ids = torch.where(node == 0, root[:, None], node)  # siblings must differ, or several would be accepted
@@ -301,13 +320,18 @@ class FixedTree:
 
 
 def cycle_seconds(
-    runner: Runner, drafter: TreeDrafter, rows: int = 1, cycles: int = 8, context: int = CONTEXT_TOKENS
+    runner: Runner,
+    drafter: TreeDrafter,
+    rows: int = 1,
+    cycles: int = 8,
+    context: int = CONTEXT_TOKENS,
+    sampling: SamplingConfig = GREEDY,
 ) -> float:
-    """Median time of a cycle of `drafter` over `rows` rows of `context` tokens."""
+    """Median time of a cycle of `drafter` over `rows` rows of `context` tokens under `sampling`."""
     capacity = (WARM_CYCLES + cycles) * (drafter.shape.depth + 1) + 1
     context = min(context, runner.context_tokens - capacity - 1)
     prompts = [[(7 * i + row) % runner.vocab_size for i in range(context)] for row in range(rows)]
-    session = Session(runner, drafter, SamplingConfig(), rows, context + capacity)
+    session = Session(runner, drafter, sampling, rows, context + capacity)
     session.start(prompts, seed=0)
     times = []
     for _ in range(WARM_CYCLES + cycles):

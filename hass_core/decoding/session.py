@@ -34,7 +34,15 @@ log = logging.getLogger(__name__)
 class Session:
     """Memory and graphs for `rows` rows of up to `slots` tokens under one sampling setting; one user at a time."""
 
-    def __init__(self, runner: Runner, drafter: TreeDrafter, sampling: SamplingConfig, rows: int, slots: int):
+    def __init__(
+        self,
+        runner: Runner,
+        drafter: TreeDrafter,
+        sampling: SamplingConfig,
+        rows: int,
+        slots: int,
+        sampler: type[Sampler] = Sampler,
+    ):
         self._runner, self._drafter, self.shape = runner, drafter, drafter.shape
         self.rows, self.sampling = rows, sampling
         device, longest = runner.device, self.shape.longest_path
@@ -42,13 +50,14 @@ class Session:
         self.slots = _rounded(slots + self._spare)
         self._cache = runner.new_cache(rows, self.slots)
         self._draft_cache = drafter.new_cache(rows, self.slots)
-        self._sampler = Sampler(sampling, rows, self.slots, runner.vocab_size, device)
+        self._sampler = sampler(sampling, rows, runner.vocab_size, device)
         # what the last cycle made certain: features and the token after each; the last live one is the root
         self._features = torch.zeros(rows, longest, runner.hidden_size, device=device, dtype=runner.dtype)
         self._token_ids = torch.zeros(rows, longest, dtype=torch.long, device=device)
         self._counts = torch.zeros(rows, dtype=torch.long, device=device)
         self._open = torch.ones(rows, dtype=torch.long, device=device)
-        self._graphs = GraphCache() if device.type == "cuda" and runner.capturable and drafter.capturable else None
+        capturable = runner.capturable and drafter.capturable and self._sampler.capturable
+        self._graphs = GraphCache() if device.type == "cuda" and capturable else None
         if device.type == "cuda" and self._graphs is None:
             log.info("decoding without CUDA graphs: %s or %s cannot be captured", runner, drafter)
         self._settle = compiled(settle) if device.type == "cuda" else settle
@@ -118,7 +127,7 @@ class Session:
         estimate = self._drafter.extend(
             self._draft_cache, self._features[:, :new], self._token_ids[:, :new], counts, fixed
         )
-        tree = self._drafter.grow(self._draft_cache, root, estimate, fixed)
+        tree = self._drafter.grow(self._draft_cache, root, estimate, self._sampler, fixed)
         self.draft_seconds = time.perf_counter() - started
 
         # verify: one pass of the target over all nodes, one draw at each

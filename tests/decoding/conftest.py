@@ -7,6 +7,7 @@ import torch
 
 from hass_core.decoding.answers import StopRule
 from hass_core.decoding.drafter import Drafter
+from hass_core.decoding.sampling import Sampler
 from hass_core.decoding.tree import ROOT, Pool, Tree, TreeShape, assemble, pool_size
 from hass_core.draft_model.architecture import DraftArchitecture
 from hass_core.draft_model.checkpoint import Draft
@@ -41,7 +42,12 @@ class OracleDrafter(Drafter):
         self._vocab, self._luck, self._random = draft.head.size, luck, random.Random(0)
 
     def grow(
-        self, cache: KVCache, root: torch.Tensor, estimate: torch.Tensor, fixed: FixedShapes | None = None
+        self,
+        cache: KVCache,
+        root: torch.Tensor,
+        estimate: torch.Tensor,
+        sampler: Sampler,
+        fixed: FixedShapes | None = None,
     ) -> Tree:
         pairs = zip(self._sequences, cache.lengths.tolist(), strict=True)
         rows = [self._pool(sequence[length + 1 :]) for sequence, length in pairs]

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from hass_core.config import SamplingConfig
-from hass_core.decoding.sampling import position_coins, probabilities
+from hass_core.decoding.sampling import probabilities
 
 CASES = [
     SamplingConfig(temperature=0.7),
@@ -45,10 +45,3 @@ def test_probabilities_equal_those_of_transformers(sampling):
 def test_temperature_zero_is_a_point_on_the_likeliest_token():
     p = probabilities(torch.tensor([[0.0, 2.0, 1.0]]), SamplingConfig())
     assert p.tolist() == [[0.0, 1.0, 0.0]]
-
-
-def test_coins_depend_on_seed_and_row_and_stay_when_more_are_asked_for():
-    assert torch.equal(position_coins(1, 2, 10), position_coins(1, 2, 10))
-    assert not torch.equal(position_coins(1, 2, 10), position_coins(1, 3, 10))
-    assert not torch.equal(position_coins(1, 2, 10), position_coins(2, 2, 10))
-    assert torch.equal(position_coins(1, 2, 30)[:10], position_coins(1, 2, 10))

@@ -7,7 +7,7 @@ import torch
 
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.decoder import SpeculativeDecoder
-from hass_core.decoding.sampling import draw, probabilities
+from hass_core.decoding.sampling import Sampler, probabilities
 from hass_core.decoding.tree import Pool, Tree, TreeShape, accept, ancestors, assemble
 from hass_core.target_model.loader import freeze
 from hass_core.target_model.runner import make_runner
@@ -94,21 +94,30 @@ def test_it_accepts_and_resamples_as_the_sequential_rule_does(name):
     assert max(abs(ours.get(run, 0) - expected.get(run, 0)) for run in ours.keys() | expected.keys()) <= 1e-6
 
 
-def test_a_coin_picks_a_token_with_that_tokens_probability():
-    logits = torch.randn(7, generator=torch.Generator().manual_seed(3))
+def test_a_draw_has_the_probability_of_the_processed_distribution():
+    logits, count = torch.randn(7, generator=torch.Generator().manual_seed(3)), 20_000
     for sampling in SETTINGS.values():
-        coins = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000  # all coins, evenly
-        tokens, sound = draw(logits.expand(len(coins), -1), sampling, coins)
-        share = torch.bincount(tokens, minlength=7) / len(coins)
+        sampler = Sampler(sampling, 1, 7, torch.device("cpu"))
+        sampler.start(torch.zeros(1, 1, dtype=torch.long), torch.tensor([1]), seed=5)
+        tokens, sound = sampler.draw(logits.expand(1, count, -1), torch.arange(count)[None])
+        observed, expected = torch.bincount(tokens[0], minlength=7), count * probabilities(logits, sampling)
         assert bool(sound.all())
-        assert float((share - probabilities(logits, sampling)).abs().sum()) / 2 < 1e-4
+        assert int(observed[expected == 0].sum()) == 0
+        statistic = float(((observed - expected) ** 2 / expected)[expected > 0].sum())
+        freedom = int((expected > 0).sum()) - 1
+        assert statistic <= freedom + 5 * (2 * freedom) ** 0.5
 
 
-def test_the_first_and_the_last_coin_never_pick_an_excluded_token():
-    logits = torch.tensor([float("-inf"), 1.0, 2.0, float("-inf")])
-    coins = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    tokens, _ = draw(logits.expand(2, -1), SamplingConfig(temperature=1.0), coins)
-    assert tokens.tolist() == [1, 2]
+def test_a_token_that_is_excluded_never_wins_and_logits_that_are_no_numbers_show():
+    sampler = Sampler(SamplingConfig(temperature=1.0), 1, 4, torch.device("cpu"))
+    sampler.start(torch.zeros(1, 1, dtype=torch.long), torch.tensor([1]), seed=0)
+    never = float("-inf")
+    tokens, _ = sampler.draw(torch.tensor([never, 1.0, 2.0, never]).expand(1, 500, -1), torch.arange(500)[None])
+    assert set(tokens[0].tolist()) == {1, 2}
+    _, sound = sampler.draw(
+        torch.tensor([[[0.0, float("nan"), 1.0, 2.0], [0.0, 1.0, 2.0, 3.0]]]), torch.zeros(1, 2).long()
+    )
+    assert sound.tolist() == [[False, True]]
 
 
 def test_verification_follows_the_draws_in_every_row_by_itself():

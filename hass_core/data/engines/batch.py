@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hass_core.cuda_graphs import GraphCache
 from hass_core.data.engines.base import Request
-from hass_core.decoding.sampling import sample_rows, uniform_at
+from hass_core.decoding.noise import stream
+from hass_core.decoding.sampling import Shaped, as_signed, draw_rows, shape_rows
 from hass_core.errors import HassError
 from hass_core.target_model.compiling import compiled
 from hass_core.target_model.kv_cache import FixedShapes
@@ -52,9 +53,9 @@ class RunningBatch:
         self.cache = runner.new_cache(self.rows, slots)
         self.lengths = self.cache.lengths
         self._lasting = lasting
-        self._sample = compiled(sample_rows) if lasting and device.type == "cuda" else sample_rows
+        self._shape = compiled(shape_rows) if lasting and device.type == "cuda" else shape_rows
         self.tokens = torch.zeros(self.rows, dtype=torch.long, device=device)
-        self.seeds = torch.zeros(self.rows, dtype=torch.long, device=device)
+        self.streams = torch.zeros(self.rows, 2, dtype=torch.int32, device=device)
         self.temperature = torch.zeros(self.rows, device=device)
         self.top_p = torch.ones(self.rows, device=device)
         self.top_k = torch.zeros(self.rows, dtype=torch.long, device=device)
@@ -82,7 +83,7 @@ class RunningBatch:
         for old, new in zip(self.cache.layers, other.cache.layers, strict=True):  # layer by layer: the copy is large
             for i in range(2):
                 new[i][: len(kept), :, :width] = old[i][source, :, :width]
-        for name in ("lengths", "tokens", "seeds", "temperature", "top_p", "top_k"):
+        for name in ("lengths", "tokens", "streams", "temperature", "top_p", "top_k"):
             getattr(other, name)[: len(kept)] = getattr(self, name)[source]
         other.answers = {row: self.answers[old] for row, old in enumerate(kept)}
         return other
@@ -103,7 +104,7 @@ class RunningBatch:
             getattr(self, name)[index] = values.to(index.device)
         prompts = [torch.tensor(request.prompt_token_ids) for request in requests]
         last = self._read(pad_sequence(prompts, batch_first=True).to(index.device), index)
-        self.tokens[index] = self._draw(last, index, self.lengths[index] - 1, *self.filters)
+        self.tokens[index] = self._draw(last, index, self.lengths[index], *self.filters)
         for row, token in zip(rows, self.tokens[index].tolist(), strict=True):
             self.answers[row].token_ids.append(token)
 
@@ -133,7 +134,7 @@ class RunningBatch:
     def _step(self, width: int, max_top_k: int, use_top_p: bool) -> None:
         fixed = FixedShapes(width, self._lasting)
         features = self.runner.forward(self.tokens[:, None], self.lengths[:, None], self.cache, fixed=fixed)
-        drawn = self._draw(features[:, 0], self._row_numbers, self.lengths, max_top_k, use_top_p, self._sample)
+        drawn = self._draw(features[:, 0], self._row_numbers, self.lengths + 1, max_top_k, use_top_p, self._shape)
         self.tokens.copy_(drawn)
         # a row that has ended goes on until the host looks; it must not run over the end of its slots
         self.lengths.add_(1).clamp_(max=width - 1)
@@ -145,19 +146,19 @@ class RunningBatch:
         positions: Tensor,
         max_top_k: int,
         use_top_p: bool,
-        draw: Callable[..., Tensor] = sample_rows,
+        shape: Callable[..., Shaped] = shape_rows,
     ) -> Tensor:
-        logits = self.runner.logits(features)
-        uniform = uniform_at(self.seeds[index], positions)
+        """The tokens [B] drawn at `positions` [B] from features [B, H] of rows `index`."""
         settings = (self.temperature[index], self.top_p[index], self.top_k[index])
-        return draw(logits, *settings, uniform, max_top_k, use_top_p)
+        shaped = shape(self.runner.logits(features), *settings, max_top_k, use_top_p)
+        return draw_rows(shaped, self.streams[index], positions)
 
 
 def _settings(requests: Sequence[Request]) -> dict[str, Tensor]:
     """Row settings by the name of the tensor that holds them."""
     return {
         "lengths": torch.tensor([len(r.prompt_token_ids) for r in requests]),
-        "seeds": torch.tensor([r.seed % 2**63 for r in requests]),
+        "streams": as_signed([stream(r.seed, 0) for r in requests]),
         "temperature": torch.tensor([r.sampling.temperature for r in requests], dtype=torch.float32),
         "top_p": torch.tensor([r.sampling.top_p for r in requests], dtype=torch.float32),
         "top_k": torch.tensor([r.sampling.top_k for r in requests]),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hass_core.config import TreeConfig
 from hass_core.decoding.decoder import TreeDecoder
+from hass_core.decoding.sampling import Sampler
 from hass_core.decoding.tree import Tree, TreeShape, ancestors
 from hass_core.target_model.kv_cache import FixedShapes
 from hass_core.target_model.runner import Runner
@@ -52,7 +53,9 @@ class LookupDrafter:
             context += new[:count]
         return features[:, 0]
 
-    def grow(self, cache: Contexts, root: Tensor, estimate: Tensor, fixed: FixedShapes | None = None) -> Tree:
+    def grow(
+        self, cache: Contexts, root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None
+    ) -> Tree:
         """A chain after root tokens [B]."""
         depth, batch = self.shape.depth, len(cache)
         drafted = [lookup(context, depth) for context in cache]
