@@ -32,6 +32,7 @@ from hass_core.data.selection import Selection
 from hass_core.data.self_written import rounds_of_texts
 from hass_core.data.sources import Skipped
 from hass_core.data.templates import check_template
+from hass_core.decoding.noise import DRAWS_VERSION
 from hass_core.errors import BadInput, HassError
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, StageFolder, Store, digest_of
@@ -111,6 +112,7 @@ def _key(
         "target": target.identity.parts(*(() if writes else ("tokenizer", "template"))),
         "dtype": str(target.dtype) if writes else None,
         "seed": config.seed if writes else None,
+        **({"draws": DRAWS_VERSION} if writes else {}),
         "version": STEP_VERSION,
     }
 

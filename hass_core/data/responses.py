@@ -26,6 +26,7 @@ from hass_core.data.prompts import MESSAGES, read_prompts
 from hass_core.data.quality import metric_name
 from hass_core.data.rendering import next_role_token
 from hass_core.data.templates import check_template
+from hass_core.decoding.noise import DRAWS_VERSION
 from hass_core.errors import HassError
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, FileRecord, StageFolder, Store
@@ -85,9 +86,10 @@ def _key(config: RunConfig, prompts: Artifact, target: Target) -> dict[str, Any]
 
 
 def _decided_by_engine(settings: ResponsesConfig, target: Target) -> dict[str, Any]:
-    """A local target answers in its own type; a server does as the model does that it is asked for."""
+    """A local target answers in its own type and by our draws; a server as the model does that it is asked for."""
     if settings.engine == "transformers":
-        return {"dtype": str(target.dtype)}
+        drawn = any(share.temperature for share in settings.sampling)
+        return {"dtype": str(target.dtype), **({"draws": DRAWS_VERSION} if drawn else {})}
     return {"server_model": settings.server_model}
 
 

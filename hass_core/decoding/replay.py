@@ -2,21 +2,30 @@
 
 The target's tokens and features are known, so each cycle goes as in decoding: extend the draft's cache with true
 features, grow the tree, accept along the recorded tokens. On the target's greedy answers the accepted counts are those
-of greedy decoding; on a sampled answer those of sampling with the same draws.
+of greedy decoding.
 
-Shapes: B answers at once, L tokens, H hidden, N tree nodes, R nodes of a tree's longest path.
+For an answer that was sampled, whoever sampled it, the noise is drawn that could have made it: given that token y won
+a race of arrival times E_v / p_v with E_v = exp(−g_v), the winning time t is a standard exponential variate whatever y
+is, and every other E_v is t·p_v and an exponential variate on top. So the counts have the distribution that decoding
+under this sampling has on such answers.
+
+Shapes: B answers at once, L tokens, H hidden, N tree nodes, R nodes of a tree's longest path, V vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from hass_core.config import SamplingConfig
 from hass_core.decoding.drafter import Drafter
+from hass_core.decoding.sampling import Noise, Sampler, probabilities
 from hass_core.decoding.tree import accept
 
+GREEDY = SamplingConfig()
 UNKNOWN = -1  # a token past the end of the answer: no draft equals it
 ANSWERS_AT_ONCE = 16
 
@@ -44,12 +53,42 @@ def last_answer(token_ids: Tensor, loss_mask: Tensor, features: Tensor) -> Recor
 
 
 @torch.no_grad()
-def replay(drafter: Drafter, answers: Sequence[Recording]) -> list[list[int]]:
-    """Accepted drafts of every cycle of every answer."""
+def replay(
+    drafter: Drafter, answers: Sequence[Recording], head: Tensor, sampling: SamplingConfig = GREEDY
+) -> list[list[int]]:
+    """Accepted drafts of every cycle of every answer; `head` [V, H] is the target's."""
     found = []
     for first in range(0, len(answers), ANSWERS_AT_ONCE):
-        found += _replay(drafter, answers[first : first + ANSWERS_AT_ONCE])
+        found += _replay(drafter, answers[first : first + ANSWERS_AT_ONCE], head, sampling)
     return found
+
+
+class RecordedNoise(Noise):
+    """Noise with which the recorded tokens win, and fresh noise past the answers' ends."""
+
+    def __init__(self, answers: Sequence[Recording], head: Tensor, sampling: SamplingConfig):
+        super().__init__(len(answers), len(head), head.device, fused=False)
+        self._answers, self._head, self._sampling = answers, head, sampling
+
+    def _at(self, row: int, position: int) -> Tensor:
+        known, answer = self._known[row], self._answers[row]
+        if position not in known:
+            noise = super()._at(row, position)
+            if position < len(answer.token_ids):
+                p = probabilities(
+                    F.linear(answer.features[position - 1].to(self._head.dtype), self._head), self._sampling
+                )
+                noise = noise_given(int(answer.token_ids[position]), p.to(noise.device), noise)
+            known[position] = noise
+        return known[position]
+
+
+def noise_given(winner: int, p: Tensor, noise: Tensor) -> Tensor:
+    """Noise [V] with which `winner` is drawn from p [V], from fresh noise [V]; the winner's own decides when it won."""
+    time = (-noise[winner]).exp()
+    arrivals = (-noise).exp() + time * p
+    arrivals[winner] = time * p[winner].clamp(min=torch.finfo(p.dtype).tiny)
+    return -arrivals.log()
 
 
 def tree_tau(cycles: Sequence[Sequence[int]]) -> float:
@@ -58,7 +97,8 @@ def tree_tau(cycles: Sequence[Sequence[int]]) -> float:
     return 1 + sum(counts) / max(1, len(counts))
 
 
-def _replay(drafter: Drafter, answers: Sequence[Recording]) -> list[list[int]]:
+def _replay(drafter: Drafter, answers: Sequence[Recording], head: Tensor, sampling: SamplingConfig) -> list[list[int]]:
+    sampler = Sampler(sampling, len(answers), len(head), head.device, RecordedNoise(answers, head, sampling))
     token_ids = pad_sequence([a.token_ids for a in answers], batch_first=True, padding_value=UNKNOWN)
     features = pad_sequence([a.features for a in answers], batch_first=True)
     lengths = torch.tensor([len(a.token_ids) for a in answers], device=token_ids.device)
@@ -68,8 +108,9 @@ def _replay(drafter: Drafter, answers: Sequence[Recording]) -> list[list[int]]:
     read = int(root.max())
     estimate = drafter.extend(cache, features[:, :read], token_ids[:, 1 : read + 1].clamp(min=0), root)
     found: list[list[int]] = [[] for _ in answers]
+    sampler.start(token_ids.clamp(min=0), root + 1, seed=0)
     while (running := root + 1 < lengths).any():
-        tree = drafter.grow(cache, _at(token_ids, root), estimate)
+        tree = drafter.grow(cache, _at(token_ids, root), estimate, sampler)
         drawn = _at(token_ids, root[:, None] + 1 + tree.depths)
         counts = accept(tree, drawn, longest).counts * running
         for row, count in enumerate(counts.tolist()):

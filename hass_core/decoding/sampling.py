@@ -37,10 +37,17 @@ class Sampler:
     """What drawing and guessing need on the device, for B rows under one setting: noise, and tokens seen for the
     penalty. `start` loads new prompts into the same memory."""
 
-    def __init__(self, sampling: SamplingConfig, rows: int, vocab_size: int, device: torch.device):
+    def __init__(
+        self,
+        sampling: SamplingConfig,
+        rows: int,
+        vocab_size: int,
+        device: torch.device,
+        noise: "Noise | None" = None,
+    ):
         self._sampling, self._vocab_size, self.temperature = sampling, vocab_size, sampling.temperature
         self._greedy = sampling.temperature < COLDEST
-        self._noise = Noise(rows, vocab_size, device)
+        self._noise = noise or Noise(rows, vocab_size, device)
         self.capturable = self._greedy or kernels.usable(self._noise.streams)
         self.wants_paths = sampling.repetition_penalty != 1
         # one place more than tokens: NO_TOKEN's
@@ -110,9 +117,11 @@ class Sampler:
 
 class Noise:
     """The noise of B rows. On a CPU a position's is made once and kept while trees reach there; on a GPU the kernel
-    that looks for the largest makes it again for every logit, for less than reading it would cost."""
+    that looks for the largest makes it again for every logit, for less than reading it would cost, unless it is not to
+    be `fused`."""
 
-    def __init__(self, rows: int, vocab_size: int, device: torch.device):
+    def __init__(self, rows: int, vocab_size: int, device: torch.device, fused: bool = True):
+        self._fused = fused
         self.streams = torch.zeros(rows, 2, dtype=torch.int32, device=device)
         self._token_ids = np.arange(vocab_size, dtype=np.uint32)
         self._rows: list[tuple[int, int]] = []
@@ -142,7 +151,7 @@ class Noise:
         Where `lowest` [B, n, 1] is given, only tokens with sharpness · logit from there on count. A score is not
         finite where a logit of its row is NaN or +infinite.
         """
-        if kernels.usable(logits):
+        if self._fused and kernels.usable(logits):
             from hass_core.kernels.top_k import Places, row_top_k  # Triton is there on a GPU only
 
             places = Places(self.streams, positions, ahead, sharpness, width, lowest)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from hass_core.config import EvaluationConfig, RunConfig, TargetConfig, TreeConfig
+from hass_core.decoding.noise import DRAWS_VERSION
 from hass_core.draft_model.accounting import read_draft
 from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS, read_config
 from hass_core.draft_model.identity import draft_identity
@@ -188,6 +189,7 @@ def _measured_by(
         "target": target.identity.parts(),
         "device": device_name(target.device),
         "dtype": str(target.dtype),
+        **({"draws": DRAWS_VERSION} if any(config.temperatures) else {}),
         "version": STEP_VERSION,
     }
 

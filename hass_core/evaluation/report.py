@@ -72,6 +72,7 @@ class Report(Part):
     generate_tokens_per_second: float  # transformers' own generate on one question, for reference
     leak_checked: bool  # whether the training prompts were known and hold none of the questions
     provenance: dict[str, Any] = {}
+    draws: int = 1  # `hass_core.decoding.noise.DRAWS_VERSION`: what a seed meant
 
     @property
     def methods(self) -> list[str]:

@@ -16,6 +16,7 @@ from hass_core.data.conversations import with_answers_due
 from hass_core.data.holdout import TRAINING_FILE, packaged_prompts
 from hass_core.data.templates import encode_prompt
 from hass_core.decoding.answers import StopRule
+from hass_core.decoding.noise import DRAWS_VERSION
 from hass_core.decoding.planner import LARGEST, Plan, make_plan
 from hass_core.draft_model.checkpoint import load_draft
 from hass_core.evaluation.benchmarks import Question
@@ -64,6 +65,7 @@ class Session:
         exact, same = self._certificates(tree, progress)
         findings = {
             "dtype": dtype_name(self._target),
+            "draws": DRAWS_VERSION,
             "tree": tree,
             "plan": plan,
             "benchmarks": {name: len([q for q in self._questions if q.benchmark == name]) for name in self._names()},

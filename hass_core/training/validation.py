@@ -131,4 +131,4 @@ def validate_tree(draft: DraftModel, head: DraftHead, answers: list[Recording], 
     """`val/tree_tau`: tokens per cycle. The draft runs in the head's type, as it will when it decodes."""
     model = copy.deepcopy(draft, {id(draft.embedding): draft.embedding}).to(head.weight.dtype)
     drafter = Drafter(Draft(model, head, {}), TreeShape.of(tree, head.size))
-    return {"val/tree_tau": tree_tau(replay(drafter, answers))}
+    return {"val/tree_tau": tree_tau(replay(drafter, answers, head.weight))}

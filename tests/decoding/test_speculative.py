@@ -7,6 +7,7 @@ from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.answers import StopRule
 from hass_core.decoding.decoder import PlainDecoder, SpeculativeDecoder
 from hass_core.decoding.drafter import Drafter, DraftRunner
+from hass_core.decoding.sampling import Sampler
 from hass_core.decoding.tree import TreeShape
 from hass_core.errors import ContextTooLong, DraftMismatch, NonFinite
 from hass_core.target_model.generic import HFRunner
@@ -179,7 +180,8 @@ def test_positions_that_depend_on_the_length_are_looked_up_level_by_level(prompt
     look_up = drafting.rope.at
     drafting.rope.at = lambda positions: asked.append(positions) or look_up(positions)
     cache = drafter.new_cache(1, 64)
-    drafter.grow(cache, torch.tensor([5]), torch.randn(1, runner.hidden_size))
+    sampler = Sampler(SamplingConfig(), 1, runner.vocab_size, runner.device)
+    drafter.grow(cache, torch.tensor([5]), torch.randn(1, runner.hidden_size), sampler)
     assert [positions.unique().tolist() for positions in asked] == [[0], [1], [2]]
     expected = PlainDecoder(runner).generate(prompts, GREEDY, 20, ENDLESS)
     got = SpeculativeDecoder(runner, draft, TREES["dynamic"]).generate(prompts, GREEDY, 20, ENDLESS)

@@ -3,15 +3,22 @@
 from copy import copy
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
 from hass_core import kernels
 from hass_core.decoding.drafter import Children, Frontier, Level, next_frontier
+from hass_core.decoding.noise import gumbel, stream
+from hass_core.decoding.sampling import Noise, as_signed
 from hass_core.kernels.few_rows import Norm, added_product, added_product_to_norm, product
 from hass_core.kernels.frontier import best_candidates
+from hass_core.kernels.noise import UNFUSED
+from hass_core.kernels.noise import gumbel as noise_of
 from hass_core.kernels.tiles import Tiles
-from hass_core.kernels.top_k import row_top_k
+from hass_core.kernels.top_k import Places, row_top_k
 from hass_core.kernels.tree_attention import tree_attention
 from hass_core.target_model.block import LayerShape, Linear, in_eight_bits, restored
 from hass_core.target_model.kv_cache import KVCache, MaskedAttention
@@ -62,6 +69,45 @@ def check_top_k(rows: int, size: int, k: int, dtype: torch.dtype) -> None:
     assert torch.equal(row_top_k(logits, k, token_ids)[1], token_ids[index])
     logits[0, size // 2] = torch.nan
     assert row_top_k(logits, k)[0][0].isnan().all(), "a logit that is no number shows in all scores of its row"
+
+
+@triton.jit
+def _written(streams, position, noise, count, SIZE: tl.constexpr):
+    """Program: the noise of the tokens from 0 to `count`."""
+    token = tl.arange(0, SIZE)
+    tl.store(noise + token, noise_of(streams, position, token), mask=token < count)
+
+
+def check_noise(seed: int, row: int, position: int) -> None:
+    """Bit by bit what the CPU's is."""
+    streams = as_signed([stream(seed, row)]).to(DEVICE)
+    noise = torch.empty(5000, device=DEVICE)
+    _written[(1,)](streams, torch.tensor(position).item(), noise, 5000, SIZE=8192, **UNFUSED)
+    expected = gumbel(stream(seed, row), position, np.arange(5000, dtype=np.uint32))
+    assert np.array_equal(noise.cpu().numpy().view(np.uint32), expected.view(np.uint32))
+
+
+def check_perturbed(rows: int, nodes: int, size: int, k: int, dtype: torch.dtype) -> None:
+    """The kernel's choice with noise beside PyTorch's, for a whole and a trimmed vocabulary, with and without an edge."""
+    fused, plain = (Noise(rows, size, DEVICE, fused) for fused in (True, False))
+    fused.start(5)
+    plain.start(5)
+    logits = (2 * torch.randn(rows, nodes, size, device=DEVICE)).to(dtype)
+    positions = torch.randint(10, (rows, nodes), device=DEVICE)
+    for token_ids in (None, torch.randperm(size, device=DEVICE)[: size // 3]):
+        some = logits if token_ids is None else logits[..., : size // 3].contiguous()
+        for lowest in (None, torch.full((rows, nodes, 1), 3.0, device=DEVICE)):
+            for at in (positions, positions[:, :1]):
+                places = Places(fused.streams, at, 3, 1.4, 1.7, lowest)
+                scores, index = row_top_k(some.flatten(0, 1), k, token_ids, places)
+                expected, order = plain.largest(some, at, k, 1.4, 1.7, 3, token_ids, lowest)
+                assert torch.equal(index, order.flatten(0, 1)), "the same candidates in the same order"
+                if k > 1:
+                    torch.testing.assert_close(scores, expected.flatten(0, 1), atol=2e-5, rtol=1e-5)
+    logits[0, 0, size // 2] = torch.nan
+    scores, _ = row_top_k(logits.flatten(0, 1), k, None, Places(fused.streams, positions, 3, 1.4, 1.7))
+    assert scores[0].isnan().all()
+    assert scores[1:].isfinite().all()
 
 
 def check_frontier(batch: int, top_k: int, hidden: int, number: int) -> None:
@@ -169,5 +215,10 @@ with patch("hass_core.kernels.tree_attention.shared_memory", lambda device: 99 <
 for sizes in ((3, 5000, 10), (2, 49152, 10), (1, 1024, 1), (4, 100, 7)):
     for kind in (torch.bfloat16, torch.float16, torch.float32):
         check_top_k(*sizes, kind)
+for case in ((0, 0, 0), (7, 3, 11), (-1, 60, 130_000)):
+    check_noise(*case)
+for sizes in ((2, 3, 5000, 4), (1, 2, 49152, 10), (3, 2, 900, 1)):
+    for kind in (torch.bfloat16, torch.float32):
+        check_perturbed(*sizes, kind)
 for sizes in ((1, 10, 48, 1), (3, 4, 1500, 2), (2, 1, 16, 3)):
     check_frontier(*sizes)
