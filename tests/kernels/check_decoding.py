@@ -88,7 +88,7 @@ def check_noise(seed: int, row: int, position: int) -> None:
 
 
 def check_perturbed(rows: int, nodes: int, size: int, k: int, dtype: torch.dtype) -> None:
-    """The kernel's choice with noise beside PyTorch's, for a whole and a trimmed vocabulary, with and without an edge."""
+    """The kernel's choice with noise beside PyTorch's, for whole and trimmed vocabularies, with an edge or not."""
     fused, plain = (Noise(rows, size, DEVICE, fused) for fused in (True, False))
     fused.start(5)
     plain.start(5)
