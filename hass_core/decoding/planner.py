@@ -10,7 +10,7 @@ Cost: the time of verifying N nodes, of drafting D levels of K nodes, and what a
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from hass_core.config import SamplingConfig, TreeConfig
-from hass_core.decoding.answers import StopRule
+from hass_core.decoding.answers import Generation, Step, StopRule
 from hass_core.decoding.decoder import Decoder, PlainDecoder, SpeculativeDecoder, TreeDecoder
 from hass_core.decoding.drafter import Drafter, DraftRunner, NoDraft, TreeDrafter
 from hass_core.decoding.sampling import Sampler
@@ -30,7 +30,7 @@ from hass_core.draft_model.checkpoint import Draft
 from hass_core.target_model.kv_cache import FixedShapes
 from hass_core.target_model.runner import Runner
 
-GREEDY = SamplingConfig()
+GREEDY, HOT = SamplingConfig(), SamplingConfig(temperature=1.0)
 LARGEST = TreeConfig(kind="dynamic", depth=6, top_k=8, nodes=60)
 TOP_KS = (1, 2, 4, 8)
 NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 60)
@@ -64,6 +64,7 @@ class Plan(BaseModel):
     device: str
     dtype: str
     rows: int
+    temperature: float = 0.0
     plain_tokens_per_second: float
     eight_bits: bool = False  # of the draft's weights
     best: Choice
@@ -89,13 +90,49 @@ class Plan(BaseModel):
 
 def choose_decoder(
     runner: Runner, draft: Draft, prompts: list[list[int]], stop: StopRule, rows: int = 1
-) -> tuple[Decoder, Plan]:
-    """The decoder to use for `rows` rows at once, and the measurements it rests on.
+) -> tuple[Decoder, list[Plan]]:
+    """The decoder to use for `rows` rows at once, and the measurements it rests on: greedily and at temperature 1.
 
     `prompts` (token ids) should resemble what will be decoded. Outputs are the same whichever is chosen.
     """
-    plan = make_plan(runner, draft, prompts, stop, rows)
-    return decoder_of(plan, runner, draft), plan
+    costs = measure_costs(runner, draft, rows, HOT)  # greedy cycles cost a little less, with a draft and without
+    plans = [make_plan(runner, draft, prompts, stop, rows, sampling=s, costs=costs) for s in (GREEDY, HOT)]
+    return PlannedDecoder(runner, draft, plans), plans
+
+
+class PlannedDecoder:
+    """Decodes each call as the plan for its temperature says; see `hass_core.decoding.decoder.Decoder`.
+
+    A draft gains less the higher the temperature: a call follows the plan for the nearest one above, and is decoded
+    plainly above them all.
+    """
+
+    name = "planned"
+
+    def __init__(self, runner: Runner, draft: Draft, plans: Sequence[Plan]):
+        plain = PlainDecoder(runner)
+        self._above = plain
+        self._decoders = [(p.temperature, decoder_of(p, runner, draft) if p.pays else plain) for p in plans]
+
+    def stream(
+        self, prompt_token_ids: list[int], sampling: SamplingConfig, max_new_tokens: int, stop: StopRule
+    ) -> Iterator[Step]:
+        return self.at(sampling.temperature).stream(prompt_token_ids, sampling, max_new_tokens, stop)
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingConfig,
+        max_new_tokens: int,
+        stop: StopRule,
+        seed: int | None = None,
+    ) -> list[Generation]:
+        return self.at(sampling.temperature).generate(prompts, sampling, max_new_tokens, stop, seed)
+
+    def at(self, temperature: float) -> Decoder:
+        """The decoder for a temperature."""
+        fitting = [(known, decoder) for known, decoder in self._decoders if known >= temperature]
+        return min(fitting, key=lambda pair: pair[0])[1] if fitting else self._above
 
 
 def decoder_of(plan: Plan, runner: Runner, draft: Draft) -> Decoder:
@@ -111,13 +148,14 @@ def make_plan(
     rows: int = 1,
     max_new_tokens: int = 64,
     sampling: SamplingConfig = GREEDY,
+    costs: "Costs | None" = None,
 ) -> Plan:
     """Measure and choose for one `sampling`. `prompts` should resemble what will be decoded; a handful suffices.
 
     The draft is measured as it is, in 8 bits where it says so.
     """
     records = observe(runner, draft, prompts, stop, max_new_tokens, sampling)
-    costs = measure_costs(runner, draft, rows, sampling)
+    costs = costs or measure_costs(runner, draft, rows, sampling)
     shapes = candidates(draft.head.size)
     choices = [_choice(records, costs, *shape, v, rows) for shape in shapes for v in (None, *costs.saved)]
     by_size = {n: max((c for c in choices if c.nodes == n), key=_speed) for n in sorted({c.nodes for c in choices})}
@@ -125,6 +163,7 @@ def make_plan(
         device=torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else "cpu",
         dtype=str(runner.dtype).removeprefix("torch."),
         rows=rows,
+        temperature=sampling.temperature,
         plain_tokens_per_second=rows / costs.plain,
         eight_bits=draft.eight_bits,
         best=max(choices, key=_speed),

@@ -1,4 +1,6 @@
-"""Proof that the draft changes no output: greedy answers with and without it, compared token by token.
+"""Proof that the draft changes no output: answers with and without it, compared token by token.
+
+A sampled answer is a function of the target and the seed, so it must be the same too.
 
 In float32 the answers must be identical. In half precision the target itself is not exact: a tree of tokens in one
 pass rounds differently from one token at a time. A difference is then a near-tie when the gap between the two tokens'
@@ -9,6 +11,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -16,6 +19,7 @@ from torch import Tensor
 from hass_core.config import SamplingConfig
 from hass_core.decoding.answers import StopRule
 from hass_core.decoding.decoder import Decoder
+from hass_core.decoding.noise import gumbel, stream
 from hass_core.progress import Progress, no_progress
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import Runner, make_runner
@@ -32,7 +36,7 @@ class Difference(BaseModel):
     position: int  # within the answer, from 0
     plain_token: int | None  # None: this answer ended before
     draft_token: int | None
-    logit_gap: float  # between the two tokens, in float32
+    logit_gap: float  # between the two tokens, in float32; of a sampled answer with their noise
     rounding: float  # largest error of the compared precision on the logits there; 0 in float32
     near_tie: bool
 
@@ -67,20 +71,21 @@ def certify(
     drafted: Decoder,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
+    temperatures: Sequence[float] = (0.0,),
     progress: Progress = no_progress,
 ) -> Certificate:
-    """Compare greedy answers of two decoders of `target`; `exact` is the same target in float32."""
+    """Compare answers of two decoders of `target` at each of `temperatures`; `exact` is the same target in float32."""
     tokens, differences = 0, []
-    for done, (question, prompt) in enumerate(prompts):
-        progress(done, len(prompts), f"comparing outputs in {dtype_name(target)}")
+    compared = [(question, prompt, SamplingConfig(temperature=t)) for t in temperatures for question, prompt in prompts]
+    for done, (question, prompt, sampling) in enumerate(compared):
+        progress(done, len(compared), f"comparing outputs in {dtype_name(target)}")
         ours, theirs = (
-            d.generate([prompt], SamplingConfig(), max_new_tokens, StopRule.of(target))[0].token_ids
-            for d in (plain, drafted)
+            d.generate([prompt], sampling, max_new_tokens, StopRule.of(target))[0].token_ids for d in (plain, drafted)
         )
         place = first_difference(ours, theirs)
         tokens += len(ours) if place is None else place
         if place is not None:
-            differences.append(_explain(target, exact, question, prompt, ours, theirs, place))
+            differences.append(_explain(target, exact, question, prompt, ours, theirs, place, sampling))
     return Certificate(
         dtype=dtype_name(target),
         questions=len(prompts),
@@ -103,7 +108,14 @@ def dtype_name(target: Target) -> str:
 
 
 def _explain(
-    target: Target, exact: Target, question: str, prompt: list[int], ours: list[int], theirs: list[int], place: int
+    target: Target,
+    exact: Target,
+    question: str,
+    prompt: list[int],
+    ours: list[int],
+    theirs: list[int],
+    place: int,
+    sampling: SamplingConfig,
 ) -> Difference:
     prefix = prompt + ours[:place]
     logits = reference_logits(exact, prefix)
@@ -112,6 +124,10 @@ def _explain(
         rounding = float((last_logits(make_runner(target), prefix) - logits).abs().max())
     tokens = [answer[place] if place < len(answer) else None for answer in (ours, theirs)]
     known = [token for token in tokens if token is not None]
+    if sampling.temperature:  # what decides is the logits with the noise of this place, here in units of a logit
+        noise = gumbel(stream(sampling.seed, 0), len(prefix), np.array(known, np.uint32))
+        logits = logits.clone()
+        logits[known] += sampling.temperature * torch.from_numpy(noise).to(logits.device)
     gap = float((logits[known[0]] - logits[known[-1]]).abs()) if len(known) == 2 else float("inf")
     return Difference(
         question=question,

@@ -141,7 +141,14 @@ class Session:
         decoders = build_decoders(target, [self._main], self._drafts, tree)
         prompts = [self._opening(question) for question in self._few]
         return certify(
-            target, exact, decoders[PLAIN], decoders[self._main], prompts, self._config.max_new_tokens, progress
+            target,
+            exact,
+            decoders[PLAIN],
+            decoders[self._main],
+            prompts,
+            self._config.max_new_tokens,
+            tuple(dict.fromkeys((0.0, *self._config.temperatures))),
+            progress,
         )
 
     def _opening(self, question: Question) -> Prompt:

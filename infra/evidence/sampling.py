@@ -184,7 +184,10 @@ def _compared(counted: Counted, likeliest: Counted, plain: Counted | None) -> di
     if plain is None:
         return found
     columns = [np.array(c) for c in (counted.tokens, counted.seconds, plain.tokens, plain.seconds)]
-    return found | {"speed_up": bootstrap(_speed_up, *columns).model_dump(), "plain_cycle_ms": plain.record()["cycle_ms"]}
+    return found | {
+        "speed_up": bootstrap(_speed_up, *columns).model_dump(),
+        "plain_cycle_ms": plain.record()["cycle_ms"],
+    }
 
 
 def prompts_of(target: Target, files: list[Path], each: int) -> list[list[int]]:

@@ -108,8 +108,13 @@ def test_a_plan_for_a_draft_in_eight_bits_decodes_with_it(tiny_target, prompts):
 
 def test_a_plan_that_does_not_pay_decodes_plainly(tiny_target, prompts):
     runner, draft = make_runner(tiny_target), random_draft(tiny_target)
-    decoder, plan = choose_decoder(runner, draft, prompts[:1], ENDLESS)
-    assert decoder.name == ("hass" if plan.pays else "plain")
+    decoder, plans = choose_decoder(runner, draft, prompts[:1], ENDLESS)
+    assert [plan.temperature for plan in plans] == [0.0, 1.0]
+    assert [decoder.at(t).name for t in (0.0, 0.7, 1.0)] == ["hass" if plans[i].pays else "plain" for i in (0, 1, 1)]
+    assert decoder.at(1.5).name == "plain"
+    sampling = SamplingConfig(temperature=0.7, seed=3)
+    (planned,) = decoder.generate(prompts[:1], sampling, 12, ENDLESS)
+    assert planned.token_ids == PlainDecoder(runner).generate(prompts[:1], sampling, 12, ENDLESS)[0].token_ids
     never, always = (plan.model_copy(update={"plain_tokens_per_second": speed}) for speed in (1e9, 1e-9))
     chosen = [decoder_of(p, runner, draft) for p in (never, always)]
     assert [type(d) for d in chosen] == [PlainDecoder, SpeculativeDecoder]

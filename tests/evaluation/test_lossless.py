@@ -41,6 +41,17 @@ def test_speculative_output_is_certified_token_by_token(tiny_target, draft_dir):
     assert (certificate.dtype, certificate.questions, certificate.tokens) == ("float32", 2, 40)
 
 
+def test_sampled_output_is_certified_too(tiny_target, draft_dir):
+    runner = make_runner(tiny_target)
+    drafted, plain = SpeculativeDecoder(runner, load_draft(draft_dir, tiny_target), TREE), PlainDecoder(runner)
+    certificate = certify(tiny_target, tiny_target, plain, drafted, PROMPTS, 20, temperatures=(0.0, 1.0))
+    assert certificate.identical
+    assert (certificate.questions, certificate.tokens) == (2, 80)
+    wrong = certify(tiny_target, tiny_target, plain, Altered(plain, 7), PROMPTS, 20, temperatures=(1.0,))
+    assert not wrong.only_near_ties
+    assert wrong.differences[0].position == 7
+
+
 def test_one_wrong_token_is_found_with_its_place_and_logit_gap(tiny_target):
     plain = PlainDecoder(make_runner(tiny_target))
     certificate = certify(tiny_target, tiny_target, plain, Altered(plain, 7), PROMPTS, 20)
