@@ -90,7 +90,7 @@ class Plan(BaseModel):
 
 def choose_decoder(
     runner: Runner, draft: Draft, prompts: list[list[int]], stop: StopRule, rows: int = 1
-) -> tuple[Decoder, list[Plan]]:
+) -> "tuple[PlannedDecoder, list[Plan]]":
     """The decoder to use for `rows` rows at once, and the measurements it rests on: greedily and at temperature 1.
 
     `prompts` (token ids) should resemble what will be decoded. Outputs are the same whichever is chosen.

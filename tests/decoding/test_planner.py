@@ -115,7 +115,7 @@ def test_a_plan_that_does_not_pay_decodes_plainly(tiny_target, prompts):
     sampling = SamplingConfig(temperature=0.7, seed=3)
     (planned,) = decoder.generate(prompts[:1], sampling, 12, ENDLESS)
     assert planned.token_ids == PlainDecoder(runner).generate(prompts[:1], sampling, 12, ENDLESS)[0].token_ids
-    never, always = (plan.model_copy(update={"plain_tokens_per_second": speed}) for speed in (1e9, 1e-9))
+    never, always = (plans[0].model_copy(update={"plain_tokens_per_second": speed}) for speed in (1e9, 1e-9))
     chosen = [decoder_of(p, runner, draft) for p in (never, always)]
     assert [type(d) for d in chosen] == [PlainDecoder, SpeculativeDecoder]
     plain, speculative = (d.generate(prompts[:2], SamplingConfig(), 12, ENDLESS) for d in chosen)
