@@ -7,6 +7,7 @@ import torch
 
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.decoder import SpeculativeDecoder
+from hass_core.decoding.rivals.recursive_rejection import RecursiveRejectionDecoder
 from hass_core.decoding.sampling import Sampler, probabilities
 from hass_core.decoding.tree import Pool, Tree, TreeShape, accept, ancestors, assemble
 from hass_core.target_model.loader import freeze
@@ -134,11 +135,27 @@ def test_verification_follows_the_draws_in_every_row_by_itself():
     assert rows == [[5, 8, 1], [6, 3], [1]]
 
 
-def test_samples_through_the_whole_decoder_follow_the_targets_own_distribution():
+THROUGH = {
+    "tree, top-k": (TreeConfig(depth=2, top_k=3, nodes=8), SamplingConfig(temperature=0.8, top_k=4)),
+    "tree, penalty": (
+        TreeConfig(depth=2, top_k=3, nodes=8),
+        SamplingConfig(temperature=0.7, top_k=5, repetition_penalty=1.6),
+    ),
+    "chain, top-p and min-p": (
+        TreeConfig(kind="chain", depth=2),
+        SamplingConfig(temperature=1.3, top_k=6, top_p=0.8, min_p=0.1),
+    ),
+    "recursive rejection": (TreeConfig(depth=2, top_k=3, nodes=8), SamplingConfig(temperature=0.8, top_k=4)),
+}
+
+
+@pytest.mark.parametrize("case", THROUGH)
+def test_samples_through_the_whole_decoder_follow_the_targets_own_distribution(case):
+    tree, sampling = THROUGH[case]
     target = freeze(tiny_llama(vocab_size=97, initializer_range=0.5), byte_tokenizer(), name="tiny")
     runner, prompt, answers = make_runner(target), [5, 17, 3, 9], 3000
-    sampling = SamplingConfig(temperature=0.8, top_k=4)
-    decoder = SpeculativeDecoder(runner, random_draft(target), TreeConfig(depth=2, top_k=3, nodes=8))
+    kind = RecursiveRejectionDecoder if case == "recursive rejection" else SpeculativeDecoder
+    decoder = kind(runner, random_draft(target), tree)
     pairs: dict[tuple[int, int], int] = {}
     accepted = 0
     for start in range(0, answers, 500):
@@ -162,7 +179,8 @@ def _second_and_third(target, prompt: list[int], sampling: SamplingConfig) -> di
 
     def following(token_ids: list[int]) -> list[tuple[int, float]]:
         with torch.no_grad():
-            p = probabilities(target.model(torch.tensor([token_ids])).logits[0, -1], sampling)
+            seen = torch.zeros(97, dtype=torch.bool).index_fill(0, torch.tensor(token_ids), True)
+            p = probabilities(target.model(torch.tensor([token_ids])).logits[0, -1], sampling, seen)
         return [(token, float(p[token])) for token in p.nonzero()[:, 0].tolist()]
 
     found: dict[tuple[int, int], float] = {}

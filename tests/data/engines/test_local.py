@@ -3,10 +3,13 @@
 import pytest
 import torch
 
-from hass_core.config import SamplingShare
+from hass_core.config import SamplingConfig, SamplingShare
 from hass_core.data.engines.base import Request, RequestQueue
 from hass_core.data.engines.local import LocalEngine
+from hass_core.decoding.answers import StopRule
+from hass_core.decoding.decoder import PlainDecoder
 from hass_core.target_model.loader import Target
+from hass_core.target_model.runner import make_runner
 
 GREEDY = SamplingShare(temperature=0.0)
 WARM = SamplingShare(temperature=1.5, top_p=0.95, top_k=40)
@@ -54,6 +57,16 @@ def test_a_sampled_answer_does_not_depend_on_its_company(tiny_target):
     together = answers(tiny_target, given, rows=9)
     assert together == answers(tiny_target, given, rows=2)
     assert together["r4"] == answers(tiny_target, [given[4]], rows=1)["r4"]
+
+
+def test_a_sampled_answer_is_that_of_plain_decoding_with_its_seed(tiny_target):
+    for request in requests(3, WARM):
+        sampling = SamplingConfig(temperature=1.5, top_p=0.95, top_k=40)
+        plain = PlainDecoder(make_runner(tiny_target)).generate(
+            [request.prompt_token_ids], sampling, request.max_new_tokens, StopRule(), request.seed
+        )
+        found = answers(tiny_target, [request], rows=1)[request.key]
+        assert found == plain[0].token_ids[: len(found)]
 
 
 def test_another_seed_gives_another_answer(tiny_target):
