@@ -78,7 +78,7 @@ def test_a_plan_is_measured_serialises_and_gives_a_tree_to_decode_with(tiny_targ
     SpeculativeDecoder(runner, draft, plan.tree()).generate(prompts[:1], SamplingConfig(), 8, ENDLESS)
 
 
-def made_up_seconds(runner, drafter, rows):
+def made_up_seconds(runner, drafter, rows, **options):
     """A cycle in which a level takes 2 ms: a tiny model's is lost among what else the machine does."""
     levels = drafter.shape.depth if isinstance(drafter, Drafter) else 0
     return 0.001 + 0.00001 * drafter.shape.nodes + 0.002 * levels
