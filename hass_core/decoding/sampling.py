@@ -63,8 +63,9 @@ class Sampler:
 
     def draw(self, logits: Tensor, positions: Tensor, tree: Tree | None = None) -> tuple[Tensor, Tensor]:
         """Tokens [B, n] for sequence `positions` [B, n] and whether they are sound, from logits [B, n, V]."""
-        path = None if tree is None else torch.where(tree.visible, tree.token_ids[:, None], NO_TOKEN)
-        logits = self._penalized(logits, path)
+        if self.wants_paths:
+            path = None if tree is None else torch.where(tree.visible, tree.token_ids[:, None], NO_TOKEN)
+            logits = self._penalized(logits, path)
         if self._greedy:
             return greedy(logits)
         sharpness = 1 / self.temperature

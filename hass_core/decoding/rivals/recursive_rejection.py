@@ -80,7 +80,7 @@ class RejectionSampler(Sampler):
             for node, distribution in enumerate(q[row].cpu()):
                 before = [] if path is None else path[row, node].tolist()
                 proposed[tuple(token for token in before if token != NO_TOKEN)] = distribution
-        return super().guess(logits, positions, ahead, k, token_ids, path)
+        return self._noise.largest(q.log(), positions[:, None], k, 1.0, 1.0, ahead)
 
     def draw(self, logits: Tensor, positions: Tensor, tree: Tree | None = None) -> tuple[Tensor, Tensor]:
         """See `Sampler`; right at the nodes of the accepted path only."""
@@ -107,6 +107,8 @@ class RejectionSampler(Sampler):
         """A token drawn from p [V], one of `candidates` wherever rejection allows."""
         for candidate in candidates:
             assert q is not None
+            if q[candidate] == 0:  # q has run out of tokens: this one and the rest were not drawn from it
+                break
             if float(torch.rand((), generator=self._coins)) * float(q[candidate]) < float(p[candidate]):
                 return candidate
             p = (p - q).clamp(min=0)
