@@ -112,6 +112,8 @@ class RejectionSampler(Sampler):
             if float(torch.rand((), generator=self._coins)) * float(q[candidate]) < float(p[candidate]):
                 return candidate
             p = (p - q).clamp(min=0)
+            if float(p.sum()) == 0:  # p and q differ by rounding alone
+                return candidate
             p = p / p.sum()
             q = q.index_fill(0, torch.tensor([candidate]), 0.0)
             q = q / q.sum()
