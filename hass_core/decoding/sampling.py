@@ -315,7 +315,7 @@ def draw_rows(shaped: Shaped, streams: Tensor, positions: Tensor) -> Tensor:
         return torch.where(cold, greedy(logits)[0], drawn)
     if lowest is not None:
         logits = logits.masked_fill(logits < lowest, NEVER)
-    words = map(tuple, streams.cpu().numpy().view(np.uint32).tolist())
+    words = [(low, high) for low, high in streams.cpu().numpy().view(np.uint32).tolist()]
     rows = zip(logits.cpu().numpy(), words, positions.tolist(), cold.tolist(), strict=True)
     drawn = [int(row.argmax()) if is_cold else winner(row, word, place) for row, word, place, is_cold in rows]
     return torch.tensor(drawn, device=logits.device)
