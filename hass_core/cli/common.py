@@ -42,9 +42,9 @@ def complain(sentence: str) -> None:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Report]:
-    """A progress bar as the callback that the stages take."""
+    """A progress bar as the callback that the stages take; a file or a pipe gets none."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=notes) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=notes, disable=not notes.is_terminal) as bar:
         task = bar.add_task(title, total=None, note="")
 
         def report(done: int, total: int, note: str = "") -> None:

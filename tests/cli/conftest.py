@@ -35,6 +35,7 @@ def bad(tmp_path_factory) -> Path:
     }
     for name, text in texts.items():
         (folder / name).write_text(text)
+    (folder / "asked.jsonl").write_text(json.dumps({"id": "a", "messages": [{"role": "user", "content": "Hi"}]}))
     (folder / "latin.toml").write_bytes('name = "é"'.encode("latin-1"))
     (folder / "key").write_text("schlüssel")
     config = {"hidden_size": 48, "vocab_size": 259, "num_hidden_layers": 1}

@@ -109,9 +109,9 @@ hass chat -t target --draft draft                            | the draft in draf
 hass chat -t target --draft noweights                        | noweights/model.safetensors is missing
 hass chat -t target --draft target                           | target holds no draft
 hass plan draft -t target                                    | the draft in draft is broken
-hass evaluate --draft draft -o out -s target.source=target   | the draft in draft is broken
+hass evaluate --draft draft -o out -s target.source=target --benchmarks asked.jsonl | the draft in draft is broken
 hass export draft --to vllm -t target -o out                 | draft
-hass import noweights -t target -o out                       | noweights
+hass import noweights -t target -o imported                  | noweights
 hass run prompts -s target.source=garbage.gguf -s store=s    | garbage.gguf
 hass run prompts -s target.source=target -s prompts.files=["missing.jsonl"] -s store=s | missing.jsonl: no such file
 """
@@ -147,7 +147,7 @@ def test_a_file_that_is_not_what_it_should_be_is_told_in_one_sentence(bad, line,
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
 def test_a_gpu_that_is_not_there_is_told(bad):
     line = "hass run prompts -s target.source=target -s target.device=cuda -s store=s"
-    assert_one_sentence(command(bad, line), "target.device = 'cuda'")
+    assert_one_sentence(command(bad, line), "no GPU")
 
 
 VALUES = st.recursive(

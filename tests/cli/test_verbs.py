@@ -1,0 +1,73 @@
+"""What `hass` prints: results on stdout, for people or as JSON, and a clean end."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import hass_core
+from hass_core.config import load_config, preset_names
+from tests.cli.conftest import ROOT, command
+
+
+def test_the_version_is_told(bad):
+    told = command(bad, "hass --version")
+    assert (told.status, told.out) == (0, f"hass {hass_core.__version__}\n")
+    assert not told.loaded_torch
+
+
+def test_help_lists_the_verbs_and_the_exit_statuses(bad):
+    for line in ("hass", "hass --help", "hass -h"):
+        told = command(bad, line)
+        assert told.status == 0
+        words = " ".join(told.out.split())
+        assert "Exit status: 0 done, 1 findings (doctor), 2 a mistake" in words
+        for verb in ("run", "chat", "serve", "evaluate", "plan", "export", "import", "doctor", "bench", "presets"):
+            assert f" {verb} " in words
+
+
+def test_a_shell_is_told_how_to_complete(bad):
+    assert "--install-completion" in command(bad, "hass --help").out
+
+
+def test_presets_are_whole_settings_as_json(bad):
+    told = command(bad, "hass presets --json")
+    found = json.loads(told.out)
+    assert list(found) == preset_names()
+    assert found["smollm2-cpu"] == load_config("smollm2-cpu").model_dump(mode="json")
+
+
+@pytest.mark.slow
+def test_a_finished_stage_is_told_as_json_and_nothing_else(bad):
+    line = 'hass run prompts -s target.source=target -s prompts.builtin=false -s prompts.files=["asked.jsonl"]'
+    told = command(bad, f"{line} -s store=json --json")
+    assert told.status == 0, told.error
+    prompts = json.loads(told.out)["prompts"]
+    assert prompts["url"].endswith(f"/json/prompts/{prompts['digest']}")
+    assert (bad / "json" / "prompts" / prompts["digest"] / "manifest.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("typed", ["", "\n", "hello\n"])
+def test_a_chat_ends_with_the_input(bad, typed):
+    told = command(bad, "hass chat -t target --max-new-tokens 4", stdin=typed)
+    assert told.status == 0, told.error
+    assert "Traceback" not in told.error
+    assert ("tokens a cycle" in told.out) == bool(typed.strip())
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_chat_with_130(bad):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hass_core.cli", "chat", "-t", str(bad / "target")],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error
