@@ -22,7 +22,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hass_core.data.conversations import FORM_KEYS, Record, name_of, parse_row
+from hass_core.data.conversations import FORM_KEYS, Record, parse_row
 from hass_core.data.messages import BrokenRow, Unusable
 from hass_core.errors import BadInput, HassError
 
@@ -76,7 +76,7 @@ def conversation(row: Row, source: str, prefix: str | None = None) -> Record | S
     except BrokenRow as problem:
         raise BadInput(f"{row.where}: {problem}") from None
     except Unusable as problem:
-        return Skipped(f"{prefix}/{name_of(row.value, row.number)}", source, str(problem))
+        return Skipped(f"{prefix}/{row.number}", source, str(problem))  # its number finds it, whatever its id
 
 
 def rows_of(path: str | Path) -> Iterator[Row]:
