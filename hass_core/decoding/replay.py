@@ -26,6 +26,7 @@ from hass_core.decoding.sampling import Noise, Sampler, probabilities
 from hass_core.decoding.tree import accept
 
 GREEDY = SamplingConfig()
+FRESH = 0x7265706C6179  # a seed that no answer was drawn with: the noise must not know the winners
 UNKNOWN = -1  # a token past the end of the answer: no draft equals it
 ANSWERS_AT_ONCE = 16
 
@@ -108,7 +109,7 @@ def _replay(drafter: Drafter, answers: Sequence[Recording], head: Tensor, sampli
     read = int(root.max())
     estimate = drafter.extend(cache, features[:, :read], token_ids[:, 1 : read + 1].clamp(min=0), root)
     found: list[list[int]] = [[] for _ in answers]
-    sampler.start(token_ids.clamp(min=0), root + 1, seed=0)
+    sampler.start(token_ids.clamp(min=0), root + 1, FRESH)
     while (running := root + 1 < lengths).any():
         tree = drafter.grow(cache, _at(token_ids, root), estimate, sampler)
         drawn = _at(token_ids, root[:, None] + 1 + tree.depths)
