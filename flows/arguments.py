@@ -5,11 +5,15 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flows.parameters import ExportParameters, PromotionParameters, RunParameters
+from flows.parameters import ExportParameters, PromotionParameters, RejectionParameters, RunParameters
 from hass_core.errors import USER_ERROR, ConfigError, sentence_of
 from hass_core.settings import validated
 
-OWN_PARAMETERS = {"export_draft": ExportParameters, "promote_draft": PromotionParameters}  # the others have none
+OWN_PARAMETERS = {  # the others have none
+    "export_draft": ExportParameters,
+    "promote_draft": PromotionParameters,
+    "reject_draft": RejectionParameters,
+}
 PRESET = "smollm2-cpu"
 
 

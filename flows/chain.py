@@ -5,11 +5,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from flows.parameters import RunParameters
+from hass_core.config import Stage
 from hass_core.store import Artifact
 from tasks import draft, evaluation, features, prompts, responses
 from tasks.elsewhere import run_elsewhere
+from tasks.finished import find_finished
 from tasks.links import link_to_mlflow, prefect_tags
+from tasks.resources import made_by
 from tasks.tracking import open_retraining
+from tasks.warm_start import resolve_warm_start
 
 STEPS = {
     "responses": responses.generate_responses,
@@ -25,6 +29,7 @@ class Chain:
 
     run_id: str
     artifacts: list[Artifact]
+    new: bool = True  # False: all of it was finished and recorded before, and nothing was touched
 
     @property
     def last(self) -> Artifact:
@@ -32,20 +37,24 @@ class Chain:
 
 
 @contextmanager
-def run_until(last: str, run: RunParameters) -> Iterator[Chain]:
-    """Run prompts to `last`; the MLflow run ends with the block.
+def run_until(last: Stage, run: RunParameters) -> Iterator[Chain]:
+    """Run prompts to `last`; the MLflow run ends with the block. What is all finished and recorded is only found.
 
     A stage named in `run.deployments` becomes a flow run of that deployment, the others run in this process.
     """
-    config = run.config()
-    collected = prompts.collect_prompts(config)
-    with open_retraining(config, collected, prefect_tags()) as run_id:
+    asked = run.config()
+    collected = prompts.collect_prompts(asked)
+    config, began = resolve_warm_start(asked, collected, run.continues)
+    if found := find_finished(config, last):
+        yield Chain(*found, new=False)
+        return
+    with open_retraining(asked, collected, prefect_tags() | began, made_by(asked), run.continues) as run_id:
         link_to_mlflow(config, run_id)
         prompts.record_prompts(config, collected, run_id)
         done = [collected]
         for stage, step in STEPS.items():
             if deployment := run.deployments.get(stage):
-                done.append(run_elsewhere(stage, deployment, run.for_sub_flow(), config, run_id))
+                done.append(run_elsewhere(stage, deployment, run.for_sub_flow(run_id), config, run_id))
             else:
                 done.append(step(config, done[-1], run_id))
             if stage == last:

@@ -51,6 +51,7 @@ class _Preset(Settings):
         default={},
         description='Stages to run as deployments of their own, such as {"draft": "train-draft/gpu"}; others run here',
     )
+    continues: str | None = Field(default=None, description="MLflow run to record into; set by the flow that asks")
 
 
 _Changes: Any = optional(RunConfig, base=_Preset)
@@ -65,9 +66,9 @@ class RunParameters(_Changes):
         preset = load_config(self.preset, self.overrides).model_dump(mode="json")
         return parse_config(merged(preset, changes), where=self.preset)
 
-    def for_sub_flow(self) -> dict[str, Any]:
-        """The same settings for a flow run of another deployment, which runs all of its stages itself."""
-        return self.model_dump(mode="json", exclude_none=True, exclude={"deployments"})
+    def for_sub_flow(self, run_id: str) -> dict[str, Any]:
+        """The same for a flow run of another deployment, which runs all of its stages itself, into the same record."""
+        return self.model_dump(mode="json", exclude_none=True, exclude={"deployments"}) | {"continues": run_id}
 
 
 class ExportParameters(RunParameters):
@@ -90,3 +91,10 @@ class PromotionParameters(RunParameters):
     """The settings it is measured with, and which version."""
 
     version: int | None = Field(default=None, ge=1, description="Registered version; empty = the challenger")
+
+
+class RejectionParameters(RunParameters):
+    """Which version, and why."""
+
+    version: int | None = Field(default=None, ge=1, description="Registered version; empty = the challenger")
+    reason: str = Field(default="a person refused it", min_length=1, description="Why, for the record")

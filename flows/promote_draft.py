@@ -9,13 +9,16 @@ from flows.terminal import main
 from hass_core.config import RunConfig
 from tasks.gate import Verdict
 from tasks.promotion import decide, find_version
+from tasks.release import release_champion
 
 
 @flow(name="promote-draft", flow_run_name="promote-draft {run.preset}")
 def promote_draft(run: PromotionParameters) -> Verdict:
     """Compare a registered draft with the champion and let the better one win."""
     config = run.config()
-    return decide(config, find_version(config, run.version), again=run.version is not None)
+    verdict = decide(config, find_version(config, run.version), again=run.version is not None)
+    release_champion(config)
+    return verdict
 
 
 def show(console: Console, config: RunConfig, verdict: Verdict) -> None:

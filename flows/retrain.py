@@ -3,7 +3,8 @@
 Prompts, answers, features, training, evaluation, registration; what the store already holds is not done again.
 """
 
-from prefect import flow
+from prefect import State, flow
+from prefect.states import Completed
 from pydantic import BaseModel
 from rich.console import Console
 
@@ -12,9 +13,11 @@ from flows.parameters import RunParameters
 from flows.terminal import main
 from hass_core.config import RunConfig
 from hass_core.store import Artifact
+from tasks.finished import find_judged
 from tasks.promotion import Verdict, decide
 from tasks.registration import register_draft
-from tasks.summary import report_tables, version_lines
+from tasks.release import release_champion
+from tasks.summary import nothing_new, report_tables, version_lines
 from tasks.tracking import DraftVersion, ui_command
 
 
@@ -24,23 +27,33 @@ class Retrained(BaseModel):
     run_id: str
     evaluation: Artifact
     version: DraftVersion
-    verdict: Verdict | None
+    verdict: Verdict | None = None
+    new: bool = True  # False: nothing has changed since it was made, and nothing was done
 
 
 @flow(name="retrain", flow_run_name="retrain {run.preset}")
-def retrain(run: RunParameters) -> Retrained:
-    """Retrain the draft, measure it, register it, and put it in use when it is better than the present one."""
+def retrain(run: RunParameters) -> Retrained | State[Retrained]:
+    """Retrain the draft, measure it, register it, and put it in use when it is better than the present one.
+
+    Where nothing is new the run completes as "Nothing new" and leaves every record as it is.
+    """
     config = run.config()
     with run_until("evaluation", run) as chain:
+        if not chain.new and (version := find_judged(config, chain.artifacts[-2])):
+            release_champion(config)  # where that was left undone
+            done = Retrained(run_id=chain.run_id, evaluation=chain.last, version=version, new=False)
+            return Completed(name="Nothing new", message=nothing_new(version), data=done)
         version = register_draft(config, chain.artifacts, chain.run_id)
         verdict = decide(config, version) if config.promotion.automatic else None
+    release_champion(config)
     return Retrained(run_id=chain.run_id, evaluation=chain.last, version=version, verdict=verdict)
 
 
 def show(console: Console, config: RunConfig, done: Retrained) -> None:
     """The report, the registered version and how to see more."""
     console.print(report_tables(config, done.evaluation))
-    console.print(version_lines(done.version, done.verdict), highlight=False)
+    told = version_lines(done.version, done.verdict) if done.new else nothing_new(done.version)
+    console.print(told, highlight=False)
     console.print(f"runs and figures: {ui_command(config)}", highlight=False, soft_wrap=True)
 
 

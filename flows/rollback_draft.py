@@ -5,12 +5,15 @@ from prefect import flow
 from flows.parameters import RunParameters
 from flows.terminal import main
 from tasks.promotion import RolledBack, roll_back
+from tasks.release import release_champion
 
 
 @flow(name="rollback-draft", flow_run_name="rollback-draft {run.preset}")
 def rollback_draft(run: RunParameters) -> RolledBack:
-    """Withdraw the champion; the one it replaced is the champion again."""
-    return roll_back(run.config())
+    """Withdraw the champion; the one it replaced is the champion again, and released again where releases are made."""
+    done = roll_back(run.config())
+    release_champion(run.config())
+    return done
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from torch import Tensor
 
 R = TypeVar("R")
 
+_beginnings = 0
+
 
 @dataclass(frozen=True)
 class _Captured(Generic[R]):
@@ -40,6 +42,7 @@ class GraphCache:
         if key not in self._captured:
             if self._most is None or len(self._captured) < self._most:
                 self._captured[key] = None
+                _begun()
             return work()
         captured = self._captured[key]
         if captured is None:
@@ -53,6 +56,11 @@ class GraphCache:
         return captured.result
 
 
+def graph_beginnings() -> int:
+    """How often this process ran work as it is because a graph of it is still to come, or captured one."""
+    return _beginnings
+
+
 @contextmanager
 def capturing(pool: Any) -> Iterator[torch.cuda.CUDAGraph]:
     """A new graph of the work done inside, its memory from `pool`.
@@ -60,6 +68,7 @@ def capturing(pool: Any) -> Iterator[torch.cuda.CUDAGraph]:
     Python's garbage collector waits meanwhile: to destroy an older graph, as it might, would spoil the capture. What
     other threads do on the GPU does not.
     """
+    _begun()
     graph = torch.cuda.CUDAGraph()
     collecting = gc.isenabled()
     gc.disable()
@@ -69,3 +78,8 @@ def capturing(pool: Any) -> Iterator[torch.cuda.CUDAGraph]:
     finally:
         if collecting:
             gc.enable()
+
+
+def _begun() -> None:
+    global _beginnings
+    _beginnings += 1

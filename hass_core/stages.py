@@ -4,18 +4,37 @@ from collections.abc import Callable
 from typing import get_args
 
 from hass_core.config import RunConfig, Stage
+from hass_core.data import prompts, responses
 from hass_core.data.prompts import collect_prompts
 from hass_core.data.responses import generate_responses
+from hass_core.evaluation import evaluate
 from hass_core.evaluation.evaluate import evaluate_draft
+from hass_core.features import extract
 from hass_core.features.extract import extract_features
 from hass_core.memory import release_unused
 from hass_core.progress import Progress, no_progress
-from hass_core.store import Artifact, Store
+from hass_core.store import Artifact, FinishedStore, Store, Unfinished
 from hass_core.target_model.loader import Target, load_target
+from hass_core.training import train
 from hass_core.training.train import train_draft
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
+STEP_VERSIONS: dict[Stage, int] = {
+    "prompts": prompts.STEP_VERSION,
+    "responses": responses.STEP_VERSION,
+    "features": extract.STEP_VERSION,
+    "draft": train.STEP_VERSION,
+    "evaluation": evaluate.STEP_VERSION,
+}
 Work = Callable[[RunConfig, Artifact, Store, Target, Progress], Artifact]
+
+
+FOLLOWING: tuple[tuple[Stage, Work], ...] = (  # behind prompts, each working on what the one before it made
+    ("responses", generate_responses),
+    ("features", extract_features),
+    ("draft", train_draft),
+    ("evaluation", evaluate_draft),
+)
 
 
 def run_until(
@@ -24,15 +43,22 @@ def run_until(
     """Run the stages up to and including `last`; finished ones are found in the store and not run again."""
     store = Store(config.store)
     store.check_writable()
-    target = load_target(config.target)
+    return _run(last, config, store, load_target(config.target), progress_for)
+
+
+def find_finished(last: Stage, config: RunConfig, target: Target) -> dict[Stage, Artifact] | None:
+    """The stages up to `last` where the store holds all of them finished, else None; nothing is written."""
+    try:
+        return _run(last, config, FinishedStore(config.store), target, lambda stage: no_progress)
+    except Unfinished:
+        return None
+
+
+def _run(
+    last: Stage, config: RunConfig, store: Store, target: Target, progress_for: Callable[[Stage], Progress]
+) -> dict[Stage, Artifact]:
     done: dict[Stage, Artifact] = {"prompts": collect_prompts(config, store, target, progress_for("prompts"))}
-    following: tuple[tuple[Stage, Work, Stage], ...] = (
-        ("responses", generate_responses, "prompts"),
-        ("features", extract_features, "responses"),
-        ("draft", train_draft, "features"),
-        ("evaluation", evaluate_draft, "draft"),
-    )
-    for stage, run, source in following[: STAGES.index(last)]:
-        done[stage] = run(config, done[source], store, target, progress_for(stage))
+    for (stage, work), source in zip(FOLLOWING[: STAGES.index(last)], STAGES, strict=False):
+        done[stage] = work(config, done[source], store, target, progress_for(stage))
         release_unused()
     return done

@@ -20,6 +20,8 @@ def run_elsewhere(
 
     Store and MLflow must be the same for both workers. Raises HassError when the sub-flow does not complete.
     """
+    client = tracking.connect(config)
+    was_running = tracking.is_running(client, run_id)
     flow_run: Any = run_deployment(deployment, parameters={"run": dict(parameters)}, as_subflow=True)
     if flow_run.state is None or not flow_run.state.is_completed():
         end = flow_run.state.name if flow_run.state else "no state"
@@ -27,8 +29,9 @@ def run_elsewhere(
             f"the stage {stage} ran as flow run {flow_run.name!r} of {deployment} and ended as {end}; see its log. "
             "The same command continues from what is finished"
         )
-    client = tracking.connect(config)
-    digest = tracking.resume(client, run_id, prefect_tags()).get(f"hass.digest.{stage}")
+    if was_running:  # else it was finished before, and the sub-flow found nothing to add
+        tracking.resume(client, run_id, prefect_tags())
+    digest = tracking.tags_of(client, run_id).get(f"hass.digest.{stage}")
     artifact = digest and store_of(config).artifact(stage, digest)
     if not artifact:
         raise HassError(

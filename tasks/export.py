@@ -71,7 +71,7 @@ def export_draft(config: RunConfig, source: DraftSource, engine: Engine, out: Pa
     Raises DraftMismatch with the findings when the draft cannot serve there.
     """
     with _failure_told(config, source, engine):
-        _write(config, source, engine, out, _tree(config, source.version), served_as)
+        write_export(config, source, engine, out, tree_of(config, source.version), served_as)
     card = (out / "README.md").read_text()
     if source.version:
         tracking.record_export(tracking.connect(config), source.version, engine, out)
@@ -85,7 +85,7 @@ def export_objections(config: RunConfig, version: DraftVersion) -> tuple[str, ..
     for engine in config.promotion.engines:
         with tempfile.TemporaryDirectory(prefix="hass-export-") as folder:
             try:
-                _write(config, DraftSource(version=version), engine, Path(folder) / engine, config.tree, None)
+                write_export(config, DraftSource(version=version), engine, Path(folder) / engine, config.tree, None)
             except HassError as error:
                 objections.append(f"the export check for {engine} failed: {error}")
     return tuple(objections)
@@ -106,9 +106,10 @@ def _publish(engine: Engine, text: str) -> None:
     create_markdown_artifact(text, key=f"export-{engine}", description=f"The draft for {engine}")
 
 
-def _write(
+def write_export(
     config: RunConfig, source: DraftSource, engine: Engine, out: Path, tree: TreeConfig, served_as: str | None
 ) -> None:
+    """Write a draft for one engine into the new local folder `out`, checked. Raises DraftMismatch with the findings."""
     target, licence = target_of(config), target_licence(config.target)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _local(config, source) as draft:
@@ -130,7 +131,7 @@ def _local(config: RunConfig, source: DraftSource) -> Iterator[Path]:
         yield stored.copied(Path(folder) / "draft", exporter.is_draft_file)
 
 
-def _tree(config: RunConfig, version: DraftVersion | None) -> TreeConfig:
+def tree_of(config: RunConfig, version: DraftVersion | None) -> TreeConfig:
     """The tree that the version's evaluation decoded with, chosen by measuring where it was; else the settings'."""
     if version is None:
         return config.tree

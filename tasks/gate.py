@@ -1,21 +1,25 @@
-"""The promotion gate: is the challenger better than the champion on the same questions? Rules and reasons, no registry.
+"""The promotion gate: does the challenger decode faster than its opponent? Rules and reasons, no registry.
 
-The gain is the challenger's speed-up over the champion's. Each speed-up is measured against plain decoding in the same
-session, so a machine that was busier on one of the two days does not decide.
+The opponent is the champion, or plain decoding where there is no champion for this target. Both answered the same
+questions one right after the other, at every temperature, in several rounds; the ratio of their tokens/s counts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from hass_core.config import PromotionConfig
-from hass_core.evaluation.metrics import Measurement, speedup
+from hass_core.evaluation.duel import Bout
+from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.render import md
-from hass_core.evaluation.report import ALL, PLAIN
-from hass_core.evaluation.statistics import Estimate, bootstrap
+from hass_core.evaluation.report import ALL
+from hass_core.evaluation.statistics import Estimate, crossed_mean
 
-DRAFTED = "hass"
+PLAIN_DECODING = "plain decoding"
+NOT_LOSSLESS = "the challenger changes the target's output: it is not lossless"
+FAR = 4.0  # standard deviations
+NORMAL_MAD = 1.4826  # standard deviation / median absolute deviation of a normal distribution
 
 
 class Verdict(BaseModel):
@@ -26,6 +30,9 @@ class Verdict(BaseModel):
     reasons: tuple[str, ...]
     gain: Estimate | None = None
     gain_by_benchmark: dict[str, Estimate] = {}
+    gain_by_temperature: dict[str, Estimate] = {}
+    opponent: str = "the champion"
+    measured: str = ""  # how, in a sentence
     champion: str | None = None
     challenger: str | None = None
 
@@ -48,88 +55,108 @@ class Verdict(BaseModel):
         """The verdict for people."""
         lines = [f"## Version {self.challenger}: {self.title}", ""]
         lines += [f"- {reason}" for reason in self.reasons]
-        if self.gain_by_benchmark:
-            lines += ["", "| benchmark | speed-up over the champion's |", "|---|---|"]
-            lines += [f"| {md(name)} | {_shown(gain)} |" for name, gain in self.gains().items()]
+        if gains := self.gains():
+            lines += ["", f"| | tokens/s over those of {self.opponent} |", "|---|---|"]
+            lines += [f"| {md(name)} | {_shown(gain)} |" for name, gain in gains.items()]
+        if self.measured:
+            lines += ["", self.measured]
         return "\n".join(lines) + "\n"
 
     def gains(self) -> dict[str, Estimate]:
-        """The gain of each benchmark by name, then over all where there are several."""
-        each = dict(sorted(self.gain_by_benchmark.items()))
-        return {**each, ALL: self.gain} if self.gain and len(each) > 1 else each
-
-
-Pair = tuple[Measurement, Measurement]  # one question: with the draft, without
-Match = tuple[Pair, Pair]  # one question: challenger, champion
+        """The gain of each benchmark and at each temperature by name, then over all where there are several."""
+        each = {**dict(sorted(self.gain_by_benchmark.items())), **self.gain_by_temperature}
+        several = len(self.gain_by_benchmark) > 1 or len(self.gain_by_temperature) > 1
+        return {**each, ALL: self.gain} if self.gain and several else each
 
 
 def judge(
-    challenger: Iterable[Measurement],
-    champion: Iterable[Measurement],
+    bouts: Sequence[Bout],
     lossless: bool,
     rules: PromotionConfig,
-    seed: int = 0,
+    opponent: str = "the champion",
 ) -> Verdict:
-    """Compare on the questions that both answered, with a draft and plainly. Every rule that fails gives a reason."""
-    matches = _matches(challenger, champion)
-    if not matches:
-        return Verdict(promoted=False, reasons=("the two drafts were measured on no common question",))
-    gain = _gain(matches, seed)
-    by_benchmark = {name: _gain(group, seed) for name, group in _by_benchmark(matches).items()}
-    against = _objections(gain, by_benchmark, lossless, rules)
+    """Compare the two sides of the bouts. Every rule that fails gives a reason."""
+    if not bouts:
+        return Verdict(promoted=False, reasons=("no question was answered by both sides",))
+    ratios = _ratios(bouts)
+    gain = _gain(bouts, ratios)
+    by_benchmark = _by(bouts, ratios, lambda bout: bout.challenger.benchmark)
+    by_temperature = _by(bouts, ratios, lambda bout: f"T = {bout.challenger.temperature:g}")
+    against = [] if lossless else [NOT_LOSSLESS]
+    if compiled := sum(m.compilations for bout in bouts for m in (bout.challenger, bout.opponent)):
+        against.append(f"{compiled} compilations ran while the clock did: these times cannot be compared; try again")
+    if gain.low <= rules.margin:
+        against.append(
+            f"the gain over {opponent} is {_shown(gain)}: its lower end is not above the margin of {rules.margin:+.1%}"
+        )
+    against += [
+        f"{name} is {-own.value:.1%} slower than with {opponent}; {rules.tolerance:.1%} are allowed"
+        for name, own in sorted({**by_benchmark, **by_temperature}.items())
+        if own.value < -rules.tolerance
+    ]
     return Verdict(
         promoted=not against,
-        reasons=tuple(against) or (f"the gain over the champion is {_shown(gain)}",),
+        reasons=tuple(against) or (f"the gain over {opponent} is {_shown(gain)}",),
         gain=gain,
         gain_by_benchmark=by_benchmark,
+        gain_by_temperature=by_temperature,
+        opponent=opponent,
+        measured=_told(bouts),
     )
 
 
-def _objections(gain: Estimate, by_benchmark: dict[str, Estimate], lossless: bool, rules: PromotionConfig) -> list[str]:
-    against = [] if lossless else ["the challenger changes the target's output: it is not lossless"]
-    if gain.low <= rules.margin:
-        against.append(
-            f"the gain over the champion is {_shown(gain)}: "
-            f"its lower end is not above the margin of {rules.margin:+.1%}"
-        )
-    against += [
-        f"{name} is {-own.value:.1%} slower than with the champion; {rules.tolerance:.1%} are allowed"
-        for name, own in sorted(by_benchmark.items())
-        if own.value < -rules.tolerance
-    ]
-    return against
+def _by(bouts: Sequence[Bout], ratios: Sequence[float], group: Callable[[Bout], str]) -> dict[str, Estimate]:
+    groups: dict[str, list[tuple[Bout, float]]] = {}
+    for bout, ratio in zip(bouts, ratios, strict=True):
+        groups.setdefault(group(bout), []).append((bout, ratio))
+    return {name: _gain(*zip(*members, strict=True)) for name, members in groups.items()}
 
 
-def _matches(challenger: Iterable[Measurement], champion: Iterable[Measurement]) -> list[Match]:
-    ours, theirs = _pairs(challenger), _pairs(champion)
-    return [(pair, theirs[question]) for question, pair in ours.items() if question in theirs]
+def _ratios(bouts: Sequence[Bout]) -> list[float]:
+    """log(challenger's tokens/s / opponent's) of each bout.
+
+    A question's rounds are compared with each other: what lies further than four standard deviations (by the median
+    deviation of all) from the median of its rounds is drawn in to there, for during one of the two answers the machine
+    had other things to do. Questions are not compared: a draft may well be slow at some.
+    """
+    ratios = np.array([np.log(_rate(bout.challenger) / _rate(bout.opponent)) for bout in bouts])
+    rounds: dict[tuple[str, str, float], list[int]] = {}
+    for place, bout in enumerate(bouts):
+        mine = bout.challenger
+        rounds.setdefault((mine.benchmark, mine.question, mine.temperature), []).append(place)
+    middle = np.empty_like(ratios)
+    for places in rounds.values():
+        middle[places] = np.median(ratios[places])
+    reach = FAR * NORMAL_MAD * float(np.median(np.abs(ratios - middle)))
+    return np.clip(ratios, middle - reach, middle + reach).tolist()
 
 
-def _pairs(measured: Iterable[Measurement]) -> dict[tuple[str, str, float], Pair]:
-    found = {(m.benchmark, m.question, m.temperature, m.method): m for m in measured}
-    return {
-        key[:3]: (found[*key[:3], DRAFTED], found[*key[:3], PLAIN])
-        for key in found
-        if key[3] == DRAFTED and (*key[:3], PLAIN) in found
-    }
+def _gain(bouts: Sequence[Bout], ratios: Sequence[float]) -> Estimate:
+    """exp(mean of log ratios) − 1: each question counts the same, and so does each temperature.
+
+    A question's temperatures are averaged first: they share what is particular to the question.
+    """
+    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for bout, ratio in zip(bouts, ratios, strict=True):
+        question = (bout.challenger.benchmark, bout.challenger.question)
+        found.setdefault(question, {}).setdefault(bout.round, []).append(ratio)
+    values = np.array([[np.mean(rounds[number]) for number in sorted(rounds)] for rounds in found.values()])
+    estimate = crossed_mean(values)
+    value, low, high = (float(np.expm1(number)) for number in (estimate.value, estimate.low, estimate.high))
+    return Estimate(value=value, low=low, high=high)
 
 
-def _by_benchmark(matches: Sequence[Match]) -> dict[str, list[Match]]:
-    groups: dict[str, list[Match]] = {}
-    for match in matches:
-        groups.setdefault(match[0][0].benchmark, []).append(match)
-    return groups
+def _rate(measurement: Measurement) -> float:
+    return measurement.new_tokens / measurement.seconds
 
 
-def _gain(matches: Sequence[Match], seed: int) -> Estimate:
-    """(challenger's speed-up / champion's speed-up) − 1 with its paired interval over questions."""
-    ours, theirs = (speedup([m[side][0] for m in matches], [m[side][1] for m in matches]) for side in (0, 1))
-    width = len(ours.columns)
-
-    def gain(*columns: np.ndarray) -> np.ndarray:
-        return ours.statistic(*columns[:width]) / theirs.statistic(*columns[width:]) - 1
-
-    return bootstrap(gain, *ours.columns, *theirs.columns, seed=seed)
+def _told(bouts: Sequence[Bout]) -> str:
+    questions = len({(bout.challenger.benchmark, bout.challenger.question) for bout in bouts})
+    rounds = len({bout.round for bout in bouts})
+    return (
+        f"{questions} questions, answered in turns by both sides in {rounds} rounds of one session with the same tree; "
+        "the intervals hold what differs between questions and between rounds."
+    )
 
 
 def _shown(gain: Estimate) -> str:

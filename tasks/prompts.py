@@ -9,7 +9,7 @@ from tasks.progress import reporting
 from tasks.resources import store_of, target_of
 from tasks.retries import NETWORK_RETRIES
 from tasks.stage import publish_summary
-from tasks.tracking import stage_run
+from tasks.tracking import is_recorded, stage_run
 
 
 @task(name="collect-prompts", **NETWORK_RETRIES)
@@ -24,5 +24,7 @@ def collect_prompts(config: RunConfig) -> Artifact:
 @task(name="record-prompts")
 def record_prompts(config: RunConfig, prompts: Artifact, run_id: str) -> None:
     """Enter the prompts into the retraining's MLflow run."""
+    if is_recorded(config, run_id, prompts):
+        return
     with stage_run(config, run_id, "prompts") as run:
         run.record(store_of(config), prompts, {})

@@ -4,7 +4,9 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
 from hass_core.config import RunConfig
+from hass_core.evaluation.evaluate import read_report
 from hass_core.store import Artifact
+from hass_core.store.housekeeping import note_registered
 from hass_core.store.provenance import code_commit
 from tasks import tracking
 from tasks.model_card import model_card
@@ -21,7 +23,9 @@ def register_draft(config: RunConfig, stages: list[Artifact], run_id: str) -> tr
     lineage |= {"hass.commit": code_commit() or "unknown", "hass.mlflow_run": run_id}
     draft, store, target = by_name["draft"], store_of(config), target_of(config)
     card = model_card(config, target, by_name)
-    version = tracking.register(config, run_id, draft, store, target, lineage, card)
+    evaluation = read_report(store, by_name["evaluation"])
+    version = tracking.register(config, run_id, draft, store, target, lineage, card, evaluation)
+    note_registered(store, version.model, version.version, stages)
     text = (
         f"`{version.model}` version {version.version}, alias `{version.alias}`. MLflow: `{tracking.ui_command(config)}`"
     )

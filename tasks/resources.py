@@ -1,12 +1,17 @@
 """What the stages of one process share: the store and the loaded target."""
 
+import json
 from functools import lru_cache
+from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
 from hass_core.config import RunConfig, TargetConfig
+from hass_core.evaluation.evaluate import device_name
+from hass_core.stages import STEP_VERSIONS
 from hass_core.store import Store
 from hass_core.target_model.loader import Target, load_target
+from tasks import tracking
 
 
 def store_of(config: RunConfig) -> Store:
@@ -19,6 +24,26 @@ def store_of(config: RunConfig) -> Store:
 def target_of(config: RunConfig) -> Target:
     """The target, loaded once per process: all stages of a retraining use the same one."""
     return _loaded(config.target.model_dump_json())
+
+
+def made_by(config: RunConfig) -> dict[str, Any]:
+    """What decides results beside settings and prompts: the target, the machine, the versions of the steps."""
+    target = target_of(config)
+    return {
+        "target": tracking.target_identity(target),
+        "device": device_name(target.device),
+        "dtype": str(target.dtype),
+        "steps": STEP_VERSIONS,
+    }
+
+
+def is_served(config: RunConfig, version: tracking.DraftVersion) -> bool:
+    """Whether a version was trained for the target of the settings; its draft says so where the registry does not."""
+    target = target_of(config)
+    if version.target:
+        return tracking.serves(version, target)
+    record = json.loads(store_of(config).open(version.draft).read_text("config.json")).get("hass", {})
+    return not target.differing(record)
 
 
 @lru_cache(maxsize=1)

@@ -2,18 +2,18 @@
 
 import html
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 from prefect.artifacts import create_markdown_artifact
 
 from hass_core.config import RunConfig
 from hass_core.memory import release_unused
-from hass_core.progress import Progress
-from hass_core.store import Artifact, Store
+from hass_core.progress import Progress, no_progress
+from hass_core.store import Artifact, FinishedStore, Store, Unfinished
 from hass_core.target_model.loader import Target
 from tasks.progress import reporting
 from tasks.resources import store_of, target_of
-from tasks.tracking import StageRun, stage_run
+from tasks.tracking import StageRun, is_recorded, stage_run
 
 CoreStage = Callable[[RunConfig, Artifact, Store, Target, Progress], Artifact]
 Watch = Callable[[StageRun], AbstractContextManager[None]]
@@ -29,9 +29,13 @@ def run_stage(
 ) -> Artifact:
     """Do one stage's work on `source`, or find it done; `run_id` is the retraining's MLflow run.
 
-    `watch` is entered while the work is under way.
+    What is finished and recorded is left alone: nothing is written. `watch` is entered while the work is under way.
     """
     store, target = store_of(config), target_of(config)
+    with suppress(Unfinished):
+        found = work(config, source, FinishedStore(config.store), target, no_progress)
+        if is_recorded(config, run_id, found):
+            return found
     with reporting(stage) as progress, stage_run(config, run_id, stage) as run:
         with watch(run):
             artifact = work(config, source, store, target, progress)

@@ -27,9 +27,16 @@ def report_tables(config: RunConfig, evaluation: Artifact) -> RenderableType:
 
 
 def version_lines(version: DraftVersion, verdict: Verdict | None) -> str:
-    """The registered version, its alias, and what the gate said."""
-    alias = f"alias {version.alias}" if version.alias else "no alias"
-    lines = [f"registered  {version.model} version {version.version}, {alias}"]
+    """The registered version, and what the gate said."""
+    lines = [f"registered  {version.model} version {version.version}"]
     if verdict:
         lines += [f"{verdict.outcome}: {reason}" for reason in verdict.reasons]
+    else:
+        lines += ["it waits for promote-draft or reject-draft"]
     return "\n".join(lines)
+
+
+def nothing_new(version: DraftVersion) -> str:
+    """What a retraining says that found everything done."""
+    named = f"{version.model} version {version.version}" + (f", the {version.alias}," if version.alias else "")
+    return f"nothing new: {named} was made of the same prompts, target and settings"

@@ -68,7 +68,8 @@ def load_benchmarks(config: EvaluationConfig) -> list[Question]:
 def assert_unseen(questions: Iterable[Question], store: Store, draft: Artifact) -> bool:
     """Compare the questions with the prompts that `draft` was trained on, by normalised hash.
 
-    Raises LeakedBenchmark naming the prompt. False when the draft came from outside, its training prompts unknown.
+    Raises LeakedBenchmark naming the prompt. False when its training prompts are unknown: it came from outside, or the
+    store was pruned.
     """
     prompts = training_prompts(store, draft)
     if prompts is None:
@@ -84,9 +85,10 @@ def training_prompts(store: Store, draft: Artifact) -> list[Record] | None:
     for stage in ("features", "responses", "prompts"):
         manifest = store.open(artifact).manifest()
         digest = manifest.key.get(stage) if manifest else None
-        if not isinstance(digest, str):
+        found = store.artifact(stage, digest) if isinstance(digest, str) else None
+        if found is None:  # the draft is from elsewhere, or the stage was pruned
             return None
-        artifact = Artifact(stage=stage, digest=digest, root=store.root)
+        artifact = found
     return read_prompts(store, artifact)
 
 

@@ -34,7 +34,7 @@ from hass_core.store.content import content_of
 from hass_core.store.provenance import provenance
 from hass_core.target_model.loader import Target, load_target
 
-STEP_VERSION = 3  # 3: the target by its identity, questions with their categories
+STEP_VERSION = 4  # every shape is warmed, temperatures come one after the other
 REPORT = "report.json"
 
 
@@ -132,7 +132,7 @@ class Work:
     def identity(self) -> dict[str, Any]:
         """All that determines the measurements of drafts that lie in folders."""
         drafts = {name: _content(name, folder, self.target) for name, folder in self.drafts.items()}
-        return {"drafts": drafts, **_measured_by(self.config, self.tree, self.target, self.questions)}
+        return {"drafts": drafts, **measured_by(self.config, self.tree, self.target, self.questions)}
 
 
 def write_outputs(
@@ -176,12 +176,13 @@ def _processor() -> str:
 
 
 def _key(config: RunConfig, draft: Artifact, target: Target, questions: Sequence[Question]) -> dict[str, Any]:
-    return {"draft": draft.digest, **_measured_by(config.evaluation, config.tree, target, questions)}
+    return {"draft": draft.digest, **measured_by(config.evaluation, config.tree, target, questions)}
 
 
-def _measured_by(
+def measured_by(
     config: EvaluationConfig, tree: TreeConfig, target: Target, questions: Sequence[Question]
 ) -> dict[str, Any]:
+    """What decides a measurement, beside the drafts: questions, settings, tree, target and machine."""
     return {
         "evaluation": config.model_dump(mode="json", exclude={"benchmarks"}),
         "tree": tree.model_dump(),

@@ -53,6 +53,7 @@ class Measurement(BaseModel):
     new_tokens: int
     seconds: float  # with prefill; the fastest of the repeats
     decode_seconds: float
+    compilations: int = 0  # and captures of CUDA graphs while these seconds ran
     accepted: list[int]
     drafted_depth: list[int]  # levels offered for verification
     ranks: list[int] = []  # one per accepted token: its place among its siblings, 0 = the draft's first choice

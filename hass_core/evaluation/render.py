@@ -157,6 +157,7 @@ def _settings(report: Report) -> Iterator[str]:
     yield f"- machine: {md(report.device)}, {report.dtype}; batch 1; times include the prefill"
     yield f"- tree: {shape}" + (", chosen by measuring this machine and draft" if report.plan else "")
     yield f"- answers of at most {report.max_new_tokens} tokens, the fastest of {report.repeats} run(s) of each method"
+    yield f"- compilations and captures of CUDA graphs while the clock ran: {report.compilations}"
     yield f"- questions: {', '.join(f'{count} of {md(name)}' for name, count in report.benchmarks.items())}"
     yield f"- transformers' own `generate` on one question: {report.generate_tokens_per_second:.1f} tokens/s"
     known = "compared by hash: none was trained on" if report.leak_checked else "unknown: this draft came from outside"

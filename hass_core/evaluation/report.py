@@ -70,6 +70,7 @@ class Report(Part):
     lossless: Certificate | None  # None when only plain decoding was measured
     same_precision: Certificate | None  # the same comparison in the precision measured; None when that is float32
     generate_tokens_per_second: float  # transformers' own generate on one question, for reference
+    compilations: int = 0  # of kernels and captures of graphs while something was timed
     leak_checked: bool  # whether the training prompts were known and hold none of the questions
     provenance: dict[str, Any] = {}
     draws: int = 1  # `hass_core.decoding.noise.DRAWS_VERSION`: what a seed meant

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from hass_core.config import EvaluationConfig, TreeConfig
-from hass_core.data.conversations import with_answers_due
+from hass_core.config import EvaluationConfig, SamplingConfig, TreeConfig
 from hass_core.data.holdout import TRAINING_FILE, packaged_prompts
 from hass_core.data.templates import encode_prompt
 from hass_core.decoding.answers import StopRule
@@ -22,7 +21,7 @@ from hass_core.draft_model.checkpoint import load_draft
 from hass_core.evaluation.benchmarks import Question
 from hass_core.evaluation.journal import Journal
 from hass_core.evaluation.lossless import Certificate, Prompt, certify, dtype_name, in_float32
-from hass_core.evaluation.measure import PLAIN, Examiner, encode
+from hass_core.evaluation.measure import PLAIN, Examiner, encode, opening
 from hass_core.evaluation.method_names import EAGLE, EAGLE2, HASS, draft_folder
 from hass_core.evaluation.methods import build_decoders
 from hass_core.evaluation.metrics import Measurement
@@ -75,6 +74,7 @@ class Session:
             "tree_use": estimator.tree_use(self._main) if self._main else [],
             "lossless": exact,
             "same_precision": same,
+            "compilations": sum(m.compilations for m in measured),
             "generate_tokens_per_second": self._step("generate", self._generate),
         }
         return measured, findings
@@ -116,7 +116,9 @@ class Session:
             measured = []
             for done, question in enumerate(self._few):
                 progress(done, len(self._few), "chain drafting")
-                measured += [m.model_dump() for m in examiner.measure(question, 0.0) if m.method == self._main]
+                measured += [
+                    m.model_dump() for m in examiner.measure(question, SamplingConfig()) if m.method == self._main
+                ]
             return measured
 
         return [Measurement.model_validate(row) for row in self._step("chain", work)]
@@ -153,8 +155,7 @@ class Session:
 
     def _opening(self, question: Question) -> Prompt:
         """A question's first turn."""
-        first = next(i for i, (_, due) in enumerate(with_answers_due(question.messages)) if due)
-        return question.id, encode(self._target, question, question.messages[: first + 1])
+        return question.id, encode(self._target, question, opening(question))
 
     def _generate(self) -> float:
         """Tokens per second of transformers' own greedy `generate` on the first question: a reference, no baseline."""

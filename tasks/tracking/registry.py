@@ -8,22 +8,29 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict
 
-from hass_core.config import RunConfig
+from hass_core.config import CHAMPION, RunConfig
 from hass_core.errors import TrackingError
-from hass_core.store import Artifact, Store
+from hass_core.evaluation.report import Report
+from hass_core.store import Artifact, Store, digest_of
 from hass_core.target_model.loader import Target
 from hass_core.target_model.source import target_name
 from tasks.tracking.client import as_default, connect, tracking_uri
 from tasks.tracking.lock import locked
 from tasks.tracking.package import log_draft_model
 
-CHAMPION, CHALLENGER = "champion", "challenger"
+CHALLENGER = "challenger"
+PROMOTED = "hass.promoted"  # tag of a version and its run: the gate's verdict
+WITHDRAWN = "hass.withdrawn"  # tag of a version that a rollback took out of use or a person refused
+RELEASED = "hass.released"  # tag of a version: the engines it was released for
+LOGGED_MODEL = "hass.logged_model"  # tag of a version: the model whose metrics and parameters are its own
+TARGET = "hass.target"  # tag of a version: the identity of its target
 NOTE = "mlflow.note.content"  # the description on a run's page
 VERDICT = "## Version "  # begins a verdict's text, behind the card in a version's description
 
@@ -36,11 +43,22 @@ class DraftVersion(BaseModel):
     version: str
     alias: str | None
     draft: Artifact
-    withdrawn: bool = False  # by a rollback
+    withdrawn: bool = False  # by a rollback, or refused by a person
+    target: str = ""  # identity of the target it was trained for; empty where that was not recorded
 
     @property
     def uri(self) -> str:
         return f"models:/{self.model}/{self.version}"
+
+
+def target_identity(target: Target) -> str:
+    """Names what a draft depends on: the target's weights, configuration, tokenizer and template."""
+    return digest_of(target.identity.parts("weights", "config", "tokenizer", "template"))
+
+
+def serves(version: DraftVersion, target: Target) -> bool:
+    """Whether the version was trained for this very target."""
+    return version.target == target_identity(target)
 
 
 def registered_name(config: RunConfig) -> str:
@@ -57,26 +75,33 @@ def register(
     target: Target,
     lineage: Mapping[str, str],
     card: str = "",
+    evaluation: Report | None = None,
 ) -> DraftVersion:
-    """The draft's version: the one that exists, or a new one with alias champion (the first) or challenger.
+    """The draft's version: the one that exists, or a new one with the alias challenger; the gate makes champions.
 
-    `card` (Markdown) becomes the version's description and the folder's README.md.
+    `evaluation` is the report it was measured with: the packed model decodes with that tree and type. `card` (Markdown)
+    becomes the version's description and the folder's README.md.
     """
     client, name = connect(config), registered_name(config)
     if version_of(client, name, draft) is None:
         with tempfile.TemporaryDirectory(prefix="hass-draft-") as folder:
-            source = log_draft_model(config, run_id, draft, store, target, Path(folder), card)
+            source = log_draft_model(config, run_id, draft, store, target, Path(folder), card, evaluation)
         with locked(client, name):
             if version_of(client, name, draft) is None:  # another process may have been faster
                 _create_model(client, name, target)
-                tags = {"hass.digest.draft": draft.digest, "hass.draft.artifact": draft.model_dump_json(), **lineage}
+                tags = {
+                    TARGET: target_identity(target),
+                    LOGGED_MODEL: source.model_id,
+                    "hass.digest.draft": draft.digest,
+                    "hass.draft.artifact": draft.model_dump_json(),
+                    **lineage,
+                }
                 with as_default(tracking_uri(config)):  # where `models:/` addresses are looked up
                     new = client.create_model_version(
                         name, source.model_uri, run_id, tags=tags, description=card, model_id=source.model_id
                     )
                 client.set_tag(run_id, NOTE, card)
-                alias = CHALLENGER if champion(client, name) else CHAMPION
-                client.set_registered_model_alias(name, alias, new.version)
+                client.set_registered_model_alias(name, CHALLENGER, new.version)
     version = version_of(client, name, draft)
     assert version is not None
     return describe(client, name, version.version)
@@ -86,6 +111,17 @@ def version_of(client: MlflowClient, name: str, draft: Artifact) -> ModelVersion
     """The version that holds this draft."""
     found = client.search_model_versions(f"name = '{name}' and tags.`hass.digest.draft` = '{draft.digest}'")
     return min(found, key=lambda version: int(version.version)) if found else None
+
+
+def registered_draft(client: MlflowClient, name: str, draft: Artifact) -> DraftVersion | None:
+    """The draft's version, if it has one."""
+    found = version_of(client, name, draft)
+    return describe(client, name, str(found.version)) if found else None
+
+
+def is_judged(client: MlflowClient, version: DraftVersion) -> bool:
+    """Whether the gate has given its verdict on the version."""
+    return PROMOTED in lineage(client, version)
 
 
 def champion(client: MlflowClient, name: str) -> DraftVersion | None:
@@ -141,7 +177,8 @@ def described(found: ModelVersion) -> DraftVersion:
         version=str(found.version),
         alias=CHAMPION if CHAMPION in found.aliases else next(iter(found.aliases), None),
         draft=Artifact.model_validate_json(found.tags["hass.draft.artifact"]),
-        withdrawn="hass.withdrawn" in found.tags,
+        withdrawn=WITHDRAWN in found.tags,
+        target=found.tags.get(TARGET, ""),
     )
 
 
@@ -158,7 +195,7 @@ def crown(client: MlflowClient, challenger: DraftVersion, expected: DraftVersion
         if CHALLENGER in client.get_model_version(name, challenger.version).aliases:
             client.delete_registered_model_alias(name, CHALLENGER)
         if challenger.withdrawn:
-            client.delete_model_version_tag(name, challenger.version, "hass.withdrawn")
+            client.delete_model_version_tag(name, challenger.version, WITHDRAWN)
     return True
 
 
@@ -167,13 +204,13 @@ def record_verdict(
 ) -> None:
     """Tags and description of the version, and files in the run that made it."""
     version = client.get_model_version(challenger.model, challenger.version)
-    client.set_model_version_tag(challenger.model, challenger.version, "hass.promoted", str(promoted).lower())
+    client.set_model_version_tag(challenger.model, challenger.version, PROMOTED, str(promoted).lower())
     card = (version.description or "").partition(VERDICT)[0].rstrip()
     description = f"{card}\n\n{text}".lstrip()
     client.update_model_version(challenger.model, challenger.version, description=description)
     if version.run_id:
         client.set_tag(version.run_id, NOTE, description)
-        client.set_tag(version.run_id, "hass.promoted", str(promoted).lower())
+        client.set_tag(version.run_id, PROMOTED, str(promoted).lower())
         client.log_text(version.run_id, text, "promotion/verdict.md")
         for figure in figures:
             client.log_artifact(version.run_id, str(figure), "promotion")
@@ -192,26 +229,77 @@ def record_failed_export(client: MlflowClient, version: DraftVersion, engine: st
     client.set_model_version_tag(version.model, version.version, f"hass.export.{engine}", f"failed: {reason}"[:500])
 
 
+def record_release(client: MlflowClient, version: DraftVersion, engines: Iterable[str]) -> None:
+    """Note that the engines load this version now, and that the servers know."""
+    client.set_model_version_tag(version.model, version.version, RELEASED, ", ".join(engines))
+
+
+def forget_release(client: MlflowClient, version: DraftVersion) -> None:
+    """Take back that note: a release begins."""
+    if is_released(client, version):
+        client.delete_model_version_tag(version.model, version.version, RELEASED)
+
+
+def is_released(client: MlflowClient, version: DraftVersion) -> bool:
+    """Whether a release of the version has been finished."""
+    return RELEASED in lineage(client, version)
+
+
+def reject(client: MlflowClient, version: DraftVersion, text: str) -> None:
+    """Note a person's refusal: the version waits no longer. Raises TrackingError for the champion."""
+    with locked(client, version.model):
+        tags = client.get_model_version(version.model, version.version)
+        if CHAMPION in tags.aliases:
+            raise TrackingError(
+                f"version {version.version} of {version.model} is the champion; rollback-draft withdraws it"
+            )
+        if CHALLENGER in tags.aliases:
+            client.delete_registered_model_alias(version.model, CHALLENGER)
+        client.set_model_version_tag(version.model, version.version, WITHDRAWN, str(int(time.time())))
+    record_verdict(client, version, False, text)
+
+
 def lineage(client: MlflowClient, version: DraftVersion) -> dict[str, str]:
     """The version's tags: digests and addresses of all it came from."""
     return dict(client.get_model_version(version.model, version.version).tags)
 
 
-def restore(client: MlflowClient, name: str) -> tuple[DraftVersion, DraftVersion]:
-    """Give the alias back to the champion before; returns (restored, withdrawn). Raises TrackingError without one."""
+def restore(client: MlflowClient, name: str, target: str) -> dict[str, Any]:
+    """Give the alias back to the last champion before that was trained for `target` (an identity).
+
+    Returns the versions `restored` and `withdrawn`, and the numbers of those `passed_over` for their target. Raises
+    TrackingError where there is nothing to go back to.
+    """
     with locked(client, name):
         present = champion(client, name)
         if present is None:
             raise TrackingError(f"{name} has no champion; `make retrain` makes one")
-        withdrawn = client.get_model_version(name, present.version)
-        before = withdrawn.tags.get("hass.replaced")
-        if before is None:
-            raise TrackingError(f"version {present.version} of {name} replaced no other: nothing to go back to")
-        client.set_registered_model_alias(name, CHAMPION, before)
-        client.set_model_version_tag(name, present.version, "hass.withdrawn", str(int(time.time())))
-        if withdrawn.run_id:
-            client.set_tag(withdrawn.run_id, "hass.promoted", "withdrawn")
-    return describe(client, name, before), describe(client, name, present.version)
+        before, passed_over = _former(client, present, target)
+        client.set_registered_model_alias(name, CHAMPION, before.version)
+        client.set_model_version_tag(name, present.version, WITHDRAWN, str(int(time.time())))
+        if run_id := client.get_model_version(name, present.version).run_id:
+            client.set_tag(run_id, PROMOTED, "withdrawn")
+    restored, withdrawn = (describe(client, name, version.version) for version in (before, present))
+    return {"restored": restored, "withdrawn": withdrawn, "passed_over": passed_over}
+
+
+def _former(client: MlflowClient, present: DraftVersion, target: str) -> tuple[DraftVersion, tuple[str, ...]]:
+    """The latest former champion of `target` that no rollback withdrew, and those of other targets after it."""
+    others: list[str] = []
+    seen, version = {present.version}, present
+    while (number := lineage(client, version).get("hass.replaced")) and number not in seen:
+        seen.add(number)
+        version = describe(client, present.model, number)
+        if version.target == target and not version.withdrawn:
+            return version, tuple(others)
+        others += [] if version.target == target else [number]
+    if others:
+        named = ", ".join(others)
+        raise TrackingError(
+            f"the versions of {present.model} before version {present.version} ({named}) are drafts of another version "
+            "of the target: nothing to go back to; name a version to promote-draft instead"
+        )
+    raise TrackingError(f"version {present.version} of {present.model} replaced no other: nothing to go back to")
 
 
 def _create_model(client: MlflowClient, name: str, target: Target) -> None:

@@ -1,10 +1,15 @@
 """Parent and child runs: open or continue them, record what a stage made."""
 
+import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from getpass import getuser
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import pyarrow.parquet as pq
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run
 from mlflow.exceptions import MlflowException
@@ -19,36 +24,84 @@ from tasks.tracking.lock import locked
 from tasks.tracking.metrics import Follower, read_metrics
 from tasks.tracking.names import stage_metrics
 
-UNTRACKED = {"name", "store", "tracking", "promotion", "execution"}  # settings that change no result
+UNTRACKED = {"name", "store", "tracking", "promotion", "watch", "execution"}  # settings that change no result
+RUNNING, FINISHED = "RUNNING", "FINISHED"
+WARM_START = "hass.warm_start"  # tag of a parent run: the draft it continues from
+PARENT = "mlflow.parentRunId"
 FILES_SHOWN = (".json", ".md", ".png", ".jsonl")
 PARAMS_PER_CALL = 100  # MLflow's limit
 
 
-def run_digest(config: RunConfig, prompts: Artifact) -> str:
-    """Identity of a retraining: its settings and its prompts."""
-    return digest_of({"settings": config.model_dump(mode="json", exclude=UNTRACKED), "prompts": prompts.digest})
+def run_digest(config: RunConfig, prompts: Artifact, made_by: Mapping[str, Any]) -> str:
+    """Identity of a retraining: its settings, its prompts, and what else decides its results."""
+    settings = config.model_dump(mode="json", exclude=UNTRACKED)
+    return digest_of({"settings": settings, "prompts": prompts.digest, **made_by})
 
 
 @contextmanager
-def open_retraining(config: RunConfig, prompts: Artifact, tags: Mapping[str, str]) -> Iterator[str]:
-    """The parent run's id; a run with the same settings and prompts is continued.
+def open_retraining(
+    config: RunConfig,
+    prompts: Artifact,
+    tags: Mapping[str, str],
+    made_by: Mapping[str, Any] = MappingProxyType({}),
+    continues: str | None = None,
+) -> Iterator[str]:
+    """The parent run's id; a run with the same settings, prompts and `made_by` is continued, or the one named.
 
-    On leaving, the run is FINISHED, KILLED after Ctrl-C, or FAILED. `tags` link it to what started it.
+    `made_by` holds what decides results besides: target, machine, versions of the steps. On leaving, the run is
+    FINISHED, KILLED after Ctrl-C, or FAILED. One that was finished before stays as it is until a stage is added, and is
+    FINISHED again if that stage fails. `tags` link it to what started it.
     """
     client = connect(config)
-    digest = run_digest(config, prompts)
-    run = _find_or_create(client, config, {"hass.run": digest}, f"{config.name}-{digest[:6]}", tags)
-    _add_parameters(client, run, flatten(config.model_dump(mode="json", exclude=UNTRACKED)))
-    with _ending(client, run.info.run_id):
+    digest = run_digest(config, prompts, made_by)
+    if continues:
+        run = client.get_run(continues)
+    else:
+        run = _find_or_create(client, config, {"hass.run": digest}, f"{config.name}-{digest[:6]}")
+    if run.info.status != FINISHED:
+        _take_over(client, run, tags)
+        _add_parameters(client, run, flatten(config.model_dump(mode="json", exclude=UNTRACKED)))
+    with _ending(client, run):
         yield run.info.run_id
 
 
-def resume(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> dict[str, str]:
-    """Take a run over again that a sub-flow has filled and ended; its tags, those of `tags` put in."""
-    client.update_run(run_id, status="RUNNING")
-    for key, value in tags.items():
-        client.set_tag(run_id, key, value)
+def find_recorded(config: RunConfig, stages: Mapping[str, Artifact]) -> str | None:
+    """The finished parent run that records just these stages, or None."""
+    client = connect(config)
+    digests = {f"hass.digest.{name}": artifact.digest for name, artifact in stages.items()}
+    found = _find(client, experiment_id(client, config), digests, f" and attributes.status = '{FINISHED}'")
+    return found.info.run_id if found and PARENT not in found.data.tags else None
+
+
+def recorded_warm_start(
+    config: RunConfig, prompts: Artifact, made_by: Mapping[str, Any], continues: str | None
+) -> str | None:
+    """Which draft the retraining that would be opened began from; None where there is no such retraining yet."""
+    client = connect(config)
+    identity = {"hass.run": run_digest(config, prompts, made_by)}
+    run = client.get_run(continues) if continues else _find(client, experiment_id(client, config), identity)
+    return run.data.tags.get(WARM_START) if run else None
+
+
+def is_recorded(config: RunConfig, run_id: str, artifact: Artifact) -> bool:
+    """Whether a run holds this stage's record, whole."""
+    tags = connect(config).get_run(run_id).data.tags
+    return tags.get(f"hass.digest.{artifact.stage}") == artifact.digest
+
+
+def tags_of(client: MlflowClient, run_id: str) -> dict[str, str]:
+    """A run's tags."""
     return dict(client.get_run(run_id).data.tags)
+
+
+def is_running(client: MlflowClient, run_id: str) -> bool:
+    """Whether a run is under way."""
+    return client.get_run(run_id).info.status == RUNNING
+
+
+def resume(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    """Take a run over again that a sub-flow has filled and ended, with one's own tags."""
+    _take_over(client, client.get_run(run_id), tags)
 
 
 class StageRun:
@@ -74,7 +127,7 @@ class StageRun:
         self.client.set_tag(self.id, f"hass.url.{stage}", artifact.url)
         for run_id in (self.parent, self.id):
             _log_numbers(self.client, run_id, stage_metrics(artifact))
-            self.client.log_inputs(run_id, [_dataset(name, value) for name, value in inputs.items()])
+            self.client.log_inputs(run_id, [_dataset(store, name, value) for name, value in inputs.items()])
             self.client.set_tag(run_id, f"hass.digest.{stage}", artifact.digest)  # last: its presence ends the record
 
     def _record_files(self, store: Store, artifact: Artifact) -> None:
@@ -96,13 +149,15 @@ class StageRun:
 def stage_run(config: RunConfig, parent: str, stage: str) -> Iterator[StageRun]:
     """The stage's child run, found again or new, with system metrics while the block runs."""
     client = connect(config)
-    identity = {"mlflow.parentRunId": parent, "hass.stage": stage}
-    run = _find_or_create(client, config, identity, stage, {})
+    run = _find_or_create(client, config, {PARENT: parent, "hass.stage": stage}, stage)
+    for opened in (client.get_run(parent), run):
+        if opened.info.status != RUNNING:
+            _take_over(client, opened, {})
     section = {"evaluation": ("evaluation", "tree"), "draft": ("draft", "pretraining", "training")}.get(stage, (stage,))
     settings = {name: value for name, value in config.model_dump(mode="json").items() if name in section}
     _add_parameters(client, run, flatten(settings))
     monitor = SystemMetricsMonitor(run.info.run_id, resume_logging=True, tracking_uri=tracking_uri(config))
-    with _ending(client, run.info.run_id):
+    with _ending(client, run):
         monitor.start()
         try:
             yield StageRun(client, run, parent)
@@ -121,43 +176,60 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _find_or_create(
-    client: MlflowClient, config: RunConfig, identity: Mapping[str, str], name: str, tags: Mapping[str, str]
-) -> Run:
+def _find_or_create(client: MlflowClient, config: RunConfig, identity: Mapping[str, str], name: str) -> Run:
     """The run with these tags; two processes that look for it at once get the same one."""
     experiment = experiment_id(client, config)
     run = _find(client, experiment, identity)
     if run is None:
         with locked(client, f"hass-run-{digest_of({'experiment': experiment, **identity})}"):
             run = _find(client, experiment, identity) or _create(client, experiment, identity, name)
-    client.update_run(run.info.run_id, status="RUNNING")
-    for key, value in tags.items():
-        client.set_tag(run.info.run_id, key, value)
     return run
 
 
-def _find(client: MlflowClient, experiment: str, identity: Mapping[str, str]) -> Run | None:
+def _take_over(client: MlflowClient, run: Run, tags: Mapping[str, str]) -> None:
+    client.update_run(run.info.run_id, status=RUNNING)
+    for key, value in tags.items():
+        client.set_tag(run.info.run_id, key, value)
+
+
+def _find(client: MlflowClient, experiment: str, identity: Mapping[str, str], further: str = "") -> Run | None:
     condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
-    found = client.search_runs([experiment], condition, max_results=1)
+    found = client.search_runs([experiment], condition + further, max_results=1)
     return found[0] if found else None
 
 
 def _create(client: MlflowClient, experiment: str, identity: Mapping[str, str], name: str) -> Run:
     source = {"mlflow.source.name": "hass", "mlflow.source.git.commit": code_commit() or "unknown"}
+    source["mlflow.user"] = _user()
     return client.create_run(experiment, tags={**source, **identity}, run_name=name)
 
 
+def _user() -> str:
+    """Who runs this: the tracking server's user, else the system's."""
+    try:
+        return os.environ.get("MLFLOW_TRACKING_USERNAME") or getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return f"uid {os.getuid()}"
+
+
 @contextmanager
-def _ending(client: MlflowClient, run_id: str) -> Iterator[None]:
+def _ending(client: MlflowClient, before: Run) -> Iterator[None]:
+    """Give the run its last status, if it is under way when the block ends. `before`: as it was found."""
+    run_id = before.info.run_id
+
+    def end(status: str, end_time: int | None = None) -> None:
+        if is_running(client, run_id):
+            client.set_terminated(run_id, status, end_time)
+
     try:
         yield
-    except KeyboardInterrupt:
-        client.set_terminated(run_id, "KILLED")
+    except BaseException as error:
+        if before.info.status == FINISHED:  # what it holds is still true
+            end(FINISHED, before.info.end_time)
+        else:
+            end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    except BaseException:
-        client.set_terminated(run_id, "FAILED")
-        raise
-    client.set_terminated(run_id, "FINISHED")
+    end(FINISHED)
 
 
 def _add_parameters(client: MlflowClient, run: Run, parameters: Mapping[str, str]) -> None:
@@ -175,6 +247,27 @@ def _log_numbers(client: MlflowClient, run_id: str, numbers: Mapping[str, float]
     client.log_batch(run_id, metrics=[Metric(name, float(value), now, 0) for name, value in numbers.items()])
 
 
-def _dataset(context: str, artifact: Artifact) -> DatasetInput:
-    dataset = Dataset(name=artifact.stage, digest=artifact.digest, source_type="hass", source=artifact.url)
+def _dataset(store: Store, context: str, artifact: Artifact) -> DatasetInput:
+    """A stage as a data set, with the columns of its files and its numbers."""
+    dataset = Dataset(
+        name=artifact.stage,
+        digest=artifact.digest,
+        source_type="hass",
+        source=artifact.url,
+        schema=json.dumps({"mlflow_colspec": _columns(store, artifact)}),
+        profile=json.dumps(artifact.summary, default=str),
+    )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+def _columns(store: Store, artifact: Artifact) -> list[dict[str, str]]:
+    """Names and types of the columns of a stage's Parquet files, which are all alike; none where it has no such."""
+    folder = store.open(artifact)
+    manifest = folder.manifest()
+    assert manifest is not None
+    tables = sorted(name for name, file in manifest.files.items() if name.endswith(".parquet") and file.rows != 0)
+    if not tables:
+        return []
+    with folder.open(tables[0]) as file:
+        schema = pq.read_schema(file)
+    return [{"name": field.name, "type": str(field.type)} for field in schema]

@@ -34,6 +34,8 @@ checkpoint_every_steps = 5
 depth = 2
 top_k = 2
 nodes = 5
+[promotion]
+beat_plain = false
 [evaluation]
 benchmarks = ["tiny={folder}/questions.jsonl"]
 max_new_tokens = 12

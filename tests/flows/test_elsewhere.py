@@ -12,7 +12,8 @@ from tasks import elsewhere
 
 def test_the_sub_flow_gets_the_same_settings_and_runs_its_stages_itself():
     run = RunParameters.model_validate({"training": {"passes": 2}, "deployments": {"draft": "train-draft/gpu"}})
-    inner = RunParameters.model_validate(run.for_sub_flow())
+    inner = RunParameters.model_validate(run.for_sub_flow("run-id"))
+    assert inner.continues == "run-id"
     assert inner.deployments == {}
     assert inner.config() == run.config()
 
@@ -27,6 +28,8 @@ def test_a_sub_flow_that_fails_is_named(monkeypatch):
     monkeypatch.setattr(
         elsewhere, "run_deployment", lambda *given, **named: SimpleNamespace(name="busy-bee", state=state)
     )
+    monkeypatch.setattr(elsewhere.tracking, "connect", lambda config: None)
+    monkeypatch.setattr(elsewhere.tracking, "is_running", lambda client, run_id: True)
     config = RunParameters.model_validate({}).config()
     with pytest.raises(HassError, match=r"the stage draft ran as flow run 'busy-bee' of train-draft/gpu .* Crashed"):
         elsewhere.run_elsewhere("draft", "train-draft/gpu", {}, config, "run")

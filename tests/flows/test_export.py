@@ -13,7 +13,7 @@ from hass_core.config import load_config
 from hass_core.store import Store
 from tasks import tracking
 from tests.flows.stack import ROOT
-from tests.tasks.conftest import make_draft
+from tests.tasks.conftest import crowned, make_draft
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -25,7 +25,9 @@ def version(tiny_preset, tiny_target) -> tracking.DraftVersion:
     store = Store(config.store)
     prompts = store.stage("prompts", {"of": "export test"}).finish({})
     with tracking.open_retraining(config, prompts, {}) as run_id:
-        return tracking.register(config, run_id, make_draft(store, tiny_target), store, tiny_target, {})
+        return crowned(
+            config, tracking.register(config, run_id, make_draft(store, tiny_target), store, tiny_target, {})
+        )
 
 
 def export(preset: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -67,7 +67,8 @@ def test_a_retraining_ends_with_report_and_version_and_the_next_reuses_what_it_c
     assert first.returncode == 0, first.stdout + first.stderr
     assert re.search(r"speed-up .*\[.*\] ×", first.stdout)
     assert "lossless" in first.stdout
-    assert "registered  hass-draft-tiny version 1, alias champion" in first.stdout
+    assert "registered  hass-draft-tiny version 1" in first.stdout
+    assert "promoted: there is no champion" in first.stdout
     assert "mlflow ui --host 127.0.0.1" in first.stdout
     before = finished_stages(tiny_preset)
     assert stages(before) == ["draft", "evaluation", "features", "prompts", "responses"]
@@ -88,6 +89,9 @@ def test_a_retraining_ends_with_report_and_version_and_the_next_reuses_what_it_c
     assert [run.info.status for run in runs] == ["FINISHED"] * 12
     assert len(parents) == 2
     names_are_those_of_the_readme(client, runs)
+    model = client.get_logged_model(client.get_model_version("hass-draft-tiny", "1").tags["hass.logged_model"])
+    assert {"evaluation/speedup", "evaluation/tau_macro"} <= {metric.key for metric in model.metrics or []}
+    assert (model.params or {})["training.passes"] == "4"
     assert {"evaluation/speed.png", "evaluation/report.md"} <= {
         file.path for file in client.list_artifacts(parents[0].info.run_id, "evaluation")
     }
@@ -99,6 +103,27 @@ def test_a_retraining_ends_with_report_and_version_and_the_next_reuses_what_it_c
         assert secret not in first.stdout + first.stderr
         assert files_with(secret, tiny_preset.parent) == []
         assert files_with(secret, prefect_home) == []
+
+
+def record_of(database: str) -> list[object]:
+    """All that MLflow holds of runs and versions."""
+    client = MlflowClient(database)
+    experiment = client.get_experiment_by_name("hass")
+    assert experiment is not None
+    runs = sorted(client.search_runs([experiment.experiment_id]), key=lambda run: run.info.run_id)
+    versions = sorted(client.search_model_versions(), key=lambda version: int(version.version))
+    return [[run.to_dictionary() for run in runs], [dict(version) for version in versions]]
+
+
+def test_a_repeat_ends_as_nothing_new_and_leaves_the_record_as_it_is(environment, tiny_preset):
+    first = retrain(environment, tiny_preset)
+    assert first.returncode == 0, first.stdout + first.stderr
+    database = f"sqlite:///{tiny_preset.parent}/.hass/mlflow.db"
+    before = record_of(database)
+    second = retrain(environment, tiny_preset)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "nothing new: hass-draft-tiny version 1, the champion, was made of the same prompts" in second.stdout
+    assert record_of(database) == before
 
 
 def names_are_those_of_the_readme(client: MlflowClient, runs: list[Run]) -> None:
@@ -114,6 +139,7 @@ def names_are_those_of_the_readme(client: MlflowClient, runs: list[Run]) -> None
     tags = {name for name in tags if not name.startswith("mlflow.")}
     assert names.unlisted(tags, names.promised_tags()) == set()
     later = {"hass.replaced", "hass.withdrawn", "hass.export.ENGINE", "prefect.flow_run_url"}
+    later |= {"hass.released", "hass.watch", "hass.warm_start"}
     assert names.missing(tags, names.promised_tags()) <= later
 
 

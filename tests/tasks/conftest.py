@@ -3,6 +3,8 @@
 from pathlib import Path
 from uuid import uuid4
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
 from hass_core.store import Artifact, Store
 from hass_core.target_model.loader import Target
+from tasks import tracking
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +33,8 @@ def config(store, tracking_database) -> RunConfig:
 @pytest.fixture
 def prompts(store) -> Artifact:
     folder = store.stage("prompts", {"of": "tracking test"})
-    folder.write_text("prompts.parquet", "not read here")
+    with folder.writing("prompts.parquet") as file:
+        pq.write_table(pa.table({"id": ["1"], "category": ["any"]}), file.path)
     return folder.finish({"prompts": 12, "skipped": 1, "sources": "builtin"})
 
 
@@ -47,6 +51,14 @@ def make_draft(store: Store, target: Target, seed: int = 0) -> Artifact:
             file.path.write_bytes((scratch / name).read_bytes())
     folder.write_text("metrics.jsonl", metrics_text(range(10, 40, 10)))
     return folder.finish({"steps": 30, "val/tau": 1.5 + seed})
+
+
+def crowned(config: RunConfig, version: tracking.DraftVersion) -> tracking.DraftVersion:
+    """The version as champion, if there is none yet: what the gate does with a first draft."""
+    client = tracking.connect(config)
+    if tracking.champion(client, version.model) is None:
+        tracking.crown(client, version, None)
+    return tracking.find_version(client, version.model, int(version.version))
 
 
 def metrics_text(steps: range) -> str:

@@ -10,7 +10,7 @@ from hass_core.export import exporter
 from tasks import export, promotion, tracking
 from tasks.export import DraftSource
 from tasks.tracking import open_retraining
-from tests.tasks.conftest import make_draft
+from tests.tasks.conftest import crowned, make_draft
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def register(served, store, prompts, tiny_target):
     def call(seed: int) -> tracking.DraftVersion:
         with open_retraining(served, prompts, {}) as run_id:
             draft = make_draft(store, tiny_target, seed)
-            return tracking.register(served, run_id, draft, store, tiny_target, {})
+            return crowned(served, tracking.register(served, run_id, draft, store, tiny_target, {}))
 
     return call
 

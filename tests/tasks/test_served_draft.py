@@ -11,7 +11,7 @@ from hass_core.config import parse_config
 from hass_core.target_model.loader import load_target
 from tasks import tracking
 from tasks.tracking import open_retraining
-from tests.tasks.conftest import make_draft
+from tests.tasks.conftest import crowned, make_draft
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def champion(config, store, prompts, saved_target) -> tracking.DraftVersion:
     config = parse_config(settings)
     target = load_target(config.target)
     with open_retraining(config, prompts, {}) as run_id:
-        return tracking.register(config, run_id, make_draft(store, target), store, target, {})
+        return crowned(config, tracking.register(config, run_id, make_draft(store, target), store, target, {}))
 
 
 def predict(tmp_path: Path, config, version: tracking.DraftVersion, prompts: list[str], params: dict) -> list[str]:

@@ -9,7 +9,7 @@ from hass_core.config import parse_config
 from hass_core.errors import TrackingError
 from hass_core.store import Artifact
 from tasks.tracking import client as client_module
-from tasks.tracking import connect, open_retraining, stage_run
+from tasks.tracking import connect, find_recorded, open_retraining, stage_run
 from tasks.tracking.client import experiment_id, tracking_uri
 from tasks.tracking.metrics import Follower, read_metrics
 from tasks.tracking.names import stage_metrics
@@ -49,7 +49,12 @@ def test_the_record_holds_settings_numbers_digests_inputs_and_code(config, store
     assert parent.data.tags["prefect.flow_run_id"] == "1"
     assert len(parent.data.tags["mlflow.source.git.commit"]) >= 40
     child = next(run for run in all_runs(config) if run.data.tags.get("hass.stage") == "draft")
-    assert [item.dataset.digest for item in child.inputs.dataset_inputs] == [prompts.digest]
+    (given,) = (item.dataset for item in child.inputs.dataset_inputs)
+    assert given.digest == prompts.digest
+    columns = [{"name": "id", "type": "string"}, {"name": "category", "type": "string"}]
+    assert json.loads(given.schema) == {"mlflow_colspec": columns}
+    assert json.loads(given.profile)["prompts"] == 12
+    assert parent.data.tags["mlflow.user"]
     assert {file.path for file in client.list_artifacts(run_id, "draft")} == {
         "draft/config.json",
         "draft/metrics.jsonl",
@@ -179,3 +184,54 @@ def test_an_unreachable_server_is_named_without_its_password(store, monkeypatch)
     with pytest.raises(TrackingError, match=r"cannot use MLflow at http://ann:\*\*\*@127.0.0.1:9") as raised:
         connect(config)
     assert "hunter2" not in str(raised.value)
+
+
+def snapshot(config):
+    return [run.to_dictionary() for run in all_runs(config)]
+
+
+def test_a_finished_retraining_that_is_opened_again_stays_as_it_is(config, store, prompts, draft):
+    run_id = record_once(config, store, prompts, draft)
+    before = snapshot(config)
+    with open_retraining(config, prompts, {"prefect.flow_run_id": "2"}) as again:
+        assert again == run_id
+    with pytest.raises(ValueError, match="broken"), open_retraining(config, prompts, {}):
+        raise ValueError("broken")
+    assert snapshot(config) == before
+
+
+def test_a_stage_added_to_a_finished_retraining_that_fails_leaves_it_finished(config, store, prompts, draft):
+    run_id = record_once(config, store, prompts, draft)
+    client = connect(config)
+    before = client.get_run(run_id).info
+    with (
+        pytest.raises(ValueError, match="broken"),
+        open_retraining(config, prompts, {}),
+        stage_run(config, run_id, "evaluation"),
+    ):
+        raise ValueError("broken")
+    after = client.get_run(run_id).info
+    assert (after.status, after.end_time) == ("FINISHED", before.end_time)
+    assert [run.info.status for run in all_runs(config) if run.data.tags.get("hass.stage") == "evaluation"] == [
+        "FAILED"
+    ]
+
+
+def test_another_target_or_machine_is_another_retraining(config, prompts):
+    ids = []
+    for made_by in ({"target": "a"}, {"target": "b"}, {"target": "a"}):
+        with open_retraining(config, prompts, {}, made_by) as run_id:
+            ids.append(run_id)
+    assert ids[0] == ids[2] != ids[1]
+
+
+def test_a_record_is_found_by_its_stages_once_it_is_finished(config, store, prompts, draft):
+    stages = {"prompts": prompts, "draft": draft}
+    with open_retraining(config, prompts, {}) as run_id:
+        with stage_run(config, run_id, "prompts") as run:
+            run.record(store, prompts, {})
+        with stage_run(config, run_id, "draft") as run:
+            run.record(store, draft, {"prompts": prompts})
+        assert find_recorded(config, stages) is None
+    assert find_recorded(config, stages) == run_id
+    assert find_recorded(config, stages | {"draft": draft.model_copy(update={"digest": "0" * 16})}) is None

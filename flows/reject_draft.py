@@ -1,0 +1,26 @@
+"""Refuse a draft that waits: `python -m flows.reject_draft [PRESET] [version=N] [reason=…] [section.key=value …]`."""
+
+from prefect import flow
+from rich.console import Console
+
+from flows.parameters import RejectionParameters
+from flows.terminal import main
+from hass_core.config import RunConfig
+from tasks.promotion import find_version, reject
+from tasks.tracking import DraftVersion
+
+
+@flow(name="reject-draft", flow_run_name="reject-draft {run.preset}")
+def reject_draft(run: RejectionParameters) -> DraftVersion:
+    """Take a registered draft out of the running; promote-draft with its number can bring it back."""
+    config = run.config()
+    return reject(config, find_version(config, run.version), run.reason)
+
+
+def show(console: Console, config: RunConfig, done: DraftVersion) -> None:
+    """What was refused."""
+    console.print(f"version {done.version} of {done.model} is refused", highlight=False)
+
+
+if __name__ == "__main__":
+    main(reject_draft, show, RejectionParameters)

@@ -1,0 +1,68 @@
+"""`hass store`: what the store holds, what it takes, and what can go."""
+
+from typing import Annotated, get_args
+
+import typer
+from rich.table import Table
+
+from hass_core.cli.common import console, settings, show
+from hass_core.cli.options import ConfigName, Overrides
+from hass_core.config import Stage
+from hass_core.store import Store
+from hass_core.store.housekeeping import Entry, entries, removable, remove
+
+app = typer.Typer(no_args_is_help=True)
+STAGES: tuple[str, ...] = (*get_args(Stage), "duel")  # in order
+
+
+@app.command()
+def ls(config: ConfigName = "smollm2-cpu", overrides: Overrides = None) -> None:
+    """List the stages, the newest first."""
+    _, held = _open(config, overrides)
+    _table(held)
+
+
+@app.command()
+def size(config: ConfigName = "smollm2-cpu", overrides: Overrides = None) -> None:
+    """Say what each kind of stage takes."""
+    _, held = _open(config, overrides)
+    for stage in STAGES:
+        own = [entry for entry in held if entry.stage == stage]
+        show(f"{stage:<12}{len(own):>5}  {_shown(sum(entry.bytes for entry in own)):>10}")
+    show(f"{'all':<12}{len(held):>5}  {_shown(sum(entry.bytes for entry in held)):>10}")
+
+
+@app.command()
+def prune(
+    config: ConfigName = "smollm2-cpu",
+    overrides: Overrides = None,
+    keep: Annotated[int, typer.Option(min=0, help="Newest drafts kept with all they came from")] = 3,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove; without it, only say what would go")] = False,
+) -> None:
+    """Remove what no registered draft, no recent run and nothing under way needs."""
+    store, held = _open(config, overrides)
+    going = removable(store, held, keep)
+    _table(going)
+    total = _shown(sum(entry.bytes for entry in going))
+    if not yes:
+        show(f"{len(going)} stages with {total} would go; --yes removes them")
+        return
+    for entry in going:
+        remove(store, entry)
+    show(f"{len(going)} stages removed, {total}")
+
+
+def _open(config: str, overrides: list[str] | None) -> tuple[Store, list[Entry]]:
+    store = Store(settings(config, overrides).store)
+    return store, entries(store, STAGES)
+
+
+def _table(held: list[Entry]) -> None:
+    table = Table("stage", "digest", "size", "")
+    for entry in held:
+        table.add_row(entry.stage, entry.digest, _shown(entry.bytes), "" if entry.finished else "unfinished")
+    console.print(table)
+
+
+def _shown(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,118 @@
+"""What a serving engine counts of its speculative decoding, from its Prometheus page.
+
+vLLM     vllm:spec_decode_num_drafts, …_num_accepted_tokens, …_num_accepted_tokens_per_pos{position}   counters
+SGLang   sglang:spec_accept_length                                                                     a gauge, τ
+hass     hass_cycles, hass_accepted{depth}                                                             counters
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel, ConfigDict
+
+from hass_core.errors import BadInput
+from hass_core.evaluation.report import Report
+
+PATIENCE_SECONDS = 10
+
+
+class Acceptance(BaseModel):
+    """Counts since an engine started, or between two readings."""
+
+    model_config = ConfigDict(frozen=True)
+    drafts: float = 0  # verifications
+    by_position: tuple[float, ...] = ()  # of those, how many accepted at least 1, 2, … tokens
+    gauge: float | None = None  # τ of late, where an engine counts nothing
+
+    @property
+    def tau(self) -> float | None:
+        """Tokens a verification: accepted drafts and one of the target's own; None before any draft."""
+        if self.gauge is not None:
+            return self.gauge
+        return 1 + sum(self.by_position) / self.drafts if self.drafts else None
+
+    def since(self, before: "Acceptance | None") -> "Acceptance":
+        """What came after an earlier reading; all of it where the engine was started again meanwhile."""
+        if before is None or self.gauge is not None or before.drafts > self.drafts:
+            return self
+        earlier = before.by_position + (0.0,) * (len(self.by_position) - len(before.by_position))
+        positions = tuple(new - old for new, old in zip(self.by_position, earlier, strict=False))
+        return Acceptance(drafts=self.drafts - before.drafts, by_position=positions)
+
+
+def read_acceptance(url: str) -> Acceptance:
+    """Fetch and read an engine's page. Raises BadInput when there is none, or one without such counts."""
+    try:
+        answer = httpx.get(url, timeout=PATIENCE_SECONDS)
+        answer.raise_for_status()
+    except (httpx.HTTPStatusError, httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        raise BadInput(f"{url} shows no metrics: {error}; give the address of an engine's /metrics") from error
+    return parse_acceptance(answer.text, url)
+
+
+def parse_acceptance(text: str, where: str) -> Acceptance:
+    """Read a page. Raises BadInput naming `where` when no engine counts drafts in it."""
+    try:
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    except ValueError as error:
+        raise BadInput(f"{where} is no Prometheus page: {error}") from error
+    for engine in (_vllm, _hass, _sglang):
+        if found := engine(samples):
+            return found
+    raise BadInput(
+        f"{where} counts no speculative decoding: neither vLLM's, SGLang's nor hass serve's; start the engine with the "
+        "draft, and SGLang with --enable-metrics"
+    )
+
+
+def expected_tau(report: Report, positions: int) -> float:
+    """τ that an evaluation lets expect of a chain of `positions` drafts: 1 + Σ over d of Π of n-α below d.
+
+    Without a chain's length (an engine that drafts the tree): the tree's own τ.
+    """
+    if not positions:
+        return report.score(report.main_method).tau_micro.value
+    tau, reached = 1.0, 1.0
+    for share in report.n_alpha[:positions]:
+        reached *= share.value
+        tau += reached
+    return tau
+
+
+def _vllm(samples: Iterable[Any]) -> Acceptance | None:
+    name = "vllm:spec_decode_num_{}_total"
+    if not (drafts := _sum(samples, name.format("drafts"))):
+        return None if drafts is None else Acceptance()
+    positions = _by_label(samples, name.format("accepted_tokens_per_pos"), "position")
+    return Acceptance(drafts=drafts, by_position=positions)
+
+
+def _hass(samples: Iterable[Any]) -> Acceptance | None:
+    if (cycles := _sum(samples, "hass_cycles_total")) is None:
+        return None
+    return Acceptance(drafts=cycles, by_position=_by_label(samples, "hass_accepted_total", "depth"))
+
+
+def _sglang(samples: Iterable[Any]) -> Acceptance | None:
+    values = [sample.value for sample in samples if sample.name == "sglang:spec_accept_length"]
+    live = [value for value in values if value > 0]  # 0 before the first answer
+    if not values:
+        return None
+    return Acceptance(gauge=sum(live) / len(live)) if live else Acceptance()
+
+
+def _sum(samples: Iterable[Any], name: str) -> float | None:
+    """Over all processes of the engine; None where the page does not have it."""
+    values = [sample.value for sample in samples if sample.name == name]
+    return sum(values) if values else None
+
+
+def _by_label(samples: Iterable[Any], name: str, label: str) -> tuple[float, ...]:
+    totals: dict[int, float] = {}
+    for sample in samples:
+        if sample.name == name:
+            place = int(sample.labels[label])
+            totals[place] = totals.get(place, 0.0) + sample.value
+    return tuple(totals[place] for place in sorted(totals))

@@ -1,0 +1,29 @@
+"""What an earlier retraining has done already: found in the store and in MLflow without writing a word."""
+
+from prefect import task
+
+from hass_core.config import RunConfig, Stage
+from hass_core.stages import find_finished as find
+from hass_core.store import Artifact
+from tasks import tracking
+from tasks.resources import store_of, target_of
+from tasks.retries import NETWORK_RETRIES
+
+
+@task(name="find-finished", **NETWORK_RETRIES)
+def find_finished(config: RunConfig, last: Stage) -> tuple[str, list[Artifact]] | None:
+    """The MLflow run and the stages up to `last` where all of them are finished and recorded; else None."""
+    store_of(config)
+    done = find(last, config, target_of(config))
+    run_id = done and tracking.find_recorded(config, done)
+    return (run_id, list(done.values())) if done and run_id else None
+
+
+@task(name="find-judged", **NETWORK_RETRIES)
+def find_judged(config: RunConfig, draft: Artifact) -> tracking.DraftVersion | None:
+    """The draft's version where it is registered, and judged unless people promote by hand; else None."""
+    client = tracking.connect(config)
+    version = tracking.registered_draft(client, tracking.registered_name(config), draft)
+    if version is None or (config.promotion.automatic and not tracking.is_judged(client, version)):
+        return None
+    return version

@@ -1,0 +1,49 @@
+"""What is known of a draft in service: its τ by day as metrics of its version, and where the engines' counts stood."""
+
+import time
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hass_core.evaluation.engine_metrics import Acceptance
+from tasks.tracking.registry import LOGGED_MODEL, DraftVersion, lineage
+
+STATE = "hass.watch"  # tag of a version
+SECONDS_PER_DAY = 86_400
+
+
+class WatchState(BaseModel):
+    """Between two readings of one version."""
+
+    model_config = ConfigDict(frozen=True)
+    counts: dict[str, Acceptance] = {}  # by endpoint
+    low_in_a_row: int = 0
+    alarmed: float | None = None  # Unix time of the last alarm
+
+
+def watch_state(client: MlflowClient, version: DraftVersion) -> WatchState:
+    """What the last reading left; of a tag that somebody broke, nothing."""
+    try:
+        return WatchState.model_validate_json(lineage(client, version).get(STATE, "{}"))
+    except ValidationError:
+        return WatchState()
+
+
+def record_watch(client: MlflowClient, version: DraftVersion, state: WatchState, numbers: dict[str, float]) -> None:
+    """Keep the state, and the numbers as metrics `watch/…` of the version's model, a step a day."""
+    client.set_model_version_tag(version.model, version.version, STATE, state.model_dump_json())
+    found = client.get_model_version(version.model, version.version)
+    run_id, model_id = found.run_id, found.tags.get(LOGGED_MODEL)
+    now = time.time()
+    values = [
+        Metric(f"watch/{name}", value, int(1000 * now), int(now // SECONDS_PER_DAY), model_id=model_id)
+        for name, value in numbers.items()
+    ]
+    if run_id and values:
+        try:
+            client.log_batch(run_id, metrics=values)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # the run was deleted; the tag still tells
+                raise

@@ -1,0 +1,36 @@
+"""Continue from the draft in use: `draft.warm_start = "champion"` becomes the folder of one certain draft."""
+
+from prefect import task
+
+from hass_core.config import CHAMPION, RunConfig
+from hass_core.evaluation.evaluate import local_draft
+from hass_core.store import Artifact
+from tasks import tracking
+from tasks.resources import is_served, made_by, store_of
+from tasks.retries import NETWORK_RETRIES
+
+NONE = "none"
+
+
+@task(name="resolve-warm-start", **NETWORK_RETRIES)
+def resolve_warm_start(config: RunConfig, prompts: Artifact, continues: str | None) -> tuple[RunConfig, dict[str, str]]:
+    """The settings with a folder for `champion`, and the tags by which a retraining remembers its choice.
+
+    One retraining (settings, prompts, target) starts from one draft for ever: its record says which. A new one takes
+    the champion of this target; where there is none the draft starts as draft.start says.
+    """
+    if config.draft.warm_start != CHAMPION:
+        return config, {}
+    chosen = tracking.recorded_warm_start(config, prompts, made_by(config), continues) or _present(config)
+    folder = None
+    if chosen != NONE:
+        folder = str(local_draft(store_of(config).open(Artifact.model_validate_json(chosen))))
+    draft = config.draft.model_copy(update={"warm_start": folder})
+    return config.model_copy(update={"draft": draft}), {tracking.WARM_START: chosen}
+
+
+def _present(config: RunConfig) -> str:
+    """The champion's draft, or none."""
+    champion = tracking.champion(tracking.connect(config), tracking.registered_name(config))
+    fits = champion is not None and is_served(config, champion)
+    return champion.draft.model_dump_json(exclude={"summary"}) if champion and fits else NONE

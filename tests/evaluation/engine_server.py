@@ -1,0 +1,83 @@
+"""A small server that answers as vLLM does with a draft: the chat endpoint, and the counters on its metrics page."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+PAGE = """\
+# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{{engine="0",model_name="tiny"}} 0.0
+# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
+# TYPE vllm:spec_decode_num_drafts_total counter
+vllm:spec_decode_num_drafts_total{{engine="0",model_name="tiny"}} {drafts:.1f}
+# HELP vllm:spec_decode_num_draft_tokens_total Number of draft tokens.
+# TYPE vllm:spec_decode_num_draft_tokens_total counter
+vllm:spec_decode_num_draft_tokens_total{{engine="0",model_name="tiny"}} {tokens:.1f}
+# HELP vllm:spec_decode_num_accepted_tokens_total Number of accepted tokens.
+# TYPE vllm:spec_decode_num_accepted_tokens_total counter
+vllm:spec_decode_num_accepted_tokens_total{{engine="0",model_name="tiny"}} {accepted:.1f}
+# HELP vllm:spec_decode_num_accepted_tokens_per_pos_total Accepted tokens per draft position.
+# TYPE vllm:spec_decode_num_accepted_tokens_per_pos_total counter
+vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",model_name="tiny",position="0"}} {first:.1f}
+vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",model_name="tiny",position="1"}} {second:.1f}
+vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",model_name="tiny",position="2"}} 0.0
+"""
+DRAFTS_PER_ANSWER = 100
+
+
+class Engine:
+    """Its counters; `shares` of the drafts are accepted at the first and second position, none at the third."""
+
+    def __init__(self, shares: tuple[float, float], seconds: float = 0.0):
+        self.shares, self.seconds = shares, seconds
+        self.drafts, self.accepted = 0.0, [0.0, 0.0]
+        self.url = ""
+
+    def serve(self, drafts: float = DRAFTS_PER_ANSWER) -> None:
+        """Count as if so many drafts had been verified."""
+        self.drafts += drafts
+        self.accepted = [old + drafts * share for old, share in zip(self.accepted, self.shares, strict=True)]
+
+    def page(self) -> str:
+        first, second = self.accepted
+        return PAGE.format(
+            drafts=self.drafts, tokens=3 * self.drafts, accepted=first + second, first=first, second=second
+        )
+
+
+@contextmanager
+def running(engine: Engine) -> Iterator[Engine]:
+    """Serve on a free port of the loopback."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            text = engine.page() if self.path == "/metrics" else json.dumps({"data": [{"id": "tiny"}]})
+            self.reply(text)
+
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            time.sleep(engine.seconds)
+            engine.serve()
+            usage = {"prompt_tokens": 5, "completion_tokens": asked["max_tokens"]}
+            self.reply(json.dumps({"choices": [{"message": {"content": "Yes."}}], "usage": usage}))
+
+        def reply(self, text: str) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *given: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    engine.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield engine
+    finally:
+        server.shutdown()
+        server.server_close()
