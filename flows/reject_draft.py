@@ -23,4 +23,4 @@ def show(console: Console, config: RunConfig, done: DraftVersion) -> None:
 
 
 if __name__ == "__main__":
-    main(reject_draft, show, RejectionParameters)
+    main(reject_draft, show)
