@@ -1,0 +1,80 @@
+"""Settings of what surrounds a retraining: its record, the gate, releases, the watch. None of them changes a result."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from hass_core.settings import Settings
+
+
+class TrackingConfig(Settings):
+    """Where runs are recorded."""
+
+    uri: str | None = Field(default=None, description="MLflow tracking server; None = SQLite beside the store")
+    experiment: str = Field(default="hass", min_length=1, description="MLflow experiment")
+    registered_model: str | None = Field(
+        default=None, min_length=1, description="Registry name; None = hass-draft-<target>"
+    )
+
+
+Engine = Literal["vllm", "sglang", "eagle"]
+
+
+class PromotionConfig(Settings):
+    """When a new draft (challenger) replaces the one in use (champion)."""
+
+    automatic: bool = Field(default=True, description="Decide at the end of a retraining; off = wait for promote-draft")
+    margin: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Gain in tokens/s over the champion that the interval's lower end must exceed",
+    )
+    tolerance: float = Field(
+        default=0.02, ge=0, le=1, description="Loss of tokens/s that one benchmark or one temperature may show"
+    )
+    rounds: int = Field(
+        default=3, ge=2, le=100, description="Times champion and challenger answer all questions, in turns"
+    )
+    beat_plain: bool = Field(
+        default=True, description="Without a champion to beat, a draft must beat plain decoding by the margin"
+    )
+    engines: tuple[Engine, ...] = Field(
+        default=("vllm", "sglang", "eagle"), description="Engines whose export check a new champion must pass"
+    )
+    judge: Literal["here", "server"] = Field(
+        default="here", description="Who decodes: this process, or two running servers that serve the two drafts"
+    )
+    champion_url: str | None = Field(default=None, description="Server with the champion, for judge = server")
+    challenger_url: str | None = Field(default=None, description="Server with the challenger, for judge = server")
+    release: tuple[Engine, ...] = Field(
+        default=(), description="Engines a new champion is exported for, into STORE/releases; empty = no release"
+    )
+    release_command: str | None = Field(
+        default=None, description="Shell command after a release, such as a reload of the servers; it gets HASS_RELEASE"
+    )
+    release_webhook: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z_]\w*$",
+        description="Environment variable that holds the address to post a release to; an address may be a secret",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "PromotionConfig":
+        if self.judge == "server" and not (self.champion_url and self.challenger_url):
+            raise ValueError('promotion.judge = "server" needs promotion.champion_url and promotion.challenger_url')
+        return self
+
+
+class WatchConfig(Settings):
+    """How the draft in use is watched where it serves."""
+
+    endpoints: tuple[str, ...] = Field(
+        default=(), description="Addresses of the engines' metrics, such as http://host:8000/metrics"
+    )
+    tolerance: float = Field(
+        default=0.1, gt=0, lt=1, description="Share by which tau may lie below what the evaluation lets expect"
+    )
+    readings: int = Field(default=3, ge=1, le=100, description="Readings in a row below that before an alarm")
+    min_drafts: int = Field(default=200, ge=1, description="Drafts between two readings for them to count")
+    quiet_hours: float = Field(default=168, ge=0, description="Hours after an alarm without another")
