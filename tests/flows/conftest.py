@@ -22,7 +22,6 @@ conversations_per_shard = 8
 [features]
 max_tokens_per_conversation = 128
 validation_fraction = 0.2
-conversations_per_shard = 8
 [training]
 align_steps = 2
 passes = 4
