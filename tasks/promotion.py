@@ -115,8 +115,8 @@ def _measured(
 
     if champion and is_served(config, champion):
         if rules.judge == "server":
-            return _judged_by_servers(config, target, lossless, f"version {champion.version}, the champion", progress)
-        return duel(champion.draft, f"version {champion.version}, the champion", rules.rounds)
+            return _judged_by_servers(config, target, lossless, f"the champion (version {champion.version})", progress)
+        return duel(champion.draft, f"the champion (version {champion.version})", rules.rounds)
     reason = "there is no champion"
     if champion:
         reason = f"version {champion.version} is no draft of {target.name} as it is now: it counts as none"

@@ -76,7 +76,7 @@ def test_a_retraining_ends_with_report_and_version_and_the_next_reuses_what_it_c
     second = retrain(environment, tiny_preset, "training.passes=5")
     assert second.returncode == 0, second.stdout + second.stderr
     assert "version 2" in second.stdout
-    assert re.search(r"^(not )?promoted: the gain over the champion is", second.stdout, re.MULTILINE)
+    assert re.search(r"^(not )?promoted: the gain over the champion \(version 1\) is", second.stdout, re.MULTILINE)
     after = finished_stages(tiny_preset)
     assert {path: after[path] for path in before} == before
     assert stages(after.keys() - before.keys()) == ["draft", "evaluation"]
@@ -91,7 +91,7 @@ def test_a_retraining_ends_with_report_and_version_and_the_next_reuses_what_it_c
     names_are_those_of_the_readme(client, runs)
     model = client.get_logged_model(client.get_model_version("hass-draft-tiny", "1").tags["hass.logged_model"])
     assert {"evaluation/speedup", "evaluation/tau_macro"} <= {metric.key for metric in model.metrics or []}
-    assert (model.params or {})["training.passes"] == "4"
+    assert (model.params or {})["training.passes"] == "4.0"
     assert {"evaluation/speed.png", "evaluation/report.md"} <= {
         file.path for file in client.list_artifacts(parents[0].info.run_id, "evaluation")
     }
