@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from hass_core.errors import ConfigError
 from hass_core.loop_config import Engine as Engine
-from hass_core.loop_config import PromotionConfig, TrackingConfig, WatchConfig
+from hass_core.loop_config import ExecutionConfig, PromotionConfig, TrackingConfig, WatchConfig
 from hass_core.settings import Settings, apply_override, read_toml, validated
 
 LEAST_TEMPERATURE = 1e-5  # logits of a thousand, divided by it, are still far from float32's limit
@@ -339,20 +339,6 @@ class EvaluationConfig(Settings):
 
 
 Stage = Literal["prompts", "responses", "features", "draft", "evaluation"]  # in their order
-
-
-class ExecutionConfig(Settings):
-    """Who does the work of a stage that can be divided by shards; the result is the same."""
-
-    workers: int = Field(
-        default=1, ge=1, le=4096, description="Shards extracted at once; 1 = one after the other in this process"
-    )
-    runner: Literal["threads", "ray"] = Field(
-        default="threads", description="threads = this machine, one process for each of several GPUs; ray = a cluster"
-    )
-    ray_address: str | None = Field(
-        default=None, description="A running cluster, as ray://HOST:10001; None = one started on this machine"
-    )
 
 
 class RunConfig(Settings):

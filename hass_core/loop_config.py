@@ -1,4 +1,4 @@
-"""Settings of what surrounds a retraining: its record, the gate, releases, the watch. None of them changes a result."""
+"""Settings of what surrounds a retraining: record, gate, release, watch, workers. None changes a result."""
 
 from typing import Literal
 
@@ -78,3 +78,17 @@ class WatchConfig(Settings):
     readings: int = Field(default=3, ge=1, le=100, description="Readings in a row below that before an alarm")
     min_drafts: int = Field(default=200, ge=1, description="Drafts between two readings for them to count")
     quiet_hours: float = Field(default=168, ge=0, description="Hours after an alarm without another")
+
+
+class ExecutionConfig(Settings):
+    """Who does the work of a stage that can be divided by shards; the result is the same."""
+
+    workers: int = Field(
+        default=1, ge=1, le=4096, description="Shards extracted at once; 1 = one after the other in this process"
+    )
+    runner: Literal["threads", "ray"] = Field(
+        default="threads", description="threads = this machine, one process for each of several GPUs; ray = a cluster"
+    )
+    ray_address: str | None = Field(
+        default=None, description="A running cluster, as ray://HOST:10001; None = one started on this machine"
+    )
