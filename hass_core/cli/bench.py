@@ -47,6 +47,7 @@ def decode(
     """
     given = {"target.source": target, "target.dtype": dtype, "tree.depth": depth, "tree.top_k": top_k}
     chosen = _settings(config, override, given | {"tree.nodes": nodes, "tree.eight_bits": eight_bits})
+    check_source(chosen.target.source)
     _run("decoding", chosen.target, chosen.tree, draft, plan, rows, questions, max_new_tokens)
 
 
@@ -124,9 +125,7 @@ def _settings(
     """The settings of the file, else the defaults with `usual` changes; then those of --set, then the `given` ones."""
     own = [f"{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
     changes = [*(overrides or []), *own]
-    chosen = parse_config({}, [*usual, *changes]) if config is None else load_config(config, changes)
-    check_source(chosen.target.source)
-    return chosen
+    return parse_config({}, [*usual, *changes]) if config is None else load_config(config, changes)
 
 
 def _run(module: str, *arguments: Any) -> None:
