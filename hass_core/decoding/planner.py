@@ -3,7 +3,7 @@
 Worth: the given prompts are decoded once with the largest tree, and for every cycle it is noted which nodes were
 accepted and where each stood in the order of scores. The best N-1 nodes of a pool contain the best N'-1, so one run
 tells how many tokens any smaller tree of the same draft would have gained. (Narrower and shallower trees and smaller
-vocabularies are told by leaving out nodes; their frontier could have differed slightly.)
+vocabularies are judged by leaving out nodes; their frontier could have differed slightly.)
 Cost: the time of verifying N nodes, of drafting D levels of K nodes, and what a level saves with fewer tokens to score.
 """
 

@@ -82,13 +82,13 @@ def context_cause(cycles: Sequence[Cycle], trained_tokens: int | None) -> Cause 
     known = [cycle for cycle in cycles if trained_tokens is None or cycle.context_tokens <= trained_tokens]
     mend = "train on longer conversations (features.max_tokens_per_conversation), or serve shorter ones"
     if trained_tokens is None:
-        told = f"τ by context: {listed}; how long the training conversations were is not on record (--trained-tokens)"
-        return Cause("context", 0.0, told, mend)
+        what = f"τ by context: {listed}; how long the training conversations were is not on record (--trained-tokens)"
+        return Cause("context", 0.0, what, mend)
     if len(known) == len(cycles):
         return None
     beyond = len(cycles) - len(known)
-    told = f"{beyond} of {len(cycles)} cycles lie beyond the {trained_tokens} tokens trained on; τ by context: {listed}"
-    return Cause("context", tau(known) - tau(cycles) if known else None, told, mend)
+    what = f"{beyond} of {len(cycles)} cycles lie beyond the {trained_tokens} tokens trained on; τ by context: {listed}"
+    return Cause("context", tau(known) - tau(cycles) if known else None, what, mend)
 
 
 def _bucket(tokens: int, edges: list[int]) -> str:

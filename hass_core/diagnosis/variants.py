@@ -114,8 +114,8 @@ def sampling_cause(case: Case) -> Cause:
     if case.settings.temperature:
         what = f"answers are sampled at T = {case.settings.temperature:g}"
         return from_variant("sampling", what, mend, case.base, cycles)
-    told = f"served greedily, so it costs nothing now; τ at T = 0 is {tau(case.base):.2f}, at T = 1 {tau(cycles):.2f}"
-    return Cause("sampling", 0.0, told, mend)
+    what = f"served greedily, so it costs nothing now; τ at T = 0 is {tau(case.base):.2f}, at T = 1 {tau(cycles):.2f}"
+    return Cause("sampling", 0.0, what, mend)
 
 
 def template_cause(case: Case) -> Cause | None:
