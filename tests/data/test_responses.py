@@ -14,7 +14,7 @@ from hass_core.data.prompts import collect_prompts
 from hass_core.data.responses import Journal, generate_responses
 from hass_core.data.templates import encode_conversation, supervised_runs, tokenize
 from hass_core.errors import HassError
-from hass_core.features.tokenised import encode_part
+from hass_core.features.tokenise import encode_part
 from hass_core.target_model.loader import freeze
 from tests.conftest import byte_tokenizer
 from tests.data.test_askable import CALLED, TOOL, WITH_TOOLS
