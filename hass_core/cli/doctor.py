@@ -11,7 +11,6 @@ from hass_core.cli.options import AsJson, DraftFolder, TargetSource
 from hass_core.config import Engine, EvaluationConfig, SamplingConfig, TargetConfig
 from hass_core.errors import FINDINGS
 from hass_core.settings import validated
-from hass_core.store import store_at
 
 app = typer.Typer()
 
@@ -87,6 +86,8 @@ def data(
     as_json: AsJson = False,
 ) -> None:
     """Show what is supervised in stored features, and check every row."""
+    from hass_core.store import store_at
+
     store, artifact = store_at(features, "features")
     from hass_core.cli.data_report import show_audit, show_problems
     from hass_core.features.checks import find_audit, validate_features

@@ -9,7 +9,6 @@ from rich.table import Table
 from hass_core.cli.common import console, progress_bar, settings, show, show_json
 from hass_core.cli.options import AsJson, ConfigName, Overrides, draft_folder
 from hass_core.config import Stage, load_config, preset_names
-from hass_core.store import Store
 
 
 def register(app: typer.Typer) -> None:
@@ -31,6 +30,8 @@ def run(
     chosen = settings(config, override)
     if chosen.draft.warm_start and "://" not in chosen.draft.warm_start:
         draft_folder(Path(chosen.draft.warm_start))
+    from hass_core.store import Store
+
     Store(chosen.store).check_writable()
     from hass_core.stages import run_until  # imports torch: only when the settings are right
 
