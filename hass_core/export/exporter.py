@@ -54,10 +54,11 @@ def export_draft(
     engine = ENGINES[engine_name]
     check_out(out, draft)
     source = read_draft(draft, target)
-    if reasons := [*unheld(engine, source.architecture), *_unheld_embedding(engine, source)]:
+    shape = [*unheld(engine, source.architecture)]
+    if reasons := [*shape, *_unheld_extras(engine, source)]:
+        way_out = '; a draft trained with draft.family = "llama" loads in vLLM and SGLang' if shape else ""
         raise DraftMismatch(
-            f"the draft {draft} cannot serve under {engine.title}, which has no place for {'; '.join(reasons)}; "
-            'a draft trained with draft.family = "llama" loads everywhere'
+            f"the draft {draft} cannot serve under {engine.title}, which has no place for {'; '.join(reasons)}{way_out}"
         )
     if difference := origin_difference(source.info, target):
         raise DraftMismatch(f"the draft {draft} {difference}; name the target it was trained for (--target)")
@@ -105,7 +106,7 @@ def _replacing(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _unheld_embedding(engine: Engine, source: StoredDraft) -> Iterator[str]:
+def _unheld_extras(engine: Engine, source: StoredDraft) -> Iterator[str]:
     if source.embedding is not None and engine.embedding == "replaced":
         yield f"{EMBEDDING} (the draft's own, where it serves the target's)"
     if FC_BIAS in source.weights and engine.fc_bias == "ignored":

@@ -110,3 +110,17 @@ def test_an_import_does_not_write_over_its_source_or_anything_else(official, tin
     (tmp_path / "letters" / "to mother.txt").write_text("dear")
     with pytest.raises(BadInput, match="holds something other than a draft"):
         import_draft(official, tiny_target, tmp_path / "letters")
+
+
+def test_a_bias_that_vllm_would_drop_is_named_with_the_way_out(official, tiny_target, tmp_path):
+    imported = import_draft(official, tiny_target, tmp_path / "imported")
+    tree = TreeConfig(kind="chain", depth=3, nodes=4)
+    with pytest.raises(DraftMismatch, match=r"no place for fc\.bias .*--fold-bias") as refused:
+        export_draft(imported, tiny_target, "vllm", tmp_path / "vllm", tree, "org/target")
+    assert "draft.family" not in str(refused.value)
+    for engine in ("sglang", "eagle"):
+        out = export_draft(imported, tiny_target, engine, tmp_path / engine, tree, "org/target")
+        assert torch.equal(
+            load_file(str(out / "model.safetensors"))["fc.bias"],
+            load_file(str(imported / "model.safetensors"))["fc.bias"],
+        )
