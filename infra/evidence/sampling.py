@@ -123,8 +123,8 @@ def _speed_up(tokens: np.ndarray, seconds: np.ndarray, other_tokens: np.ndarray,
 def decoded(
     decoder: Decoder, prompts: list[list[int]], sampling: SamplingConfig, count: int, stop: StopRule
 ) -> Counted:
-    """Question by question, after one that warms up."""
-    decoder.generate(prompts[:1], sampling, count, stop, seed=0)
+    """Question by question, after the longest, which sizes the session and compiles what it needs."""
+    decoder.generate([max(prompts, key=len)], sampling, count, stop, seed=0)
     found: list[Generation] = [
         decoder.generate([prompt], sampling, count, stop, seed=number)[0] for number, prompt in enumerate(prompts)
     ]
