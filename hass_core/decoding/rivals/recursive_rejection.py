@@ -107,7 +107,7 @@ class RejectionSampler(Sampler):
         """A token drawn from p [V], one of `candidates` wherever rejection allows."""
         for candidate in candidates:
             assert q is not None
-            if q[candidate] == 0:  # q has run out of tokens: this one and the rest were not drawn from it
+            if float(q.sum()) == 0 or q[candidate] == 0:  # q has run out: this one and the rest were not drawn from it
                 break
             if float(torch.rand((), generator=self._coins)) * float(q[candidate]) < float(p[candidate]):
                 return candidate
@@ -116,5 +116,5 @@ class RejectionSampler(Sampler):
                 return candidate
             p = p / p.sum()
             q = q.index_fill(0, torch.tensor([candidate]), 0.0)
-            q = q / q.sum()
+            q = q / q.sum().clamp(min=torch.finfo(q.dtype).tiny)  # all of q may have been on that one
         return int(torch.multinomial(p, 1, generator=self._coins))
