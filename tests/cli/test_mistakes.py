@@ -105,11 +105,11 @@ flows.promote_draft -p version=0                             | version = '0'
 flows.rollback_draft seed=-1                                 | seed = -1
 """
 WITH_TORCH = """
-hass chat -t target --draft draft                            | the draft in draft is broken
+hass chat -t target --draft draft                            | draft/model.safetensors is not a readable safetensors file
 hass chat -t target --draft noweights                        | noweights/model.safetensors is missing
 hass chat -t target --draft target                           | target holds no draft
-hass plan draft -t target                                    | the draft in draft is broken
-hass evaluate --draft draft -o out -s target.source=target --benchmarks asked.jsonl | the draft in draft is broken
+hass plan draft -t target                                    | draft/model.safetensors is not a readable safetensors file
+hass evaluate --draft draft -o out -s target.source=target --benchmarks asked.jsonl | draft/model.safetensors is not a readable safetensors file
 hass export draft --to vllm -t target -o out                 | draft
 hass import noweights -t target -o imported                  | noweights
 hass run prompts -s target.source=garbage.gguf -s store=s    | garbage.gguf

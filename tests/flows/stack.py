@@ -88,8 +88,8 @@ class Stack:
         return path.read_text(errors="replace")[-8000:] if path.exists() else ""
 
     def api_patch(self, path: str, change: dict) -> None:
-        """Change something on the server as its UI does."""
-        httpx.patch(f"{self.api}/{path}", json=change, timeout=30).raise_for_status()
+        """Change something on the server as its UI does; a server on SQLite is busy now and then."""
+        wait_for(lambda: httpx.patch(f"{self.api}/{path}", json=change, timeout=30).is_success, f"{path} to change", 60)
 
     def flow_runs(self) -> list[dict]:
         """All flow runs, newest first."""

@@ -79,7 +79,7 @@ def test_a_retraining_ends_with_report_and_version_and_the_next_reuses_what_it_c
     assert re.search(r"^(not )?promoted: the gain over the champion \(version 1\) is", second.stdout, re.MULTILINE)
     after = finished_stages(tiny_preset)
     assert {path: after[path] for path in before} == before
-    assert stages(after.keys() - before.keys()) == ["draft", "evaluation"]
+    assert stages(after.keys() - before.keys()) == ["draft", "duel", "evaluation"]
 
     client = MlflowClient(f"sqlite:///{tiny_preset.parent}/.hass/mlflow.db")
     experiment = client.get_experiment_by_name("hass")
