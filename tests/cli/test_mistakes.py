@@ -105,11 +105,11 @@ flows.promote_draft -p version=0                             | version = '0'
 flows.rollback_draft seed=-1                                 | seed = -1
 """
 WITH_TORCH = """
-hass chat -t target --draft draft                            | draft/model.safetensors is not a readable safetensors file
+hass chat -t target --draft draft                            | model.safetensors is not a readable
 hass chat -t target --draft noweights                        | noweights/model.safetensors is missing
 hass chat -t target --draft target                           | target holds no draft
-hass plan draft -t target                                    | draft/model.safetensors is not a readable safetensors file
-hass evaluate --draft draft -o out -s target.source=target --benchmarks asked.jsonl | draft/model.safetensors is not a readable safetensors file
+hass plan draft -t target                                    | model.safetensors is not a readable
+hass evaluate --draft draft -o out -s target.source=target --benchmarks asked.jsonl | not a readable
 hass export draft --to vllm -t target -o out                 | draft
 hass import noweights -t target -o imported                  | noweights
 hass run prompts -s target.source=garbage.gguf -s store=s    | garbage.gguf
