@@ -85,6 +85,7 @@ class PlainConfidence(Drafter):
 DRAFTERS: dict[str, Callable[[Draft, TreeShape], Drafter]] = {
     "likeliest": Likeliest, "coupled": Drafter, "unfitted": Unfitted, "plain confidence": PlainConfidence,
 }  # fmt: skip
+WAYS = [*DRAFTERS, "rsd"]
 
 
 @dataclass
@@ -166,12 +167,14 @@ def measured(target: Target, draft: Draft, prompts: list[list[int]], options: ar
         for tree in options.trees or TREES:
             shape, ways = TreeShape.of(TREES[tree], draft.head.size), {}
             for way, drafter in DRAFTERS.items():
+                if way not in options.ways:
+                    continue
                 if options.replay:
                     ways[way] = replayed(drafter(draft, shape), answers, target.head, sampling)
                 else:
                     decoder = TreeDecoder(runner, drafter(draft, shape), way)
                     ways[way] = decoded(decoder, prompts, sampling, options.tokens, stop)
-            if not options.replay and sampling.temperature:
+            if "rsd" in options.ways and not options.replay and sampling.temperature:
                 rival = RecursiveRejectionDecoder(runner, draft, TREES[tree])
                 ways["rsd"] = decoded(rival, prompts, sampling, options.tokens, stop)
             found[f"T = {name}, {tree}"] = {way: _compared(c, ways["likeliest"], plain) for way, c in ways.items()}
@@ -211,9 +214,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96, help="tokens of an answer")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS)
     parser.add_argument("--trees", nargs="+", choices=TREES)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="likeliest is always one of them")
     parser.add_argument("--replay", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    options.ways = {"likeliest", *options.ways}
     target = load_target(TargetConfig(device=options.device, dtype=options.dtype))
     prompts = prompts_of(target, options.questions, options.each)
     name = (
