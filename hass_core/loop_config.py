@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hass_core.settings import Settings
 
@@ -13,8 +13,15 @@ class TrackingConfig(Settings):
     uri: str | None = Field(default=None, description="MLflow tracking server; None = SQLite beside the store")
     experiment: str = Field(default="hass", min_length=1, description="MLflow experiment")
     registered_model: str | None = Field(
-        default=None, min_length=1, description="Registry name; None = hass-draft-<target>"
+        default=None, min_length=1, description="Registry name, without / and :; None = hass-draft-<target>"
     )
+
+    @field_validator("registered_model")
+    @classmethod
+    def _that_mlflow_takes(cls, name: str | None) -> str | None:
+        if name is not None and set(name) & set("/:"):
+            raise ValueError(f"tracking.registered_model = {name!r}: MLflow takes no / and no : in a model's name")
+        return name
 
 
 Engine = Literal["vllm", "sglang", "eagle"]

@@ -62,9 +62,9 @@ def serves(version: DraftVersion, target: Target) -> bool:
 
 
 def registered_name(config: RunConfig) -> str:
-    """`hass-draft-<target>`, without the word that all targets share."""
+    """`hass-draft-<target>`, without the word that all targets share and the letters that MLflow takes in no name."""
     target = target_name(config.target.source).removesuffix("-instruct")
-    return config.tracking.registered_model or f"hass-draft-{target}"
+    return config.tracking.registered_model or "hass-draft-" + re.sub("[/:]", "-", target)
 
 
 def register(

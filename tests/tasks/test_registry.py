@@ -4,8 +4,10 @@ import re
 import threading
 
 import pytest
+from mlflow.exceptions import MlflowException
 
-from hass_core.errors import TrackingError
+from hass_core.config import load_config
+from hass_core.errors import ConfigError, TrackingError
 from tasks import promotion, tracking
 from tasks.gate import Verdict
 from tasks.model_card import model_card
@@ -201,3 +203,20 @@ def test_a_lock_that_stays_taken_is_named(client, config, monkeypatch):
         lock.locked(client, name),
     ):
         pass
+
+
+@pytest.mark.parametrize("folder", ["tiny:8b", "a:b:c"])
+def test_a_target_whose_name_mlflow_refuses_gets_one_that_it_takes(config, client, tmp_path, folder):
+    target = config.target.model_copy(update={"source": str(tmp_path / folder)})
+    tracking_settings = config.tracking.model_copy(update={"registered_model": None})
+    name = registered_name(config.model_copy(update={"target": target, "tracking": tracking_settings}))
+    assert name == "hass-draft-" + folder.replace(":", "-")
+    assert client.create_registered_model(name).name == name
+
+
+@pytest.mark.parametrize("name", ["team/x", "tiny:8b"])
+def test_a_registry_name_that_mlflow_refuses_is_refused_with_the_settings(config, client, name):
+    with pytest.raises(ConfigError, match=re.escape(f"tracking.registered_model = '{name}'")):
+        load_config("smollm2-cpu", [f"tracking.registered_model={name}"])
+    with pytest.raises(MlflowException, match="Invalid model name"):
+        client.create_registered_model(name)
