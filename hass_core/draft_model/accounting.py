@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from hass_core.draft_model.architecture import FC_BIAS, O_BIAS, QK_NORMS, QKV_BIASES, DraftArchitecture
-from hass_core.draft_model.files import CONFIG, read_config, read_tensors
+from hass_core.draft_model.files import CONFIG, WEIGHTS, read_config, read_tensors
 from hass_core.errors import DraftMismatch
 
 FUSION = "fc.weight"  # every draft has it, no other model
@@ -100,6 +101,15 @@ def account(folder: Path, config: dict[str, Any], stored: dict[str, Tensor], tar
     if objections:
         raise DraftMismatch(f"the draft in {folder} cannot be taken as it is: {'; '.join(objections)}")
     return StoredDraft(folder, config, architecture, {n: tensors[n] for n in architecture.tensors()}, embedding)
+
+
+def holds_draft(folder: Path) -> bool:
+    """Whether a folder's model.safetensors is a draft's, told from the names of its tensors."""
+    try:
+        with safe_open(str(folder / WEIGHTS), framework="pt") as file:
+            return FUSION in {name.removeprefix(PREFIX) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except Exception:  # no such file, or not one of safetensors, which does not export its error as a type
+        return False
 
 
 def refuse_other_models(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -211,6 +221,8 @@ def _wrong(tensors: dict[str, Tensor], architecture: DraftArchitecture) -> Itera
             yield f"{name} does not fit its {CONFIG}: it is {found}, {shape} is asked for"
         elif tensors[name].dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             yield f"{name} is quantised ({str(tensors[name].dtype).removeprefix('torch.')})"
+        elif not bool(tensors[name].isfinite().all()):
+            yield f"{name} holds NaN or infinite numbers"
 
 
 def _claims(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:

@@ -9,7 +9,7 @@ q/k (Qwen3). One of the family `llama` has no such bias or norm and a SiLU, whic
 from collections.abc import Collection
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import LlamaConfig, PretrainedConfig
 
 from hass_core.errors import CorruptFile, DraftMismatch, TargetError
@@ -36,7 +36,7 @@ class DraftArchitecture(BaseModel):
     vocab_size: int
     max_position_embeddings: int
     rope_parameters: dict[str, Any]
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = Field(1e-6, gt=0)
     hidden_act: str = "silu"
     qkv_bias: bool = False
     o_bias: bool = False
@@ -103,7 +103,7 @@ class DraftArchitecture(BaseModel):
                 vocab_size=config["vocab_size"],
                 max_position_embeddings=config.get("max_position_embeddings") or 2048,
                 rope_parameters=rope_parameters(config),
-                rms_norm_eps=config.get("rms_norm_eps") or 1e-6,
+                rms_norm_eps=1e-6 if config.get("rms_norm_eps") is None else config["rms_norm_eps"],
                 hidden_act=config.get("hidden_act") or "silu",
                 qkv_bias=any(name in names for name in QKV_BIASES),
                 o_bias=O_BIAS in names,
@@ -194,7 +194,7 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
 
 def partial_rotary(config: dict[str, Any]) -> float:
     """The share of each head that is rotated."""
-    rope = dict(config.get("rope_parameters") or {})
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope = dict(rope.get("full_attention", rope))
     return float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hass_core.config import TreeConfig
-from hass_core.draft_model.accounting import EMBEDDING, StoredDraft, account, read_draft
+from hass_core.draft_model.accounting import EMBEDDING, StoredDraft, account, holds_draft, read_draft
 from hass_core.draft_model.architecture import FC_BIAS, O_BIAS, QKV_BIASES
 from hass_core.draft_model.checkpoint import draft_vocabulary, origin_difference
 from hass_core.draft_model.engines import ENGINES, Engine, unheld
@@ -65,7 +65,7 @@ def export_draft(
     weights, token_map = engine_weights(source, engine, target.embedding), draft_vocabulary(draft, target)
     config = engine_config(source, engine, target)
     section = {**source.info, "draft_identity": draft_identity(source)}
-    with _replacing(out) as partial:
+    with replacing(out) as partial:
         made = account(partial, config, weights, target)
         # this layout has no place for a trimmed vocabulary: engines draft among all tokens, or those of SGLang's map
         section = {key: value for key, value in section.items() if key != "draft_vocab_size"}
@@ -86,14 +86,15 @@ def check_out(out: Path, source: Path) -> None:
     """Raise BadInput where writing a draft to `out` would overwrite something else, or its own `source`."""
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out} is a file; name a folder to write the draft to")
-    if out.resolve() == source.resolve():
-        raise BadInput(f"{out} is the draft to read; name another folder to write to")
-    if out.exists() and not (out / WEIGHTS).is_file() and any(out.iterdir()):
+    read = source.resolve()
+    if out.resolve() in (read, *read.parents):
+        raise BadInput(f"{out} is or holds the draft to read; name another folder to write to")
+    if out.exists() and any(out.iterdir()) and not holds_draft(out):  # a target's folder has weights too
         raise BadInput(f"{out} exists and holds something other than a draft; name another folder")
 
 
 @contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
+def replacing(out: Path) -> Iterator[Path]:
     """A new folder beside `out` that takes its place when the block ends well, and is gone otherwise."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

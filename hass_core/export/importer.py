@@ -17,7 +17,7 @@ from hass_core.draft_model.accounting import EMBEDDING, SharedWeights, StoredDra
 from hass_core.draft_model.architecture import FC_BIAS
 from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS
 from hass_core.errors import BadInput, DraftMismatch
-from hass_core.export.exporter import check_out
+from hass_core.export.exporter import check_out, replacing
 
 MAX_CONDITION = 1e6  # beyond this, fp32 loses more than half its digits in the solve
 MAX_RELATIVE_ERROR = 1e-4
@@ -97,9 +97,10 @@ def _save(out: Path, draft: StoredDraft) -> Path:
     lists = {
         name: (draft.folder / name).read_bytes() for name in (VOCABULARY, RANKS) if (draft.folder / name).is_file()
     }
-    out.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(out / WEIGHTS), {"format": "pt"})
-    (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    for name, content in lists.items():
-        (out / name).write_bytes(content)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with replacing(out) as partial:  # lists of tokens of a draft that was there before are not this one's
+        save_file(contiguous, str(partial / WEIGHTS), {"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        for name, content in lists.items():
+            (partial / name).write_bytes(content)
     return out

@@ -147,6 +147,26 @@ def test_a_senseless_config_is_one_sentence(write, tiny_target, value):
         read_draft(write(num_attention_heads=value), tiny_target)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(write, tiny_target, value):
+    broken = torch.zeros(48, 96)
+    broken[0, 0] = value
+    with pytest.raises(DraftMismatch, match=r"fc\.weight holds NaN or infinite numbers"):
+        read_draft(write({"fc.weight": broken}), tiny_target)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -1.0])
+def test_an_epsilon_that_is_none_is_refused_not_replaced(write, tiny_target, epsilon):
+    with pytest.raises(CorruptFile, match="rms_norm_eps"):
+        read_draft(write(rms_norm_eps=epsilon), tiny_target)
+
+
+def test_a_rotation_of_parts_is_seen_in_the_old_form_too(write, tiny_target):
+    rope = {"rope_type": "default", "partial_rotary_factor": 0.5}
+    with pytest.raises(DraftMismatch, match="partial_rotary_factor"):
+        read_draft(write(rope_scaling=rope), tiny_target)
+
+
 def shard(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     """Divide a folder's tensors among two files, and return the index's weight_map."""
     (folder / "model.safetensors").unlink(missing_ok=True)

@@ -104,7 +104,7 @@ def test_folding_without_a_bias_says_so(official, tiny_target, tmp_path):
 
 
 def test_an_import_does_not_write_over_its_source_or_anything_else(official, tiny_target, tmp_path):
-    with pytest.raises(BadInput, match="is the draft to read; name another folder"):
+    with pytest.raises(BadInput, match="is or holds the draft to read; name another folder"):
         import_draft(official, tiny_target, official)
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "to mother.txt").write_text("dear")
@@ -124,3 +124,33 @@ def test_a_bias_that_vllm_would_drop_is_named_with_the_way_out(official, tiny_ta
             load_file(str(out / "model.safetensors"))["fc.bias"],
             load_file(str(imported / "model.safetensors"))["fc.bias"],
         )
+
+
+def test_a_targets_folder_is_not_taken_for_a_draft_to_replace(official, tiny_target, tmp_path):
+    kept = tmp_path / "target"
+    kept.mkdir()
+    save_file({"model.embed_tokens.weight": torch.zeros(2, 2)}, str(kept / "model.safetensors"))
+    for write in (
+        lambda: import_draft(official, tiny_target, kept),
+        lambda: export_draft(official, tiny_target, "eagle", kept, TreeConfig(), "org/target"),
+    ):
+        with pytest.raises(BadInput, match="holds something other than a draft"):
+            write()
+    assert [path.name for path in kept.iterdir()] == ["model.safetensors"]
+
+
+def test_an_import_leaves_nothing_of_the_draft_that_was_there(official, tiny_target, tmp_path):
+    (official / "draft_vocab.json").write_text("[1, 2, 3]")
+    out = import_draft(official, tiny_target, tmp_path / "imported")
+    assert (out / "draft_vocab.json").is_file()
+    (official / "draft_vocab.json").unlink()
+    import_draft(official, tiny_target, out)
+    assert not (out / "draft_vocab.json").exists()
+
+
+def test_an_import_does_not_write_over_the_folder_its_source_is_in(official, tiny_target, tmp_path):
+    out = import_draft(official, tiny_target, tmp_path / "imported")
+    official.rename(out / "raw")
+    with pytest.raises(BadInput, match="is or holds the draft to read"):
+        import_draft(out / "raw", tiny_target, out)
+    assert (out / "raw" / "pytorch_model.bin").is_file()
