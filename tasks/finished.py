@@ -15,8 +15,11 @@ def find_finished(config: RunConfig, last: Stage) -> tuple[str, list[Artifact]] 
     """The MLflow run and the stages up to `last` where all of them are finished and recorded; else None."""
     store_of(config)
     done = find(last, config, target_of(config))
-    run_id = done and tracking.find_recorded(config, done)
-    return (run_id, list(done.values())) if done and run_id else None
+    if done is None:
+        return None
+    artifacts = list(done.values())
+    run_id = tracking.find_recorded(config, artifacts)
+    return (run_id, artifacts) if run_id else None
 
 
 @task(name="find-judged", **NETWORK_RETRIES)

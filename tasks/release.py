@@ -64,9 +64,9 @@ def put_release(config: RunConfig, version: DraftVersion) -> Release:
     tracking.forget_release(client, version)
     with tempfile.TemporaryDirectory(prefix="hass-release-") as scratch:
         folders = {engine: Path(scratch) / engine for engine in config.promotion.release}
-        for engine, folder in folders.items():
-            write_export(config, DraftSource(version=version), engine, folder, tree_of(config, version), None)
-        return Releases(store_of(config), version.model).publish(version.version, dict(folders))
+        for engine in config.promotion.release:
+            write_export(config, DraftSource(version=version), engine, folders[engine], tree_of(config, version), None)
+        return Releases(store_of(config), version.model).publish(version.version, folders)
 
 
 @task(name="tell-servers", retries=3, retry_delay_seconds=[5, 30, 120])

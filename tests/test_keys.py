@@ -136,6 +136,7 @@ TABLE: dict[str, tuple[Any, str]] = {
     "evaluation.seed": (7, "evaluation"),
     "promotion": (NONE, NONE),  # these sections decide what becomes of results
     "tracking": (NONE, NONE),
+    "watch": (NONE, NONE),
     "execution": (NONE, NONE),
 }
 SPECIAL: list[tuple[dict[str, Any], str, Any, str]] = [

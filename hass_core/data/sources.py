@@ -183,16 +183,21 @@ def _is_json(line: bytes) -> bool:
 
 def _document(text: bytes, path: str) -> Iterator[Row]:
     """The rows of a whole text: one JSON value, or several one behind the other."""
-    decoder, words, position, number = json.JSONDecoder(), _text(text, path, 0), 0, 0
-    while position < len(words):
+    decoder, words, number = json.JSONDecoder(), _text(text, path, 0), 0
+    start = _next_word(words, 0)
+    line = 1 + words.count("\n", 0, start)
+    while start < len(words):
         try:
-            value, position = decoder.raw_decode(words, _next_word(words, position))
+            value, stop = decoder.raw_decode(words, start)
         except (ValueError, RecursionError) as error:
             raise _no_json(error, path, getattr(error, "lineno", 1)) from None
-        position = _next_word(words, position)
         for row in _listed(value):
             number += 1
-            yield Row(f"{path}, record {number}", number, row)
+            place = f"line {line}" if row is value else f"record {number}"  # where it begins, or which of a list
+            yield Row(f"{path}, {place}", number, row)
+        following = _next_word(words, stop)
+        line += words.count("\n", start, following)
+        start = following
 
 
 def _next_word(text: str, position: int) -> int:

@@ -71,7 +71,7 @@ def position_key(row_stream: tuple[int, int], position: int) -> Words:
 
 def mix(x: Words) -> Words:
     """A bijection that mixes the bits of x well; products are modulo 2^32."""
-    x = x ^ (x >> 16)
+    x = x ^ (x >> np.uint32(16))
     x *= np.uint32(FIRST_FACTOR)
     x ^= x >> 15
     x *= np.uint32(SECOND_FACTOR)
@@ -91,7 +91,7 @@ def gumbel_of(bits: Words) -> Floats:
     w *= np.float32(2.0**-32)
     from_zero = signed >> 31  # all bits set, or none
     side = (from_zero + 1).astype(np.float32)
-    f, exponent = _split(side + w * (1 - side - side))  # w, or 1 − w
+    f, exponent = _split(side - w * (side + side - np.float32(1)))  # w, or 1 − w
     digits, exact = f.view(np.int32), (-w).view(np.int32)
     digits ^= (digits ^ exact) & ~((from_zero | exponent) >> 31)  # −w where it is U's distance from 1, not yet halved
     return -_log(*_split(-_log(f, exponent)))

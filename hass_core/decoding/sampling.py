@@ -234,7 +234,7 @@ def edge(logits: Tensor, sampling: SamplingConfig, sharpness: float = 1.0) -> Te
 def nucleus_edge(logits: Tensor, top_p: float | Tensor) -> Tensor:
     """The logit [..., 1] of the last of the likeliest tokens of [..., V] whose probability reaches `top_p`, a number or
     [..., 1]; the first always stays."""
-    if logits.is_cuda:  # a captured graph cannot look whether it has found enough
+    if logits.device.type != "cpu":  # a captured graph cannot look whether it has found enough
         return _bisected_edge(logits, top_p)
     mass, size = logits.logsumexp(-1, keepdim=True), logits.shape[-1]
     count = min(LIKELIEST, size)

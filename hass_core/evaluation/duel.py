@@ -96,7 +96,7 @@ def default_sampling(target: Target) -> SamplingConfig:
     told: dict[str, Any] = target.model.generation_config.to_diff_dict()
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     given = {name: told[name] for name in names if told.get(name) is not None}
-    return SamplingConfig(**({"temperature": 1.0} | given))
+    return SamplingConfig.model_validate({"temperature": 1.0} | given)
 
 
 class Arena:

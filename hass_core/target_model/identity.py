@@ -169,7 +169,7 @@ def tensor_digest(tensor: Tensor) -> str:
     tensor = tensor.detach().to("cpu").contiguous()
     kind, data = _canonical(tensor)
     digest = hashlib.sha256(f"{kind}{tuple(tensor.shape)}".encode())
-    digest.update(data.reshape(-1).view(torch.uint8).numpy())
+    digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 

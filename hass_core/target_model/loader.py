@@ -118,7 +118,7 @@ def load_target(config: TargetConfig) -> Target:
                 "or choose an instruction-tuned model"
             )
         placed = SPREAD if config.device == SPREAD and device.type == "cuda" else str(device)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
             folder, dtype=dtype, device_map=placed, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
         check_weights(found, source)

@@ -106,7 +106,8 @@ def _projects_features(model: PreTrainedModel, head: nn.Module, cache: DynamicCa
     def head_ran(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         seen["taken"], seen["given"] = inputs[0], output
 
-    token_ids = torch.arange(1, 1 + PROBED_TOKENS, device=model.get_input_embeddings().weight.device)[None]
+    embedding = cast(Tensor, model.get_input_embeddings().weight)
+    token_ids = torch.arange(1, 1 + PROBED_TOKENS, device=embedding.device)[None]
     hooks = [model.base_model.register_forward_hook(body_ran), head.register_forward_hook(head_ran)]
     try:
         logits = cast(Any, model)(input_ids=token_ids, past_key_values=cache, use_cache=True).logits

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from getpass import getuser
 from pathlib import Path
@@ -65,10 +65,10 @@ def open_retraining(
         yield run.info.run_id
 
 
-def find_recorded(config: RunConfig, stages: Mapping[str, Artifact]) -> str | None:
-    """The finished parent run that records just these stages, or None."""
+def find_recorded(config: RunConfig, artifacts: Iterable[Artifact]) -> str | None:
+    """The finished parent run that records just these artifacts, or None."""
     client = connect(config)
-    digests = {f"hass.digest.{name}": artifact.digest for name, artifact in stages.items()}
+    digests = {f"hass.digest.{artifact.stage}": artifact.digest for artifact in artifacts}
     found = _find(client, experiment_id(client, config), digests, f" and attributes.status = '{FINISHED}'")
     return found.info.run_id if found and PARENT not in found.data.tags else None
 

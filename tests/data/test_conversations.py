@@ -269,6 +269,21 @@ def test_broken_json_list_names_its_line(tmp_path):
         list(read_file(tmp_path / "rows.json"))
 
 
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("{}\n", "line 1"),
+        ('\n\n{"prompt": "Why?"\n}\n{}', "line 5"),
+        ('[{"prompt": "Why?"},\n {}]', "record 2"),
+        ('{"data": [{"prompt": "Why?"},\n {}]}', "record 2"),
+    ],
+)
+def test_a_broken_row_of_a_whole_text_is_named_by_where_it_begins_or_by_its_place_in_a_list(tmp_path, text, place):
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(BadInput, match=rf"rows\.jsonl, {place}: expected one of the keys"):
+        list(read_file(tmp_path / "rows.jsonl"))
+
+
 def test_text_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "ok"}\n{"prompt": "\xff\xfe"}\n')
     with pytest.raises(BadInput, match=r"line 2: not valid UTF-8; save the file as UTF-8"):

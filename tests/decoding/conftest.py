@@ -9,8 +9,8 @@ from hass_core.decoding.answers import StopRule
 from hass_core.decoding.drafter import Drafter
 from hass_core.decoding.sampling import Sampler
 from hass_core.decoding.tree import ROOT, Pool, Tree, TreeShape, assemble, pool_size
-from hass_core.draft_model.architecture import DraftArchitecture
 from hass_core.draft_model.checkpoint import Draft
+from hass_core.draft_model.family import Family, draft_architecture
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
 from hass_core.target_model.kv_cache import FixedShapes, KVCache
@@ -19,10 +19,12 @@ from hass_core.target_model.loader import Target
 ENDLESS = StopRule()
 
 
-def random_draft(target: Target, seed: int = 0, token_ids: torch.Tensor | None = None) -> Draft:
+def random_draft(
+    target: Target, seed: int = 0, token_ids: torch.Tensor | None = None, family: Family = "target"
+) -> Draft:
     """A draft with random weights, with the full vocabulary or a trimmed one."""
     torch.manual_seed(seed)
-    model = DraftModel(DraftArchitecture.from_target_config(target.model.config), target.embedding)
+    model = DraftModel(draft_architecture(target.model.config, family), target.embedding)
     model.to(target.dtype).eval().requires_grad_(False)
     return Draft(model, DraftHead.from_target(target.head, token_ids), {})
 

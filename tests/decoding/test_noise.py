@@ -85,7 +85,7 @@ def test_the_winner_among_those_that_can_win_is_the_winner_of_all():
         assert winner(logits, stream(3, 1), position) == int((logits + gumbel(stream(3, 1), position, TOKENS)).argmax())
 
 
-@pytest.mark.parametrize("temperature", [1e-6, 1e-4, 1e-3])
+@pytest.mark.parametrize("temperature", [1e-5, 1e-4, 1e-3])
 def test_near_temperature_zero_the_likeliest_token_wins(temperature):
     logits = torch.randn(1, 50, 300, generator=torch.Generator().manual_seed(0))
     sampler = Sampler(SamplingConfig(temperature=temperature), 1, 300, torch.device("cpu"))

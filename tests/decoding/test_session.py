@@ -1,9 +1,15 @@
 """The cycle as a GPU runs it, checked without one: fixed widths give the same tokens, nothing in it asks the host."""
 
+import sys
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import pytest
 import torch
+from torch import Tensor
 
 from hass_core.config import SamplingConfig, TreeConfig
+from hass_core.decoding import sampling as sampling_module
 from hass_core.decoding import session as session_module
 from hass_core.decoding.answers import StopRule
 from hass_core.decoding.decoder import PlainDecoder, SpeculativeDecoder
@@ -58,12 +64,42 @@ def test_cycles_of_fixed_width_give_the_same_tokens(monkeypatch, tiny_target, pr
     assert len(graphs.widths) >= 2 - ahead
 
 
+class Places(NamedTuple):
+    """As in `hass_core.kernels.top_k`, which imports Triton."""
+
+    streams: Tensor
+    positions: Tensor
+    ahead: int
+    sharpness: float
+    width: float = 1.0
+    lowest: Tensor | None = None
+
+
+def shapes_of_top_k(
+    logits: Tensor, k: int, token_ids: Tensor | None = None, places: Places | None = None
+) -> tuple[Tensor, Tensor]:
+    """What the kernel of that name takes and gives, without its values: PyTorch cannot run Triton on meta tensors."""
+    rows, size = logits.shape
+    given = [logits, token_ids, *([places.streams, places.positions, places.lowest] if places else [])]
+    assert all(tensor.is_meta for tensor in given if tensor is not None)
+    assert token_ids is None or token_ids.shape == (size,)
+    if places:
+        assert rows % len(places.streams) == 0
+        assert rows % places.positions.numel() == 0
+        assert places.lowest is None or places.lowest.numel() == rows
+    return logits.new_empty(rows, k, dtype=torch.float32), logits.new_empty(rows, k, dtype=torch.long)
+
+
 @pytest.mark.parametrize("sampling", [SamplingConfig(), WARM])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("kind", ["dynamic", "static", "chain", "plain"])
 def test_nothing_in_a_cycle_on_a_gpu_reads_back_or_mixes_devices(monkeypatch, rows, kind, sampling):
     # meta tensors have shapes but no values: to read one, or to add a CPU tensor to it, raises
     monkeypatch.setattr("hass_core.target_model.block.packable", lambda weight: False)
+    # tokens are chosen by the kernel, as on a GPU: PyTorch's way to draw is a CPU's, and reads positions back
+    monkeypatch.setattr(sampling_module, "kernels", SimpleNamespace(usable=lambda x: x.is_meta))
+    kernel = SimpleNamespace(Places=Places, row_top_k=shapes_of_top_k)
+    monkeypatch.setitem(sys.modules, "hass_core.kernels.top_k", kernel)
     with torch.device("meta"), torch.inference_mode():
         model = tiny_llama()
         target = Target("meta", "", model.eval(), byte_tokenizer(), TargetIdentity("", "", "", "", ""))
@@ -73,6 +109,7 @@ def test_nothing_in_a_cycle_on_a_gpu_reads_back_or_mixes_devices(monkeypatch, ro
             draft = Draft(draft_model, DraftHead.from_target(target.head, torch.arange(50)), {})
             drafter = Drafter(draft, TreeShape.of(TREE.model_copy(update={"kind": kind}), 50))
         session = Session(runner, drafter, sampling, rows, 40)
+    assert session._sampler.capturable
     with torch.inference_mode():  # without the default device: what a cycle makes, it must make where it belongs
         report = session._cycle(session.shape.longest_path, FixedShapes(session.slots))
     assert report.device.type == "meta"

@@ -226,12 +226,11 @@ def test_another_target_or_machine_is_another_retraining(config, prompts):
 
 
 def test_a_record_is_found_by_its_stages_once_it_is_finished(config, store, prompts, draft):
-    stages = {"prompts": prompts, "draft": draft}
     with open_retraining(config, prompts, {}) as run_id:
         with stage_run(config, run_id, "prompts") as run:
             run.record(store, prompts, {})
         with stage_run(config, run_id, "draft") as run:
             run.record(store, draft, {"prompts": prompts})
-        assert find_recorded(config, stages) is None
-    assert find_recorded(config, stages) == run_id
-    assert find_recorded(config, stages | {"draft": draft.model_copy(update={"digest": "0" * 16})}) is None
+        assert find_recorded(config, [prompts, draft]) is None
+    assert find_recorded(config, [prompts, draft]) == run_id
+    assert find_recorded(config, [prompts, draft.model_copy(update={"digest": "0" * 16})]) is None
