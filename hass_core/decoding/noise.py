@@ -91,7 +91,8 @@ def gumbel_of(bits: Words) -> Floats:
     w *= np.float32(2.0**-32)
     from_zero = signed >> 31  # all bits set, or none
     side = (from_zero + 1).astype(np.float32)
-    f, exponent = _split(side - w * (side + side - np.float32(1)))  # w, or 1 − w
+    sign: Floats = 1 - side - side
+    f, exponent = _split(side + w * sign)  # w, or 1 − w
     digits, exact = f.view(np.int32), (-w).view(np.int32)
     digits ^= (digits ^ exact) & ~((from_zero | exponent) >> 31)  # −w where it is U's distance from 1, not yet halved
     return -_log(*_split(-_log(f, exponent)))

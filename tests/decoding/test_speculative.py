@@ -9,6 +9,7 @@ from hass_core.decoding.decoder import PlainDecoder, SpeculativeDecoder
 from hass_core.decoding.drafter import Drafter, DraftRunner
 from hass_core.decoding.sampling import Sampler
 from hass_core.decoding.tree import TreeShape
+from hass_core.draft_model.family import Family
 from hass_core.errors import ContextTooLong, DraftMismatch, NonFinite
 from hass_core.target_model.generic import HFRunner
 from hass_core.target_model.loader import freeze
@@ -28,7 +29,7 @@ TREES = {
 }
 
 
-def oracle_decoder(target, tree, prompts, answers, luck=0.8, family="target") -> SpeculativeDecoder:
+def oracle_decoder(target, tree, prompts, answers, luck=0.8, family: Family = "target") -> SpeculativeDecoder:
     draft = random_draft(target, family=family)
     decoder = SpeculativeDecoder(make_runner(target), draft, tree)
     decoder._drafter = OracleDrafter(draft, decoder.shape, prompts, answers, luck)
