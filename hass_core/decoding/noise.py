@@ -92,7 +92,8 @@ def gumbel_of(bits: Words) -> Floats:
     from_zero = signed >> 31  # all bits set, or none
     side = (from_zero + 1).astype(np.float32)
     sign: Floats = 1 - side - side
-    f, exponent = _split(side + w * sign)  # w, or 1 − w
+    turned: Floats = w * sign
+    f, exponent = _split(side + turned)  # w, or 1 − w
     digits, exact = f.view(np.int32), (-w).view(np.int32)
     digits ^= (digits ^ exact) & ~((from_zero | exponent) >> 31)  # −w where it is U's distance from 1, not yet halved
     return -_log(*_split(-_log(f, exponent)))
