@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from hass_core.draft_model.architecture import FC_BIAS, O_BIAS, QK_NORMS, QKV_BIASES, DraftArchitecture
 from hass_core.draft_model.files import CONFIG, WEIGHTS, read_config, read_tensors
@@ -97,6 +98,7 @@ def account(folder: Path, config: dict[str, Any], stored: dict[str, Tensor], tar
         *_missing(tensors, architecture),
         *_wrong(tensors, architecture),
         *broken_claims,
+        *_not_computable(architecture),
     ]
     if objections:
         raise DraftMismatch(f"the draft in {folder} cannot be taken as it is: {'; '.join(objections)}")
@@ -223,6 +225,22 @@ def _wrong(tensors: dict[str, Tensor], architecture: DraftArchitecture) -> Itera
             yield f"{name} is quantised ({str(tensors[name].dtype).removeprefix('torch.')})"
         elif not bool(tensors[name].isfinite().all()):
             yield f"{name} holds NaN or infinite numbers"
+
+
+def _not_computable(architecture: DraftArchitecture) -> Iterator[str]:
+    """Settings that no draft can be computed with."""
+    from hass_core.draft_model.layers import Rotary
+
+    if architecture.hidden_act not in ACT2FN:
+        yield f"hidden_act = {architecture.hidden_act!r} in {CONFIG} is no known activation"
+    rope = architecture.rope_parameters
+    try:
+        frequencies = Rotary(architecture.rotary_config()).inv_freq
+    except (KeyError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # a kind or field is not there
+        yield f"the rotary embedding in {CONFIG} makes no sense ({rope}): {' '.join(map(str, error.args))}"
+        return
+    if not bool(frequencies.isfinite().all()):
+        yield f"the rotary embedding in {CONFIG} gives no finite frequencies ({rope})"
 
 
 def _claims(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:

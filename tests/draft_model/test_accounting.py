@@ -167,6 +167,21 @@ def test_a_rotation_of_parts_is_seen_in_the_old_form_too(write, tiny_target):
         read_draft(write(rope_scaling=rope), tiny_target)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"hidden_act": "gronk"}, "hidden_act = 'gronk' in config.json is no known activation"),
+        ({"rope_scaling": {"rope_type": "spiral"}}, "the rotary embedding in config.json makes no sense"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "the rotary embedding in config.json makes no sense"),
+        ({"rope_theta": -5.0}, "gives no finite frequencies"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_computed_are_told_where_the_draft_is_read(write, tiny_target, change, told):
+    with pytest.raises(DraftMismatch, match=told):
+        read_draft(write(**change), tiny_target)
+
+
 def shard(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     """Divide a folder's tensors among two files, and return the index's weight_map."""
     (folder / "model.safetensors").unlink(missing_ok=True)
