@@ -110,6 +110,8 @@ def _told(problem: dict[str, Any]) -> tuple[str, str]:
         return "", f"the body is not valid JSON: {problem['ctx']['error']}"
     if problem["type"] == "extra_forbidden":
         *_, name = problem["loc"]
+        if name in FIELDS:  # of the other endpoint
+            return field, "not supported here; leave it out"
         near = difflib.get_close_matches(str(name), FIELDS, n=1)
         return field, "this server knows no such field" + (f"; did you mean {near[0]}?" if near else "")
     return field, problem["msg"].removeprefix("Value error, ")

@@ -83,6 +83,11 @@ def test_a_misspelt_field_is_told_with_the_nearest(server):
     assert told["param"] == "max_token"
 
 
+def test_a_field_of_the_other_endpoint_is_not_offered_as_its_own_correction(server):
+    told = post(server, {"messages": QUESTION, "max_tokens": 4, "echo": True}).json()["error"]
+    assert told["message"] == "echo: not supported here; leave it out"
+
+
 def test_null_means_the_default_for_every_field(server):
     for kind, model, asked in (
         ("chat/completions", ChatRequest, {"messages": QUESTION}),
