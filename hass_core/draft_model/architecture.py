@@ -36,7 +36,7 @@ class DraftArchitecture(BaseModel):
     vocab_size: int
     max_position_embeddings: int
     rope_parameters: dict[str, Any]
-    rms_norm_eps: float = Field(1e-6, gt=0)
+    rms_norm_eps: float = Field(default=1e-6, gt=0)
     hidden_act: str = "silu"
     qkv_bias: bool = False
     o_bias: bool = False
