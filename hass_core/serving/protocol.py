@@ -50,7 +50,7 @@ Penalty = Annotated[Any, unserved(0, 0.0)]
 class Body(BaseModel):
     """An object of a request: unknown fields are refused, null is the default."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)  # "yes" is no boolean, true no number
 
     @model_validator(mode="before")
     @classmethod
@@ -216,6 +216,8 @@ class ChatRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatRequest":
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
         self.max_tokens = self.max_completion_tokens or self.max_tokens
         return self
 

@@ -43,6 +43,10 @@ def client(server) -> OpenAI:
         ({"presence_penalty": -1}, "presence_penalty"),
         ({"n": 2}, "n"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": "0.5"}, "temperature"),
+        ({"stream": "yes"}, "stream"),
+        ({"max_tokens": 4.5}, "max_tokens"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"max_token": 5}, "max_token"),
         ({"stop": "\ud83d"}, "stop"),
@@ -75,6 +79,13 @@ def test_a_completion_refuses_what_it_does_not_serve(server, more, field):
     answer = post(server, {"prompt": "Once", "max_tokens": 4} | more, "completions")
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == field
+
+
+def test_two_limits_that_differ_are_refused_and_equal_ones_taken(server):
+    told = post(server, {"messages": QUESTION, "max_tokens": 5, "max_completion_tokens": 6})
+    assert told.status_code == 400
+    assert "max_tokens and max_completion_tokens differ" in told.json()["error"]["message"]
+    assert post(server, {"messages": QUESTION, "max_tokens": 5, "max_completion_tokens": 5}).status_code == 200
 
 
 def test_a_misspelt_field_is_told_with_the_nearest(server):
