@@ -206,7 +206,7 @@ def test_a_file_and_the_draft_itself_are_not_written_over(draft, tiny_target, en
     (tmp_path / engine).write_text("mine")
     with pytest.raises(BadInput, match="is a file; name a folder"):
         exported(draft, tiny_target, engine, tmp_path)
-    with pytest.raises(BadInput, match="is the draft to read; name another folder"):
+    with pytest.raises(BadInput, match="is or holds the draft to read; name another folder"):
         export_draft(draft, tiny_target, engine, draft, CHAIN, "org/target")
 
 
