@@ -137,8 +137,10 @@ def train_step(trainer: Trainer, batches: list[Batch], step: int, stop: bool = F
     else:
         parts = torch.as_tensor(accelerator.reduce(parts, "mean"))
     total_norm = whole(torch.nn.utils.get_total_norm(gradients))
-    norm = float(total_norm)  # the one moment a step waits for the device
-    if not (math.isfinite(norm) and bool(parts.isfinite().all())):
+    # the one moment a step waits for the device: behind it the update runs while the next step is prepared
+    told = torch.cat([total_norm.reshape(1).double(), totals.double(), parts.isfinite().all().reshape(1).double()])
+    norm, tokens, stops, sound = told.tolist()
+    if not (math.isfinite(norm) and sound):
         _refuse(batches, step, norm)
     _clip(trainer.config, parameters, total_norm)
     for optimizer in trainer.optimizers:
@@ -146,8 +148,7 @@ def train_step(trainer: Trainer, batches: list[Batch], step: int, stop: bool = F
         optimizer.zero_grad(set_to_none=not trainer.captured)
     if trainer.average:
         trainer.average.update(trainer.draft, step)
-    tokens, stops = totals.tolist()
-    return StepResult(parts, norm, tokens, stops > 0)
+    return StepResult(parts, norm, int(tokens), stops > 0)
 
 
 def _over_processes(
