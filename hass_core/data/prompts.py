@@ -32,9 +32,9 @@ from hass_core.data.selection import Selection
 from hass_core.data.self_written import rounds_of_texts
 from hass_core.data.sources import Skipped
 from hass_core.data.templates import check_template
-from hass_core.decoding.noise import DRAWS_VERSION
 from hass_core.errors import BadInput, HassError
 from hass_core.progress import Progress, no_progress
+from hass_core.sampling.noise import DRAWS_VERSION
 from hass_core.store import Artifact, StageFolder, Store, digest_of
 from hass_core.target_model.loader import Target
 

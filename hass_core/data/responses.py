@@ -26,9 +26,9 @@ from hass_core.data.prompts import MESSAGES, read_prompts
 from hass_core.data.quality import metric_name
 from hass_core.data.rendering import next_role_token
 from hass_core.data.templates import check_template
-from hass_core.decoding.noise import DRAWS_VERSION
 from hass_core.errors import HassError
 from hass_core.progress import Progress, no_progress
+from hass_core.sampling.noise import DRAWS_VERSION
 from hass_core.store import Artifact, FileRecord, StageFolder, Store
 from hass_core.target_model.loader import Target
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.answers import Answers, CycleTrace, Generation, Step, StopRule, Timing
 from hass_core.decoding.drafter import Drafter, NoDraft, TreeDrafter
-from hass_core.decoding.sampling import Sampler
+from hass_core.decoding.sampler import Sampler
 from hass_core.decoding.session import Session
 from hass_core.decoding.tree import TreeShape
 from hass_core.draft_model.checkpoint import Draft

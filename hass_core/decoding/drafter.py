@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hass_core import kernels
 from hass_core.decoding.calibration import at_temperature, calibration_of
-from hass_core.decoding.sampling import NO_TOKEN, Sampler
+from hass_core.decoding.sampler import NO_TOKEN, Sampler
 from hass_core.decoding.tree import ROOT, Pool, Tree, TreeShape, assemble, best, static_scores
 from hass_core.draft_model.checkpoint import Draft
 from hass_core.draft_model.layers import DraftModel

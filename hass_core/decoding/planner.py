@@ -23,7 +23,7 @@ from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.answers import Generation, Step, StopRule
 from hass_core.decoding.decoder import Decoder, PlainDecoder, SpeculativeDecoder, TreeDecoder
 from hass_core.decoding.drafter import Drafter, DraftRunner, NoDraft, TreeDrafter
-from hass_core.decoding.sampling import Sampler
+from hass_core.decoding.sampler import Sampler
 from hass_core.decoding.session import Session
 from hass_core.decoding.tree import Tree, TreeShape, ancestors
 from hass_core.draft_model.checkpoint import Draft

@@ -19,7 +19,7 @@ from hass_core import kernels
 from hass_core.config import SamplingConfig
 from hass_core.cuda_graphs import GraphCache
 from hass_core.decoding.drafter import TreeDrafter, last_of
-from hass_core.decoding.sampling import Sampler
+from hass_core.decoding.sampler import Sampler
 from hass_core.decoding.tree import Accepted, RowReport, Tree, accept, pack_report, unpack_report
 from hass_core.target_model.compiling import compiled
 from hass_core.target_model.kv_cache import FixedShapes, KVCache

@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import torch
 
 from hass_core.config import EvaluationConfig, RunConfig, TargetConfig, TreeConfig
-from hass_core.decoding.noise import DRAWS_VERSION
 from hass_core.draft_model.accounting import read_draft
 from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS, read_config
 from hass_core.draft_model.identity import draft_identity
@@ -29,6 +28,7 @@ from hass_core.evaluation.render import markdown
 from hass_core.evaluation.report import Report
 from hass_core.evaluation.session import Session
 from hass_core.progress import Progress, no_progress
+from hass_core.sampling.noise import DRAWS_VERSION
 from hass_core.store import Artifact, StageFolder, Store, digest_of
 from hass_core.store.content import content_of
 from hass_core.store.provenance import provenance

@@ -73,7 +73,7 @@ class Report(Part):
     compilations: int = 0  # of kernels and captures of graphs while something was timed
     leak_checked: bool  # whether the training prompts were known and hold none of the questions
     provenance: dict[str, Any] = {}
-    draws: int = 1  # `hass_core.decoding.noise.DRAWS_VERSION`: what a seed meant
+    draws: int = 1  # `hass_core.sampling.noise.DRAWS_VERSION`: what a seed meant
 
     @property
     def methods(self) -> list[str]:

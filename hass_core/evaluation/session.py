@@ -15,7 +15,6 @@ from hass_core.config import EvaluationConfig, SamplingConfig, TreeConfig
 from hass_core.data.holdout import TRAINING_FILE, packaged_prompts
 from hass_core.data.templates import encode_prompt
 from hass_core.decoding.answers import StopRule
-from hass_core.decoding.noise import DRAWS_VERSION
 from hass_core.decoding.planner import LARGEST, Plan, make_plan
 from hass_core.draft_model.checkpoint import load_draft
 from hass_core.evaluation.benchmarks import Question
@@ -28,6 +27,7 @@ from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.report import Estimator
 from hass_core.memory import release_unused
 from hass_core.progress import Progress
+from hass_core.sampling.noise import DRAWS_VERSION
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import make_runner
 

@@ -31,7 +31,7 @@ from hass_core.decoding.decoder import Decoder, PlainDecoder, TreeDecoder
 from hass_core.decoding.drafter import Children, Drafter
 from hass_core.decoding.replay import Recording, replay
 from hass_core.decoding.rivals.recursive_rejection import RecursiveRejectionDecoder
-from hass_core.decoding.sampling import Sampler
+from hass_core.decoding.sampler import Sampler
 from hass_core.decoding.session import prefill
 from hass_core.decoding.tree import Tree, TreeShape
 from hass_core.draft_model.checkpoint import Draft, load_draft

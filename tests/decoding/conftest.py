@@ -7,7 +7,7 @@ import torch
 
 from hass_core.decoding.answers import StopRule
 from hass_core.decoding.drafter import Drafter
-from hass_core.decoding.sampling import Sampler
+from hass_core.decoding.sampler import Sampler
 from hass_core.decoding.tree import ROOT, Pool, Tree, TreeShape, assemble, pool_size
 from hass_core.draft_model.checkpoint import Draft
 from hass_core.draft_model.family import Family, draft_architecture

@@ -6,7 +6,7 @@ import torch
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.decoder import PlainDecoder, SpeculativeDecoder, TreeDecoder
 from hass_core.decoding.drafter import Drafter
-from hass_core.decoding.sampling import Sampler
+from hass_core.decoding.sampler import Sampler
 from hass_core.decoding.tree import TreeShape
 from hass_core.target_model.runner import make_runner
 from tests.decoding.conftest import ENDLESS, random_draft

@@ -7,7 +7,7 @@ from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.answers import StopRule
 from hass_core.decoding.decoder import PlainDecoder, SpeculativeDecoder
 from hass_core.decoding.drafter import Drafter, DraftRunner
-from hass_core.decoding.sampling import Sampler
+from hass_core.decoding.sampler import Sampler
 from hass_core.decoding.tree import TreeShape
 from hass_core.draft_model.family import Family
 from hass_core.errors import ContextTooLong, DraftMismatch, NonFinite

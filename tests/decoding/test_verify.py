@@ -8,8 +8,9 @@ import torch
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.decoder import SpeculativeDecoder
 from hass_core.decoding.rivals.recursive_rejection import RecursiveRejectionDecoder
-from hass_core.decoding.sampling import Sampler, probabilities
+from hass_core.decoding.sampler import Sampler
 from hass_core.decoding.tree import Pool, Tree, TreeShape, accept, ancestors, assemble
+from hass_core.sampling.processors import probabilities
 from hass_core.target_model.loader import freeze
 from hass_core.target_model.runner import make_runner
 from tests.conftest import byte_tokenizer, tiny_llama

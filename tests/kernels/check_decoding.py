@@ -11,8 +11,7 @@ import triton.language as tl
 
 from hass_core import kernels
 from hass_core.decoding.drafter import Children, Frontier, Level, next_frontier
-from hass_core.decoding.noise import gumbel, stream
-from hass_core.decoding.sampling import Noise, as_signed
+from hass_core.decoding.sampler import Noise
 from hass_core.kernels.few_rows import Norm, added_product, added_product_to_norm, product
 from hass_core.kernels.frontier import best_candidates
 from hass_core.kernels.noise import UNFUSED
@@ -20,6 +19,8 @@ from hass_core.kernels.noise import gumbel as noise_of
 from hass_core.kernels.tiles import Tiles
 from hass_core.kernels.top_k import Places, row_top_k
 from hass_core.kernels.tree_attention import tree_attention
+from hass_core.sampling.noise import gumbel, stream
+from hass_core.sampling.rows import as_signed
 from hass_core.target_model.block import LayerShape, Linear, in_eight_bits, restored
 from hass_core.target_model.kv_cache import KVCache, MaskedAttention
 

@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hass_core.cuda_graphs import GraphCache
 from hass_core.data.engines.base import Request
-from hass_core.decoding.noise import stream
-from hass_core.decoding.sampling import Shaped, as_signed, draw_rows, shape_rows
 from hass_core.errors import HassError
+from hass_core.sampling.noise import stream
+from hass_core.sampling.rows import Shaped, as_signed, draw_rows, shape_rows
 from hass_core.target_model.compiling import compiled
 from hass_core.target_model.kv_cache import FixedShapes
 from hass_core.target_model.runner import Runner

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hass_core.config import TreeConfig
 from hass_core.decoding.decoder import TreeDecoder
-from hass_core.decoding.sampling import Sampler
+from hass_core.decoding.sampler import Sampler
 from hass_core.decoding.tree import Tree, TreeShape, ancestors
 from hass_core.target_model.kv_cache import FixedShapes
 from hass_core.target_model.runner import Runner

@@ -17,10 +17,11 @@ from torch import Tensor
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.decoder import TreeDecoder
 from hass_core.decoding.drafter import Drafter
-from hass_core.decoding.sampling import NO_TOKEN, Sampler, probabilities
+from hass_core.decoding.sampler import NO_TOKEN, Sampler
 from hass_core.decoding.tree import Tree, TreeShape
 from hass_core.draft_model.checkpoint import Draft
 from hass_core.errors import ConfigError
+from hass_core.sampling.processors import probabilities
 from hass_core.target_model.runner import Runner
 
 SHARES = (0.564, 0.131, 0.055, 0.043, 0.018, 0.017, 0.016, 0.015)
@@ -29,7 +30,7 @@ OWN_COINS = 0x52534400  # keeps the drafter's noise and the coins apart from the
 
 
 class RecursiveRejectionDecoder(TreeDecoder):
-    """See `hass_core.decoding.generation.Decoder`."""
+    """See `hass_core.decoding.decoder.Decoder`."""
 
     def __init__(self, runner: Runner, draft: Draft, tree: TreeConfig):
         shape = replace(TreeShape.of(tree, draft.head.size), static=True)

@@ -28,9 +28,9 @@ from hass_core.decoding.answers import (
     check_prompts,
     check_sound,
 )
-from hass_core.decoding.sampling import probabilities
 from hass_core.decoding.session import prefill
 from hass_core.errors import ConfigError, TargetError
+from hass_core.sampling.processors import probabilities
 from hass_core.target_model.kv_cache import KVCache
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import Runner

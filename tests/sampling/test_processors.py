@@ -1,4 +1,4 @@
-"""The processors against transformers' own, and the repetition penalty inside a tree."""
+"""The processors against transformers' own."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from hass_core.config import SamplingConfig
-from hass_core.decoding.sampling import probabilities
+from hass_core.sampling.processors import probabilities
 
 CASES = [
     SamplingConfig(temperature=0.7),

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from hass_core.decoding.noise import stream
-from hass_core.decoding.sampling import as_signed, draw_rows, nucleus_edge, shape_rows
+from hass_core.sampling.noise import stream
+from hass_core.sampling.processors import nucleus_edge
+from hass_core.sampling.rows import as_signed, draw_rows, shape_rows
 
 V = 700
 
