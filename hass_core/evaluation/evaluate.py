@@ -1,6 +1,6 @@
 """The evaluation stage: what a draft is worth on questions it has never seen, and that it changes no output.
 
-In: a trained draft. Out: report.json, report.md, per_question.parquet (a Measurement per row) and PNG figures.
+In: a trained draft. Out: report.json, report.html and per_question.parquet (a Measurement per row).
 Everything that can be wrong with the input is found before anything is measured; measured questions survive a crash.
 """
 
@@ -21,10 +21,11 @@ from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS, read
 from hass_core.draft_model.identity import draft_identity
 from hass_core.evaluation import figures
 from hass_core.evaluation.benchmarks import Question, assert_unseen, load_benchmarks
+from hass_core.evaluation.examples import Example, choose_examples
 from hass_core.evaluation.measure import check_lengths
 from hass_core.evaluation.method_names import HASS, check_methods
 from hass_core.evaluation.metrics import Measurement
-from hass_core.evaluation.render import markdown
+from hass_core.evaluation.page import Part, page
 from hass_core.evaluation.report import Report
 from hass_core.evaluation.session import Session
 from hass_core.progress import Progress, no_progress
@@ -35,7 +36,7 @@ from hass_core.store.provenance import provenance
 from hass_core.target_model.loader import Target, load_target
 
 STEP_VERSION = 4  # every shape is warmed, temperatures come one after the other
-REPORT = "report.json"
+REPORT, PAGE, MEASURED = "report.json", "report.html", "per_question.parquet"
 
 
 def evaluate_draft(
@@ -53,7 +54,7 @@ def evaluate_draft(
     source = store.open(draft)
     work = Work(target, questions, {HASS: local_draft(source)}, config.evaluation, config.tree, seen)
     report, measured = work.run(folder.scratch(), progress)
-    _publish(folder, report, measured, _training_metrics(source))
+    _publish(folder, work, report, measured, _training_metrics(source))
     return folder.finish(report.summary())
 
 
@@ -81,7 +82,7 @@ def evaluate_folder(
     scratch = out_dir / "scratch" / digest_of(work.identity())
     scratch.mkdir(parents=True, exist_ok=True)
     report, measured = work.run(scratch, progress)
-    write_outputs(report, measured, [], out_dir)
+    work.write(report, measured, [], out_dir)
     shutil.rmtree(scratch.parent)
     return report
 
@@ -89,6 +90,33 @@ def evaluate_folder(
 def read_report(store: Store, evaluation: Artifact) -> Report:
     """The report of a finished evaluation stage."""
     return Report.model_validate_json(store.open(evaluation).read_text(REPORT))
+
+
+def stored_page(
+    config: RunConfig,
+    store: Store,
+    draft: Artifact,
+    evaluation: Artifact,
+    target: Target,
+    first: Sequence[Part],
+    verdict: str,
+    last: Sequence[Part],
+) -> str:
+    """The page of a finished evaluation with what a retraining adds to it; see `page`."""
+    report = read_report(store, evaluation)
+    with store.open(evaluation).open(MEASURED) as file:
+        measured = [Measurement.model_validate(row) for row in pq.read_table(file).to_pylist()]
+    examples = _examples(report, measured, load_benchmarks(config.evaluation), target)
+    return page(report, examples, _training_metrics(store.open(draft)), first, verdict, last)
+
+
+def _examples(
+    report: Report, measured: Sequence[Measurement], questions: Sequence[Question], target: Target
+) -> list[Example]:
+    def decode(token_ids: list[int]) -> str:
+        return str(target.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    return choose_examples(measured, questions, report.main_method, decode)
 
 
 def local_draft(folder: StageFolder) -> Path:
@@ -129,24 +157,23 @@ class Work:
         )
         return report, measured
 
+    def write(
+        self, report: Report, measured: list[Measurement], training: list[dict[str, Any]], folder: Path
+    ) -> list[Path]:
+        """All files of the evaluation, written into a local folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / name for name in (REPORT, PAGE, MEASURED)]
+        files[0].write_text(report.model_dump_json(indent=2), encoding="utf-8")
+        files[1].write_text(
+            page(report, _examples(report, measured, self.questions, self.target), training), encoding="utf-8"
+        )
+        pq.write_table(pa.Table.from_pylist([m.model_dump() for m in measured]), files[2])
+        return files
+
     def identity(self) -> dict[str, Any]:
         """All that determines the measurements of drafts that lie in folders."""
         drafts = {name: _content(name, folder, self.target) for name, folder in self.drafts.items()}
         return {"drafts": drafts, **measured_by(self.config, self.tree, self.target, self.questions)}
-
-
-def write_outputs(
-    report: Report, measured: list[Measurement], training: list[dict[str, Any]], folder: Path
-) -> list[Path]:
-    """All files of an evaluation, written into a local folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {REPORT: report.model_dump_json(indent=2), "report.md": markdown(report)}
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    table = folder / "per_question.parquet"
-    pq.write_table(pa.Table.from_pylist([m.model_dump() for m in measured]), table)
-    drawn = figures.draw_report(report, folder) + figures.draw_training(training, folder)
-    return [*(folder / name for name in texts), table, *drawn]
 
 
 def _content(method: str, folder: Path, target: Target) -> str | list[str]:
@@ -202,7 +229,9 @@ def _training_metrics(draft: StageFolder) -> list[dict[str, Any]]:
     return figures.read_metrics(draft.read_text("metrics.jsonl"))
 
 
-def _publish(folder: StageFolder, report: Report, measured: list[Measurement], training: list[dict[str, Any]]) -> None:
-    for path in write_outputs(report, measured, training, folder.scratch() / "outputs"):
+def _publish(
+    folder: StageFolder, work: Work, report: Report, measured: list[Measurement], training: list[dict[str, Any]]
+) -> None:
+    for path in work.write(report, measured, training, folder.scratch() / "outputs"):
         with folder.writing(path.name) as file:
             file.path.write_bytes(path.read_bytes())

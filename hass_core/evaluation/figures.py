@@ -1,13 +1,18 @@
 """Figures: speed bars, τ per benchmark, acceptance by depth, use of the tree, the training's curves, one draft's gain.
 
-Drawn without a display; matplotlib is imported only when a figure is made.
+Drawn without a display: SVG for pages, PNG for the files of a run. matplotlib is imported when a figure is made.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
 
 from hass_core.evaluation.render import label
 from hass_core.evaluation.report import ALL, PLAIN, Report
@@ -15,11 +20,15 @@ from hass_core.evaluation.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SIZE_INCHES = (7, 4.2)
 PANEL_INCHES = 4.6  # width of one of several
 DOTS_PER_INCH = 130
+INK, GREY = "#24292f", "#8a919a"  # in a page the ink is that of its text; grey reads on white and on black
 STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hass",
     "font.size": 10.5,
     "axes.titlesize": 12.5,
     "axes.titleweight": "bold",
@@ -29,9 +38,12 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#e3e6ea",
-    "axes.edgecolor": "#8a919a",
-    "text.color": "#24292f",
+    "grid.color": "#8a919a40",
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
     "legend.frameon": False,
 }
 COLORS = {
@@ -42,25 +54,32 @@ COLORS = {
     "eagle2": "#4e79a7",
     "hass": "#d1495b",
 }
-STEP_COLORS = ("#d1495b", "#4e79a7", "#59a14f", "#c9a227", "#b07aa1", "#76b7b2", "#9aa3ad", "#24292f")
+STEP_COLORS = ("#d1495b", "#4e79a7", "#59a14f", "#c9a227", "#b07aa1", "#76b7b2", "#9aa3ad", INK)
 
 CHOICE_COLORS = ("#8f2a3b", "#d1495b", "#e58a97", "#f2c1c8")  # the draft's first choice is the darkest
 
 Draw = Callable[["Axes"], None]
 
 
-def draw_report(report: Report, folder: Path) -> list[Path]:
-    """The figures of a report as PNG files in `folder`."""
-    drawn = [draw(folder / "speed.png", lambda axes: _speed(axes, report))]
-    drawn.append(draw(folder / "tau.png", lambda axes: _tau(axes, report)))
+@dataclass(frozen=True)
+class Picture:
+    """One figure of a page."""
+
+    svg: Markup
+    broad: bool = False  # several panels side by side
+
+
+def figures_of(report: Report) -> list[Picture]:
+    """The figures of a report."""
+    fills = [partial(_speed, report=report), partial(_tau, report=report)]
     if report.score(report.main_method).acceptance_by_depth:
-        drawn.append(draw(folder / "acceptance.png", lambda axes: _acceptance(axes, report)))
+        fills.append(partial(_acceptance, report=report))
     if report.tree_use:
-        drawn.append(draw(folder / "tree.png", lambda axes: _tree_use(axes, report)))
-    return drawn
+        fills.append(partial(_tree_use, report=report))
+    return [Picture(svg(fill)) for fill in fills]
 
 
-def draw_training(metrics: list[dict[str, Any]], folder: Path) -> list[Path]:
+def curves_of(metrics: list[dict[str, Any]]) -> list[Picture]:
     """Loss, step accuracy and τ over the optimizer steps, side by side; what metrics.jsonl lacks is not drawn."""
     names = {name for row in metrics for name in row}
     steps = sorted(name for name in names if name.startswith("val/accuracy_step_"))
@@ -75,7 +94,7 @@ def draw_training(metrics: list[dict[str, Any]], folder: Path) -> list[Path]:
         if (curves := {name: shown for name, shown in given.items() if name in names})
     ]
     fills = [partial(_curves, metrics=metrics, curves=c, title=t, unit=u, start=s) for t, u, s, c in present]
-    return [draw(folder / "training.png", *fills)] if fills else []
+    return [Picture(svg(*fills), broad=True)] if fills else []
 
 
 def draw_gains(gains: Mapping[str, Estimate], path: Path, title: str) -> Path:
@@ -88,8 +107,25 @@ def read_metrics(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
 
 
+def svg(*fills: Draw) -> Markup:
+    """One figure for a page: its ink follows the page's, its text stays text."""
+    buffer = StringIO()
+    with _figure(fills) as figure:
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return Markup(text[text.index("<svg") :].replace(INK, "currentColor"))
+
+
 def draw(path: Path, *fills: Draw) -> Path:
     """One figure as a PNG; each of `fills` draws its own pair of axes, side by side."""
+    with _figure(fills) as figure:
+        figure.savefig(path, dpi=DOTS_PER_INCH)
+    return path
+
+
+@contextmanager
+def _figure(fills: Sequence[Draw]) -> "Iterator[Figure]":
+    """A figure with its axes filled, in this module's style until the block ends."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -101,15 +137,14 @@ def draw(path: Path, *fills: Draw) -> Path:
         FigureCanvasAgg(figure)
         for axes, fill in zip(figure.subplots(1, len(fills), squeeze=False)[0], fills, strict=True):
             fill(axes)
-        figure.savefig(path, dpi=DOTS_PER_INCH)
-    return path
+        yield figure
 
 
 def _speed(axes: "Axes", report: Report) -> None:
     methods = report.methods
     rates = [report.score(method).tokens_per_second for method in methods]
     axes.bar(range(len(methods)), [rate.value for rate in rates], width=0.62, color=[COLORS[m] for m in methods])
-    axes.errorbar(range(len(methods)), *_bars(rates), fmt="none", ecolor="#24292f", capsize=5, linewidth=1.3)
+    axes.errorbar(range(len(methods)), *_bars(rates), fmt="none", ecolor=INK, capsize=5, linewidth=1.3)
     for place, (method, rate) in enumerate(zip(methods, rates, strict=True)):
         gain = "" if method == PLAIN else f"\n{report.score(method).speedup.value:.2f} ×"
         axes.annotate(
@@ -131,8 +166,8 @@ def _tau(axes: "Axes", report: Report) -> None:
         places = [place + (i - (len(methods) - 1) / 2) * width for place in range(len(names))]
         heights = [tau.value for tau in taus]
         axes.bar(places, heights, width=0.92 * min(width, 0.5), color=COLORS[method], label=label(method))
-        axes.errorbar(places, *_bars(taus), fmt="none", ecolor="#24292f", capsize=3, linewidth=1.1)
-    axes.axhline(1, color="#8a919a", linewidth=1, linestyle="--")
+        axes.errorbar(places, *_bars(taus), fmt="none", ecolor=INK, capsize=3, linewidth=1.1)
+    axes.axhline(1, color=GREY, linewidth=1, linestyle="--")
     axes.set_xticks(range(len(names)), [name[:24] for name in names], parse_math=False)
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.grid(axis="x", visible=False)
@@ -156,7 +191,7 @@ def _acceptance(axes: "Axes", report: Report) -> None:
     if report.n_alpha:
         rates = [100 * rate.value for rate in report.n_alpha]
         name = f"{label(report.main_method)} chain: n-α, % of tries"
-        axes.plot(range(1, len(rates) + 1), rates, marker="s", color="#24292f", linestyle=":", label=name)
+        axes.plot(range(1, len(rates) + 1), rates, marker="s", color=INK, linestyle=":", label=name)
     deepest = max(len(report.score(method).acceptance_by_depth) for method in report.methods)
     axes.set_xticks(range(1, 1 + max(deepest, len(report.n_alpha))))
     axes.set_ylim(0, None)
@@ -179,7 +214,7 @@ def _tree_use(axes: "Axes", report: Report) -> None:
             name = f"choice {choice + 1}" + (" and later" if choice == last else "")
             bars = axes.bar(depths, heights, 0.62, bottoms, color=color, label=name)
             shown = [f"{height:.0f}" if height >= 3 else "" for height in heights]
-            axes.bar_label(bars, shown, label_type="center", color="white" if choice < 2 else "#24292f")
+            axes.bar_label(bars, shown, label_type="center", color="white" if choice < 2 else "#1b1f24")
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     tree = report.tree
     axes.set_xticks(depths)
@@ -194,7 +229,7 @@ def _gains(axes: "Axes", gains: Mapping[str, Estimate], title: str) -> None:
     percents = [Estimate(value=100 * e.value, low=100 * e.low, high=100 * e.high) for e in gains.values()]
     rows = range(len(percents))
     values, distances = _bars(percents)
-    axes.axvline(0, color="#8a919a", linewidth=1, linestyle="--")
+    axes.axvline(0, color=GREY, linewidth=1, linestyle="--")
     axes.errorbar(values, rows, xerr=distances, fmt="o", color=COLORS["hass"], markersize=8, capsize=5, linewidth=1.6)
     for row, value in zip(rows, values, strict=True):
         axes.annotate(f"{value:+.1f} %", (value, row), (0, 9), textcoords="offset points", ha="center")

@@ -1,10 +1,10 @@
-"""The report for people, as Markdown; its tables are also what `terminal` prints.
+"""The report's tables and words: what `page` lays out and `terminal` prints.
 
 A table is its column titles and rows of text. Names from outside (targets, benchmarks, questions) may hold markup;
 whoever writes them out escapes them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 from hass_core.evaluation.lossless import Certificate
 from hass_core.evaluation.report import ALL, PLAIN, Report, Score
@@ -12,24 +12,6 @@ from hass_core.evaluation.statistics import Estimate
 
 LABELS = {"plain": "plain", "pld": "PLD", "sps": "SpS", "eagle": "EAGLE", "eagle2": "EAGLE-2", "hass": "HASS"}
 Rows = list[list[str]]
-
-
-def markdown(report: Report) -> str:
-    """report.md"""
-    lines = [f"# Evaluation of a draft for {md(report.target)}", "", *_md_table(["", ""], headline(report))]
-    lines += ["", "## Speed-up and τ", "", *_md_table(*paper_table(report))]
-    lines += ["", "Each value with its 95 % bootstrap interval over questions.", "", "## Speed", ""]
-    lines += _md_table(*speed_table(report))
-    for title, (columns, rows) in (
-        ("Acceptance", acceptance_table(report)),
-        ("Choices of the draft", rank_table(report)),
-        ("Chain drafting: n-α", n_alpha_table(report)),
-        ("Methods compared on the same questions", comparison_table(report)),
-        ("Places where outputs part", difference_table(report)),
-    ):
-        if rows:
-            lines += ["", f"## {title}", "", *_md_table(columns, rows)]
-    return "\n".join([*lines, "", "## How it was measured", "", *_settings(report)]) + "\n"
 
 
 def headline(report: Report) -> Rows:
@@ -151,17 +133,21 @@ def md(text: str) -> str:
     return " ".join(text.replace("](", "]\\(").split())
 
 
-def _settings(report: Report) -> Iterator[str]:
+def measured_how(report: Report) -> list[str]:
+    """Machine, tree, questions: what the numbers hold for."""
     tree = report.tree
     shape = f"{tree.kind}, depth {tree.depth}, top_k {tree.top_k}, {tree.nodes} nodes"
-    yield f"- machine: {md(report.device)}, {report.dtype}; batch 1; times include the prefill"
-    yield f"- tree: {shape}" + (", chosen by measuring this machine and draft" if report.plan else "")
-    yield f"- answers of at most {report.max_new_tokens} tokens, the fastest of {report.repeats} run(s) of each method"
-    yield f"- compilations and captures of CUDA graphs while the clock ran: {report.compilations}"
-    yield f"- questions: {', '.join(f'{count} of {md(name)}' for name, count in report.benchmarks.items())}"
-    yield f"- transformers' own `generate` on one question: {report.generate_tokens_per_second:.1f} tokens/s"
+    chosen = ", chosen by measuring this machine and draft" if report.plan else ""
     known = "compared by hash: none was trained on" if report.leak_checked else "unknown: this draft came from outside"
-    yield f"- training prompts: {known}"
+    return [
+        f"machine: {report.device}, {report.dtype}; batch 1; times include the prefill",
+        f"tree: {shape}{chosen}",
+        f"answers of at most {report.max_new_tokens} tokens, the fastest of {report.repeats} run(s) of each method",
+        f"compilations and captures of CUDA graphs while the clock ran: {report.compilations}",
+        f"questions: {', '.join(f'{count} of {name}' for name, count in report.benchmarks.items())}",
+        f"transformers' own `generate` on one question: {report.generate_tokens_per_second:.1f} tokens/s",
+        f"training prompts: {known}",
+    ]
 
 
 def _over_all(report: Report) -> list[Score]:
@@ -171,8 +157,3 @@ def _over_all(report: Report) -> list[Score]:
 def _speed_cells(score: Score) -> list[str]:
     p50, p95 = score.time_per_output_token_p50, score.time_per_output_token_p95
     return [interval(score.tokens_per_second, 1), interval(p50, 1), interval(p95, 1), interval(score.tau_micro)]
-
-
-def _md_table(columns: Sequence[str], rows: Rows) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *([md(cell) for cell in row] for row in rows)]
-    return ["| " + " | ".join(line) + " |" for line in lines]

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from hass_core.decoding.answers import Finished, Step, StopRule
 from hass_core.decoding.decoder import Decoder
+from hass_core.decoding.text import AnswerText
 from hass_core.errors import BadInput, ContextTooLong
 from hass_core.serving.messages import prompt_of_messages
 from hass_core.serving.metrics import Metrics
 from hass_core.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
-from hass_core.serving.text import AnswerText
 from hass_core.serving.worker import Event, Job, Unavailable, Worker
 from hass_core.target_model.loader import Target
 

@@ -28,7 +28,7 @@ UNTRACKED = {"name", "store", "tracking", "promotion", "watch", "execution"}  # 
 RUNNING, FINISHED = "RUNNING", "FINISHED"
 WARM_START = "hass.warm_start"  # tag of a parent run: the draft it continues from
 PARENT = "mlflow.parentRunId"
-FILES_SHOWN = (".json", ".md", ".png", ".jsonl")
+FILES_SHOWN = (".json", ".html", ".jsonl")
 PARAMS_PER_CALL = 100  # MLflow's limit
 
 

@@ -92,7 +92,7 @@ def test_a_retraining_ends_with_report_and_version_and_the_next_reuses_what_it_c
     model = client.get_logged_model(client.get_model_version("hass-draft-tiny", "1").tags["hass.logged_model"])
     assert {"evaluation/speedup", "evaluation/tau_macro"} <= {metric.key for metric in model.metrics or []}
     assert (model.params or {})["training.passes"] == "4.0"
-    assert {"evaluation/speed.png", "evaluation/report.md"} <= {
+    assert {"evaluation/report.json", "evaluation/report.html"} <= {
         file.path for file in client.list_artifacts(parents[0].info.run_id, "evaluation")
     }
     second_run = client.get_model_version("hass-draft-tiny", "2").run_id or ""

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hass_core.serving.text import AnswerText
+from hass_core.decoding.text import AnswerText
 from tests.conftest import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
