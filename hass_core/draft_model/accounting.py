@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from hass_core.draft_model.architecture import FC_BIAS, O_BIAS, QK_NORMS, QKV_BIASES, DraftArchitecture
+from hass_core.draft_model.config_fields import refused_fields
 from hass_core.draft_model.files import CONFIG, WEIGHTS, read_config, read_tensors
 from hass_core.errors import DraftMismatch
 
@@ -22,6 +23,8 @@ FUSION = "fc.weight"  # every draft has it, no other model
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 FREQUENCIES = "layers.0.self_attn.rotary_emb.inv_freq"
 PREFIX = "model."
+MLP = ("gate", "up", "down")
+MLP_BIASES = tuple(f"layers.0.mlp.{part}_proj.bias" for part in MLP)
 EAGLE3_NAMES = ("d2t", "t2d", "midlayer.", "layers.0.hidden_norm.", "fc_norm.", "input_norm.", "mask_hidden")
 HASS_NORMS = {  # of a variant that was only ever released as checkpoints
     *("embed_layernorm.weight", "embedding_layernorm.weight", "hidden_layernorm.weight", "lm_head_layernorm.weight"),
@@ -32,17 +35,7 @@ WHY_NOT = {
     "norm.weight": ", which has no norm at its end",
     FREQUENCIES: ", whose rotary frequencies follow from config.json: these are others",
 }
-OTHER_ARITHMETIC = {  # settings of other models' configurations that change what is computed, and their plain value
-    "add_para_norm": False,
-    "mlp_bias": False,
-    "norm_before_residual": False,
-    "quantization_config": None,
-    "residual_multiplier": 1.0,
-    "attention_multiplier": None,
-    "embedding_multiplier": 1.0,
-    "logit_scale": 1.0,
-    "rope_is_neox_style": True,
-}
+LINEAR = ("fc", *(f"layers.0.self_attn.{part}_proj" for part in "qkvo"), *(f"layers.0.mlp.{part}_proj" for part in MLP))
 
 
 class SharedWeights(Protocol):
@@ -96,8 +89,9 @@ def account(folder: Path, config: dict[str, Any], stored: dict[str, Tensor], tar
     objections = [
         *_unknown(config, tensors, architecture, target),
         *_missing(tensors, architecture),
-        *_wrong(tensors, architecture),
+        *_wrong(tensors, architecture, embedding),
         *broken_claims,
+        *_tied(config, embedding),
         *_not_computable(architecture),
     ]
     if objections:
@@ -127,7 +121,7 @@ def refuse_other_models(folder: Path, config: dict[str, Any], tensors: dict[str,
 
 def _eagle3_signs(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
     yield from (name for name in tensors if name.removeprefix(PREFIX).startswith(EAGLE3_NAMES))
-    yield from (str(name) for name in config.get("architectures") or () if "eagle3" in str(name).lower())
+    yield from (name for name in named_classes(config) if "eagle3" in name.lower())
     yield from (name for name in ("eagle_config", "eagle_aux_hidden_state_layer_ids") if name in config)
     if config.get("speculators_model_type") == "eagle3":
         yield "speculators_model_type eagle3"
@@ -135,6 +129,12 @@ def _eagle3_signs(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterato
     for name, tensor in tensors.items():
         if name == FUSION and tensor.ndim == 2 and isinstance(hidden, int) and tensor.shape[1] == 3 * hidden:
             yield f"an {FUSION} over three features"
+
+
+def named_classes(config: dict[str, Any]) -> list[str]:
+    """The model classes that config.json names: a list, as most tools write it, or one string."""
+    found = config.get("architectures") or ()
+    return [str(name) for name in (found if isinstance(found, (list, tuple)) else (found,))]
 
 
 def _flat(folder: Path, stored: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -157,11 +157,18 @@ def _compare_sizes(folder: Path, config: dict[str, Any], target: SharedWeights) 
 
 
 def _without_zero_biases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without biases that are all zero: exports for engines that always have one carry such."""
-    for group in ((FC_BIAS,), (O_BIAS,), QKV_BIASES):
-        if not any(bool(tensors[name].any()) for name in group if name in tensors):
-            tensors = {name: tensor for name, tensor in tensors.items() if name not in group}
-    return tensors
+    """Without biases that are all zero, of whatever layer: nothing is computed by them, and exports for engines that
+    always build one carry such. Those of q, k and v are one group."""
+    adding = {name for name in tensors if name.endswith(".bias") and not _is_zero_bias(name, tensors)}
+    kept = {*adding, *(QKV_BIASES if adding & {*QKV_BIASES} else ())}
+    return {name: tensor for name, tensor in tensors.items() if name in kept or not _is_zero_bias(name, tensors)}
+
+
+def _is_zero_bias(name: str, tensors: dict[str, Tensor]) -> bool:
+    layer = name.removesuffix(".bias")
+    if layer == name or layer not in LINEAR or (weight := tensors.get(f"{layer}.weight")) is None:
+        return False
+    return tensors[name].shape == weight.shape[:1] and not bool(tensors[name].any())
 
 
 def _own_embedding(folder: Path, own: Tensor | None, targets: Tensor) -> Tensor | None:
@@ -191,9 +198,11 @@ def _unknown(
     for name in names:
         if name not in HASS_NORMS and not _says_nothing_new(name, tensors[name], architecture, target):
             yield f"{name} has no place in a draft{WHY_NOT.get(name, '')}"
-    for setting, plain in OTHER_ARITHMETIC.items():
-        if config.get(setting, plain) not in (plain, None):
-            yield f"{setting} = {config[setting]!r} in {CONFIG} is not supported"
+    if refused := [*refused_fields(config)]:
+        yield (
+            f"{CONFIG} asks for what no draft here computes: {', '.join(refused)}; remove a field that the draft was "
+            "trained without"
+        )
 
 
 def _says_nothing_new(name: str, tensor: Tensor, architecture: DraftArchitecture, target: SharedWeights) -> bool:
@@ -215,8 +224,11 @@ def _missing(tensors: dict[str, Tensor], architecture: DraftArchitecture) -> Ite
         yield f"it lacks {', '.join(missing)}"
 
 
-def _wrong(tensors: dict[str, Tensor], architecture: DraftArchitecture) -> Iterator[str]:
-    for name, shape in architecture.tensors().items():
+def _wrong(tensors: dict[str, Tensor], architecture: DraftArchitecture, embedding: Tensor | None) -> Iterator[str]:
+    asked = architecture.tensors()
+    if embedding is not None:
+        tensors, asked = tensors | {EMBEDDING: embedding}, asked | {EMBEDDING: tuple(embedding.shape)}
+    for name, shape in asked.items():
         if name not in tensors:
             continue
         if (found := tuple(tensors[name].shape)) != shape:
@@ -225,6 +237,11 @@ def _wrong(tensors: dict[str, Tensor], architecture: DraftArchitecture) -> Itera
             yield f"{name} is quantised ({str(tensors[name].dtype).removeprefix('torch.')})"
         elif not bool(tensors[name].isfinite().all()):
             yield f"{name} holds NaN or infinite numbers"
+
+
+def _tied(config: dict[str, Any], embedding: Tensor | None) -> Iterator[str]:
+    if embedding is not None and config.get("tie_word_embeddings"):
+        yield f"{CONFIG} says tie_word_embeddings, and {EMBEDDING} is not the target's: a draft uses the target's head"
 
 
 def _not_computable(architecture: DraftArchitecture) -> Iterator[str]:
@@ -245,7 +262,7 @@ def _not_computable(architecture: DraftArchitecture) -> Iterator[str]:
 
 def _claims(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
     """What config.json says is there and the tensors do not show."""
-    claims = {"qkv_bias": QKV_BIASES, "qk_norm": QK_NORMS, "bias": (FC_BIAS,)}
+    claims = {"qkv_bias": QKV_BIASES, "qk_norm": QK_NORMS, "bias": (FC_BIAS,), "mlp_bias": MLP_BIASES}
     if config.get("hass"):  # elsewhere it is the target's setting, copied with all others
         claims["attention_bias"] = (O_BIAS,)
     for setting, names in claims.items():

@@ -18,6 +18,7 @@ NORMED_QK = ("qwen3", "qwen3_moe")
 BIASED_QKV = ("qwen2", "qwen2_moe", "qwen2_5_vl_text", "qwen2_vl_text")
 PLAIN_OUTPUT = ("glm", "glm4", "glm4_moe")  # their attention_bias is one of q/k/v alone
 NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+BOUND_BY_TRAINING = ("longrope", "yarn", "llama3")  # ropes that turn on the length of the first training
 FC_BIAS, O_BIAS = "fc.bias", "layers.0.self_attn.o_proj.bias"
 QKV_BIASES = tuple(f"layers.0.self_attn.{part}_proj.bias" for part in "qkv")
 QK_NORMS = tuple(f"layers.0.self_attn.{part}_norm.weight" for part in "qk")
@@ -88,12 +89,13 @@ class DraftArchitecture(BaseModel):
         """Read a draft's config.json (ours, EAGLE's or HASS's). Which biases and norms it has is told by the `names`
         of its tensors, not by the file: official files give `bias` a meaning that their own trainer does not follow.
 
-        Raises CorruptFile for missing or senseless fields, DraftMismatch for a rotation of parts of heads.
+        Raises CorruptFile for missing, senseless or contradicting fields, DraftMismatch for a rotation of parts of
+        heads.
         """
         if missing := [name for name in NEEDED if not config.get(name)]:
             raise CorruptFile(f"the draft's config.json lacks {', '.join(missing)}; take it from the draft's source")
         try:
-            heads = int(config["num_attention_heads"])
+            heads, ropes = int(config["num_attention_heads"]), _told_ropes(config)
             read = cls(
                 hidden_size=config["hidden_size"],
                 intermediate_size=config["intermediate_size"],
@@ -104,7 +106,7 @@ class DraftArchitecture(BaseModel):
                 max_position_embeddings=config.get("max_position_embeddings") or 2048,
                 rope_parameters=rope_parameters(config),
                 rms_norm_eps=1e-6 if config.get("rms_norm_eps") is None else config["rms_norm_eps"],
-                hidden_act=config.get("hidden_act") or "silu",
+                hidden_act=config.get("hidden_activation") or config.get("hidden_act") or "silu",
                 qkv_bias=any(name in names for name in QKV_BIASES),
                 o_bias=O_BIAS in names,
                 qk_norm=any(name in names for name in QK_NORMS),
@@ -115,6 +117,11 @@ class DraftArchitecture(BaseModel):
             )
         except (ValidationError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise CorruptFile(f"the draft's config.json makes no sense: {_first_line(error)}") from None
+        if any(rope != ropes[0] for rope in ropes):
+            raise CorruptFile(
+                f"the draft's config.json tells two rotary embeddings, {' and '.join(map(str, ropes))}, in "
+                "rope_parameters and in rope_theta or rope_scaling; keep those it was trained with"
+            )
         if (part := partial_rotary(config)) != 1:
             raise DraftMismatch(
                 f"the draft rotates {part:g} of each head (partial_rotary_factor in its config.json), which is not "
@@ -188,8 +195,23 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     old = rope.pop("type", None)
     rope["rope_type"] = rope.get("rope_type") or ("default" if old == "mrope" else old) or "default"
     rope["rope_theta"] = float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    trained = config.get("original_max_position_embeddings")  # Phi-3 has it beside
+    if trained and rope["rope_type"] in BOUND_BY_TRAINING:
+        rope.setdefault("original_max_position_embeddings", trained)
     told_apart = ("mrope_section", "mrope_interleaved", "partial_rotary_factor")
     return {name: value for name, value in sorted(rope.items()) if value is not None and name not in told_apart}
+
+
+def _told_ropes(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rotary embedding as each of the two forms has it that config.json may be written in."""
+    new, scaling, theta = (config.get(name) for name in ("rope_parameters", "rope_scaling", "rope_theta"))
+    told = [rope_parameters(config)]
+    if new and (scaling or theta):
+        elder = {name: value for name, value in config.items() if name != "rope_parameters"}
+        told.append(rope_parameters(elder | {"rope_theta": theta or told[0]["rope_theta"]}))
+        if not scaling:  # transformers 4 had the base outside of it: one that is alone says nothing of the rest
+            told[1] = told[0] | {"rope_theta": told[1]["rope_theta"]}
+    return told
 
 
 def partial_rotary(config: dict[str, Any]) -> float:

@@ -174,7 +174,8 @@ def _reading(
 
 
 def _architecture(config: dict[str, Any]) -> str:
-    return " ".join(config.get("architectures") or ("none",))
+    named = config.get("architectures") or ("none",)
+    return named if isinstance(named, str) else " ".join(map(str, named))
 
 
 def _only_silu(config: dict[str, Any]) -> None:

@@ -258,3 +258,90 @@ def test_a_warm_start_keeps_the_drafts_own_architecture(write, architecture, tin
         continued_draft(stored, tiny_target, "llama")
     with pytest.raises(CorruptFile, match=r"draft\.warm_start: .* is missing"):
         warm_start(folder / "nowhere", tiny_target)
+
+
+@pytest.mark.parametrize(
+    ("named", "config"),
+    [
+        ("sliding_window = 128", {"sliding_window": 128}),
+        ("sliding_window = 128", {"sliding_window": 128, "use_sliding_window": True, "max_window_layers": 0}),
+        ("layer_types", {"layer_types": ["sliding_attention"], "sliding_window": 128}),
+        ("attn_logit_softcapping = 50.0", {"attn_logit_softcapping": 50.0}),
+        ("final_logit_softcapping = 30.0", {"final_logit_softcapping": 30.0}),
+        ("query_pre_attn_scalar = 256", {"query_pre_attn_scalar": 256}),
+        ("attention_multiplier = 0.5", {"attention_multiplier": 0.5}),
+        ("logits_scaling = 8.0", {"logits_scaling": 8.0}),
+        ("logit_scale = 0.0625", {"logit_scale": 0.0625}),
+        ("scale_emb = 12", {"scale_emb": 12}),
+        ("clip_qkv = 8", {"clip_qkv": 8}),
+        ("no_rope_layers", {"no_rope_layers": [0]}),
+        ("layer_norm_eps", {"layer_norm_eps": 1e-5}),
+        ("use_rope = False", {"use_rope": False}),
+        ("a_setting_to_come", {"a_setting_to_come": {"on": True}}),
+        ("model_type = 'gemma2'", {"model_type": "gemma2"}),
+        ("draft_vocab_size = 64", {"draft_vocab_size": 64}),
+    ],
+    ids=str,
+)
+def test_a_field_that_would_change_the_arithmetic_is_refused_by_name(write, tiny_target, named, config):
+    with pytest.raises(DraftMismatch) as refused:
+        read_draft(write(**config), tiny_target)
+    assert f"what no draft here computes: {named}" in str(refused.value)
+
+
+def test_a_targets_whole_configuration_is_no_obstacle_where_it_is_plain(write, tiny_target):
+    """As EAGLE's trainers leave it: the target's config.json with one layer."""
+    copied = {"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 28, "attention_bias": True}
+    plain = {"layer_types": ["full_attention"] * 28, "attn_logit_softcapping": None, "logit_scale": 1.0}
+    names = {"model_type": "qwen2", "_attn_implementation": "sdpa", "initializer_range": 0.02, "top_p": 0.8}
+    config = tiny_target.model.config.to_dict() | {"num_hidden_layers": 1} | copied | plain | names
+    read_draft(write(**config), tiny_target)
+    read_draft(write(sliding_window=512), tiny_target)  # as long as the context
+
+
+def test_every_field_that_is_read_decides(write, architecture, tiny_target):
+    gelu = read_draft(write(hidden_act="silu", hidden_activation="gelu_pytorch_tanh"), tiny_target)
+    assert gelu.architecture.hidden_act == "gelu_pytorch_tanh"
+    rope = {"type": "yarn", "factor": 4.0}
+    yarn = read_draft(write(rope_scaling=rope, original_max_position_embeddings=128), tiny_target)
+    assert yarn.architecture.rope_parameters["original_max_position_embeddings"] == 128
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+    ],
+    ids=str,
+)
+def test_two_rotary_embeddings_in_one_file_are_refused(write, tiny_target, config):
+    with pytest.raises(CorruptFile, match="two rotary embeddings"):
+        read_draft(write(**config), tiny_target)
+
+
+def test_an_eagle3_class_that_is_no_list_is_seen_too(write, tiny_target):
+    with pytest.raises(DraftMismatch, match="is an EAGLE-3 draft"):
+        read_draft(write(architectures="LlamaForCausalLMEagle3"), tiny_target)
+    read_draft(write(architectures="LlamaForCausalLM"), tiny_target)
+
+
+def test_a_bias_of_zeros_says_nothing_whatever_layer_it_is_of(write, tiny_target):
+    whole = draft_identity(read_draft(write(), tiny_target))
+    zeros = {f"layers.0.mlp.{part}_proj.bias": torch.zeros(96) for part in ("gate", "up")}
+    zeros |= {"layers.0.mlp.down_proj.bias": torch.zeros(48), "layers.0.self_attn.o_proj.bias": torch.zeros(48)}
+    assert draft_identity(read_draft(write(zeros, name="zeros", mlp_bias=True), tiny_target)) == whole
+    for bias in (torch.full((96,), 0.1), torch.zeros(7)):
+        with pytest.raises(DraftMismatch, match=r"layers\.0\.mlp\.up_proj\.bias has no place"):
+            read_draft(write({"layers.0.mlp.up_proj.bias": bias}), tiny_target)
+    with pytest.raises(DraftMismatch, match=r"fc\.bias does not fit its config\.json"):
+        read_draft(write({"fc.bias": torch.zeros(7)}), tiny_target)
+
+
+def test_an_own_embedding_is_looked_at_like_any_tensor(write, tiny_target):
+    own = tiny_target.embedding + 1
+    with pytest.raises(DraftMismatch, match=r"tie_word_embeddings.*a draft uses the target's head"):
+        read_draft(write({"embed_tokens.weight": own}, tie_word_embeddings=True), tiny_target)
+    own[3, 3] = float("nan")
+    with pytest.raises(DraftMismatch, match=r"embed_tokens\.weight holds NaN"):
+        read_draft(write({"embed_tokens.weight": own}), tiny_target)
