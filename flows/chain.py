@@ -43,8 +43,11 @@ def run_until(last: Stage, run: RunParameters) -> Iterator[Chain]:
     A stage named in `run.deployments` becomes a flow run of that deployment, the others run in this process.
     """
     asked = run.config()
+    prompts.check_ahead(asked, last)
     collected = prompts.collect_prompts(asked)
     config, began = resolve_warm_start(asked, collected, run.continues)
+    if began:
+        prompts.check_ahead(config, last)
     if found := find_finished(config, last):
         yield Chain(*found, new=False)
         return

@@ -14,7 +14,7 @@ from flows.terminal import main
 from hass_core.config import RunConfig
 from hass_core.store import Artifact
 from tasks.finished import find_judged
-from tasks.promotion import Verdict, decide
+from tasks.promotion import Verdict, check_promotion, decide
 from tasks.registration import register_draft
 from tasks.release import release_champion
 from tasks.summary import nothing_new, report_tables, version_lines
@@ -38,6 +38,7 @@ def retrain(run: RunParameters) -> Retrained | State[Retrained]:
     Where nothing is new the run completes as "Nothing new" and leaves every record as it is.
     """
     config = run.config()
+    check_promotion(config)
     with run_until("evaluation", run) as chain:
         if not chain.new and (version := find_judged(config, chain.artifacts[-2])):
             release_champion(config)  # where that was left undone

@@ -47,7 +47,9 @@ class PromotionConfig(Settings):
         default=True, description="Without a champion to beat, a draft must beat plain decoding by the margin"
     )
     engines: tuple[Engine, ...] = Field(
-        default=("vllm", "sglang", "eagle"), description="Engines whose export check a new champion must pass"
+        default=("vllm", "sglang"),
+        description="Engines whose export check a new champion must pass; what one has no place for is told before a "
+        "retraining begins",
     )
     judge: Literal["here", "server"] = Field(
         default="here", description="Who decodes: this process, or two running servers that serve the two drafts"

@@ -1,14 +1,18 @@
 """The five stages in order, each reusing what its store already holds. What the flows do, without a workflow engine."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import get_args
 
-from hass_core.config import RunConfig, Stage
+from hass_core.config import CHAMPION, RunConfig, Stage
 from hass_core.data import prompts, responses
 from hass_core.data.prompts import collect_prompts
 from hass_core.data.responses import generate_responses
 from hass_core.evaluation import evaluate
+from hass_core.evaluation.benchmarks import load_benchmarks
 from hass_core.evaluation.evaluate import evaluate_draft
+from hass_core.evaluation.measure import check_lengths
+from hass_core.evaluation.method_names import HASS, check_methods
 from hass_core.features import extract
 from hass_core.features.extract import extract_features
 from hass_core.memory import release_unused
@@ -43,7 +47,22 @@ def run_until(
     """Run the stages up to and including `last`; finished ones are found in the store and not run again."""
     store = Store(config.store)
     store.check_writable()
-    return _run(last, config, store, load_target(config.target), progress_for)
+    target = load_target(config.target)
+    check_ahead(last, config, target)
+    return _run(last, config, store, target, progress_for)
+
+
+def check_ahead(last: Stage, config: RunConfig, target: Target) -> None:
+    """Look at what the stages up to `last` will need beside each other's results, before the first of them is paid for.
+
+    Raises what they would raise: TargetError, CorruptFile or DraftMismatch for a draft that cannot be begun, BadInput,
+    ContextTooLong or ConfigError for questions that cannot be asked.
+    """
+    if last in ("draft", "evaluation") and config.draft.warm_start != CHAMPION:
+        train.start_architecture(config, target)
+    if last == "evaluation":
+        check_methods(config.evaluation.methods, {HASS: Path(config.store)})
+        check_lengths(target, load_benchmarks(config.evaluation), config.evaluation)
 
 
 def find_finished(last: Stage, config: RunConfig, target: Target) -> dict[Stage, Artifact] | None:

@@ -7,15 +7,17 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from pydantic import BaseModel, ConfigDict
 
-from hass_core.config import RunConfig
+from hass_core.config import CHAMPION, RunConfig
 from hass_core.evaluation import duel as core
 from hass_core.evaluation.benchmarks import load_benchmarks
 from hass_core.evaluation.evaluate import evaluate_draft, read_report
 from hass_core.evaluation.figures import draw_gains
 from hass_core.evaluation.server_duel import Server, contest
+from hass_core.export.exporter import check_engines
 from hass_core.progress import Progress
 from hass_core.store import Artifact
 from hass_core.target_model.loader import Target
+from hass_core.training.train import start_architecture
 from tasks import tracking
 from tasks.export import export_objections
 from tasks.gate import NOT_LOSSLESS, PLAIN_DECODING, Verdict, judge
@@ -61,6 +63,17 @@ class RolledBack(BaseModel):
         if self.passed_over:
             told += f"; not version {' or '.join(self.passed_over)}, whose target was another"
         return told
+
+
+@task(name="check-promotion", **NETWORK_RETRIES)
+def check_promotion(config: RunConfig) -> None:
+    """Raise ConfigError, before anything is paid for, where no draft of these settings could ever be promoted: an
+    engine of `promotion.engines` or `promotion.release` has no place for it."""
+    if not config.promotion.automatic or config.draft.warm_start == CHAMPION:
+        return
+    draft = start_architecture(config, target_of(config))
+    check_engines(config.promotion.engines, draft, "promotion.engines")
+    check_engines(config.promotion.release, draft, "promotion.release")
 
 
 @task(name="roll-back")

@@ -2,7 +2,8 @@
 
 from prefect import task
 
-from hass_core.config import RunConfig
+from hass_core import stages
+from hass_core.config import RunConfig, Stage
 from hass_core.data import prompts as core
 from hass_core.store import Artifact
 from tasks.progress import reporting
@@ -10,6 +11,12 @@ from tasks.resources import store_of, target_of
 from tasks.retries import NETWORK_RETRIES
 from tasks.stage import publish_summary
 from tasks.tracking import is_recorded, stage_run
+
+
+@task(name="check-ahead", **NETWORK_RETRIES)
+def check_ahead(config: RunConfig, last: Stage) -> None:
+    """Refuse settings and files that a later stage up to `last` would refuse, before anything is paid for."""
+    stages.check_ahead(last, config, target_of(config))
 
 
 @task(name="collect-prompts", **NETWORK_RETRIES)

@@ -15,7 +15,7 @@ def random_features(
 ) -> tuple[Artifact, int, float]:
     """About `gigabytes` of features as a stage; also its rows, and the gigabytes that they are in bfloat16."""
     conversations = max(1, round(gigabytes * 1e9 / (2 * hidden_size * TOKENS_PER_CONVERSATION)))
-    info = FeatureInfo(hidden_size=hidden_size, encoding=encoding, target_fingerprint="bench", template_hash="bench")
+    info = FeatureInfo(hidden_size=hidden_size, encoding=encoding, target_identity="bench")
     folder = store.stage("features", info.model_dump())
     features = torch.randn(TOKENS_PER_CONVERSATION, hidden_size).bfloat16()
     ids, mask = list(range(TOKENS_PER_CONVERSATION)), [1] * TOKENS_PER_CONVERSATION

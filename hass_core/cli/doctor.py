@@ -10,6 +10,7 @@ from hass_core.cli.common import console, progress_bar, show_json
 from hass_core.cli.options import AsJson, DraftFolder, TargetSource
 from hass_core.config import Engine, EvaluationConfig, SamplingConfig, TargetConfig
 from hass_core.errors import FINDINGS
+from hass_core.evaluation.benchmark_names import check_benchmarks
 from hass_core.settings import validated
 
 app = typer.Typer()
@@ -61,6 +62,7 @@ def acceptance(
     """Explain a low τ: what each cause costs, the dearest first, and how to mend it."""
     asked_of = validated(EvaluationConfig, {"benchmarks": (questions,), "max_questions": limit}, "the questions")
     validated(SamplingConfig, {"temperature": temperature}, "sampling")
+    check_benchmarks(asked_of.benchmarks)
     from hass_core.cli.acceptance_report import show_diagnosis
     from hass_core.diagnosis.acceptance import diagnose
     from hass_core.diagnosis.variants import Settings

@@ -7,6 +7,7 @@ import typer
 from hass_core.cli.common import show, show_json
 from hass_core.cli.options import AsJson, DraftFolder, Out, TargetSource
 from hass_core.config import Engine, TargetConfig, TreeConfig
+from hass_core.export.folders import check_out
 from hass_core.settings import validated
 
 
@@ -36,6 +37,7 @@ def export(
     nodes = steps + 1 if nodes is None else nodes
     shape = {"kind": "dynamic" if top_k > 1 else "chain", "depth": steps, "top_k": top_k, "nodes": nodes}
     tree = validated(TreeConfig, shape, "the draft tree")
+    check_out(out, draft)
     from hass_core.draft_model.engines import ENGINES
     from hass_core.export.card import serving_command
     from hass_core.export.exporter import TOKEN_MAP, export_draft
@@ -65,6 +67,7 @@ def import_(
 
     Example: hass import EAGLE-llama3 -t meta-llama/Meta-Llama-3-8B-Instruct -o imported
     """
+    check_out(out, source)
     from hass_core.export import importer
     from hass_core.target_model.loader import load_target
 

@@ -9,6 +9,7 @@ import typer
 from hass_core.cli.common import console, progress_bar, settings, show, show_json
 from hass_core.cli.options import AsJson, ConfigName, Out, Overrides, draft_folder
 from hass_core.errors import BadInput
+from hass_core.evaluation.benchmark_names import check_benchmarks
 from hass_core.evaluation.method_names import HASS, check_methods
 
 
@@ -43,6 +44,7 @@ def evaluate(
     chosen = settings(config, changes)
     own, others = split_drafts(draft)
     check_methods(chosen.evaluation.methods, ({HASS: own} if own else {}) | others)
+    check_benchmarks(chosen.evaluation.benchmarks)
     from hass_core.evaluation.evaluate import evaluate_folder  # imports torch: only when the command line is right
     from hass_core.evaluation.terminal import terminal
 

@@ -9,6 +9,8 @@ from rich.table import Table
 from hass_core.cli.common import console, progress_bar, settings, show, show_json
 from hass_core.cli.options import AsJson, ConfigName, Overrides, draft_folder
 from hass_core.config import Stage, load_config, preset_names
+from hass_core.data.live import check_local
+from hass_core.evaluation.benchmark_names import check_benchmarks
 
 
 def register(app: typer.Typer) -> None:
@@ -30,6 +32,8 @@ def run(
     chosen = settings(config, override)
     if chosen.draft.warm_start and "://" not in chosen.draft.warm_start:
         draft_folder(Path(chosen.draft.warm_start))
+    check_local(chosen.prompts.files)
+    check_benchmarks(chosen.evaluation.benchmarks)  # no question of theirs may be trained on
     from hass_core.store import Store
 
     Store(chosen.store).check_writable()

@@ -88,6 +88,16 @@ def resolve(config: PromptsConfig) -> Sources:
     return Sources(tuple(files.values()), tuple(map(_dataset, config.datasets)))
 
 
+def check_local(entries: Iterable[str]) -> None:
+    """Raise BadInput for a file, folder or pattern of this machine that leads to nothing; no file is read."""
+    for entry in entries:
+        with named_failures(entry, "listed"):
+            fs, path = fsspec.core.url_to_fs(entry)
+            there = not isinstance(fs, LocalFileSystem) or fs.isfile(path) or _listed(fs, path)
+        if not there:
+            raise _nothing(entry)
+
+
 def conversations_of(sources: Sources) -> Iterator[Record | Skipped]:
     """All conversations, in the order of the settings. Raises BadInput for a broken row."""
     for file in sources.files:
@@ -196,12 +206,16 @@ def _files(entry: str, source: str) -> Iterator[File]:
             return
         found = _listed(fs, path)
     if not found:
-        what = "no such file" if entry.endswith((*FORMATS, *COMPRESSIONS)) else "no file of conversations there"
-        raise BadInput(f"{entry}: {what}; check prompts.files")
+        raise _nothing(entry)
     root = _root(path)
     for place, info in sorted(found.items()):
         relative = place.removeprefix(root).strip("/").partition(".")[0] if place.startswith(root) else place
         yield _file(fs, place, info, source, f"{source}/{relative}")
+
+
+def _nothing(entry: str) -> BadInput:
+    what = "no such file" if entry.endswith((*FORMATS, *COMPRESSIONS)) else "no file of conversations there"
+    return BadInput(f"{entry}: {what}; check prompts.files")
 
 
 def _listed(fs: Any, path: str) -> dict[str, dict[str, Any]]:

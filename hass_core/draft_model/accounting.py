@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers.activations import ACT2FN
 
 from hass_core.draft_model.architecture import FC_BIAS, O_BIAS, QK_NORMS, QKV_BIASES, DraftArchitecture
 from hass_core.draft_model.config_fields import refused_fields
-from hass_core.draft_model.files import CONFIG, WEIGHTS, read_config, read_tensors
+from hass_core.draft_model.files import CONFIG, read_config, read_tensors
 from hass_core.errors import DraftMismatch
 
 FUSION = "fc.weight"  # every draft has it, no other model
@@ -97,15 +96,6 @@ def account(folder: Path, config: dict[str, Any], stored: dict[str, Tensor], tar
     if objections:
         raise DraftMismatch(f"the draft in {folder} cannot be taken as it is: {'; '.join(objections)}")
     return StoredDraft(folder, config, architecture, {n: tensors[n] for n in architecture.tensors()}, embedding)
-
-
-def holds_draft(folder: Path) -> bool:
-    """Whether a folder's model.safetensors is a draft's, told from the names of its tensors."""
-    try:
-        with safe_open(str(folder / WEIGHTS), framework="pt") as file:
-            return FUSION in {name.removeprefix(PREFIX) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except Exception:  # no such file, or not one of safetensors, which does not export its error as a type
-        return False
 
 
 def refuse_other_models(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -105,11 +105,11 @@ def draft_model(stored: StoredDraft, embedding: Tensor) -> DraftModel:
     return model
 
 
-def warm_start(folder: Path, target: SharedWeights) -> StoredDraft:
-    """The draft that a training continues from.
+def warm_start(folder: Path, target: SharedWeights, family: Family = "auto") -> StoredDraft:
+    """The draft that a training continues from; it keeps its own architecture, rotary embedding and biases.
 
-    Raises CorruptFile or DraftMismatch as `read_draft` does, and DraftMismatch where the draft has its own embedding:
-    training shares the target's.
+    Raises CorruptFile or DraftMismatch as `read_draft` does, and DraftMismatch where the draft has its own embedding
+    (training shares the target's) or is not of the `family` asked for.
     """
     try:
         stored = read_draft(folder, target)
@@ -120,21 +120,13 @@ def warm_start(folder: Path, target: SharedWeights) -> StoredDraft:
             f"draft.warm_start: the draft in {folder} has an {EMBEDDING} of its own, and training shares the target's; "
             "start from a draft without one (a folded fc.bias: from the draft before `hass import --fold-bias`)"
         )
-    return stored
-
-
-def continued_draft(stored: StoredDraft, target: SharedWeights, family: Family = "auto") -> DraftModel:
-    """The start of a training that continues a draft: it keeps its own architecture, rotary embedding and biases.
-
-    Raises DraftMismatch where it is not of the `family` asked for.
-    """
     not_llama = {*QKV_BIASES, O_BIAS, *QK_NORMS} & stored.weights.keys()
     if family == "llama" and not_llama:
         raise DraftMismatch(
             f'draft.warm_start: the draft in {stored.folder} is not of draft.family = "llama": it has '
             f"{', '.join(sorted(not_llama))}; leave draft.family out, or train from the start"
         )
-    return draft_model(stored, target.embedding)
+    return stored
 
 
 def draft_vocabulary(folder: Path, target: SharedWeights) -> Tensor | None:

@@ -17,6 +17,7 @@ from hass_core.data.prompts import read_prompts
 from hass_core.data.sources import Skipped, read_file
 from hass_core.data.templates import Message
 from hass_core.errors import BadInput
+from hass_core.evaluation.benchmark_names import HELDOUT, ON_HUB, benchmark_file
 from hass_core.store import Artifact, Store
 
 
@@ -41,11 +42,12 @@ class HubDataset:
     opening: str = ""  # text before each question
 
 
-HUB = {
-    "mt_bench": HubDataset("HuggingFaceH4/mt_bench_prompts", None, "train", "prompt"),
-    "humaneval": HubDataset("openai/openai_humaneval", None, "test", "prompt", "Complete the code I provided.\n\n"),
-    "gsm8k": HubDataset("openai/gsm8k", "main", "test", "question"),
-}
+PLACES = (
+    HubDataset("HuggingFaceH4/mt_bench_prompts", None, "train", "prompt"),
+    HubDataset("openai/openai_humaneval", None, "test", "prompt", "Complete the code I provided.\n\n"),
+    HubDataset("openai/gsm8k", "main", "test", "question"),
+)
+HUB = dict(zip(ON_HUB, PLACES, strict=True))
 
 
 def load_benchmarks(config: EvaluationConfig) -> list[Question]:
@@ -93,15 +95,10 @@ def training_prompts(store: Store, draft: Artifact) -> list[Record] | None:
 
 
 def _open(given: str) -> tuple[str, list[Record]]:
-    name, equals, file = given.partition("=")
-    if not equals and given == "heldout":
-        return given, heldout_prompts()
-    if not equals and given in HUB:
-        return given, list(_from_hub(given, HUB[given]))
-    path = Path(file if equals else given)
-    if not path.is_file():
-        known = ", ".join(("heldout", *HUB))
-        raise BadInput(f"no benchmark {given!r}: neither a file nor one of {known}; give a file or NAME=FILE")
+    path = benchmark_file(given)
+    if path is None:
+        return given, heldout_prompts() if given == HELDOUT else list(_from_hub(given, HUB[given]))
+    name, equals, _ = given.partition("=")
     return name if equals else path.name.split(".")[0], [_usable(item, path) for item in read_file(path)]
 
 

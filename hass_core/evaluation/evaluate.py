@@ -35,7 +35,7 @@ from hass_core.store.content import content_of
 from hass_core.store.provenance import provenance
 from hass_core.target_model.loader import Target, load_target
 
-STEP_VERSION = 4  # every shape is warmed, temperatures come one after the other
+STEP_VERSION = 5  # 4: every shape is warmed, temperatures come one after the other; 5: the version of torch counts
 REPORT, PAGE, MEASURED = "report.json", "report.html", "per_question.parquet"
 
 
@@ -79,11 +79,10 @@ def evaluate_folder(
     questions = load_benchmarks(settings)
     target = load_target(target_config)
     work = Work(target, questions, given, settings, tree_config, training_prompts_known=False)
-    scratch = out_dir / "scratch" / digest_of(work.identity())
-    scratch.mkdir(parents=True, exist_ok=True)
-    report, measured = work.run(scratch, progress)
+    scratch = out_dir / "scratch"
+    report, measured = work.run(scratch / digest_of(work.identity()), progress)
     work.write(report, measured, [], out_dir)
-    shutil.rmtree(scratch.parent)
+    shutil.rmtree(scratch)
     return report
 
 
@@ -209,7 +208,8 @@ def _key(config: RunConfig, draft: Artifact, target: Target, questions: Sequence
 def measured_by(
     config: EvaluationConfig, tree: TreeConfig, target: Target, questions: Sequence[Question]
 ) -> dict[str, Any]:
-    """What decides a measurement, beside the drafts: questions, settings, tree, target and machine."""
+    """What decides a measurement, beside the drafts: questions, settings, tree, target, machine, and torch: its kernels
+    are half of a speed. Other versions are recorded only (see store/provenance.py)."""
     return {
         "evaluation": config.model_dump(mode="json", exclude={"benchmarks"}),
         "tree": tree.model_dump(),
@@ -217,6 +217,7 @@ def measured_by(
         "target": target.identity.parts(),
         "device": device_name(target.device),
         "dtype": str(target.dtype),
+        "torch": torch.__version__,
         **({"draws": DRAWS_VERSION} if any(config.temperatures) else {}),
         "version": STEP_VERSION,
     }

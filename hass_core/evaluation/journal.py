@@ -27,6 +27,7 @@ class Journal:
         return self._results[unit]
 
     def __setitem__(self, unit: str, result: Any) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)  # now, that a refused run leaves nothing behind
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps([unit, result]) + "\n")
             file.flush()

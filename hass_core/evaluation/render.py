@@ -4,7 +4,8 @@ A table is its column titles and rows of text. Names from outside (targets, benc
 whoever writes them out escapes them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from hass_core.evaluation.lossless import Certificate
 from hass_core.evaluation.report import ALL, PLAIN, Report, Score
@@ -147,7 +148,16 @@ def measured_how(report: Report) -> list[str]:
         f"questions: {', '.join(f'{count} of {name}' for name, count in report.benchmarks.items())}",
         f"transformers' own `generate` on one question: {report.generate_tokens_per_second:.1f} tokens/s",
         f"training prompts: {known}",
+        *_made_with(report.provenance),
     ]
+
+
+def _made_with(provenance: Mapping[str, Any]) -> list[str]:
+    if not (versions := provenance.get("packages")):
+        return []
+    told = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    commit = f", commit {provenance['commit']}" if provenance.get("commit") else ""
+    return [f"versions: hass {provenance.get('hass')}{commit}, Python {provenance.get('python')}, {told}"]
 
 
 def _over_all(report: Report) -> list[Score]:

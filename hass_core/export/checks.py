@@ -28,6 +28,7 @@ from hass_core.draft_model.engines import Engine, unheld
 from hass_core.draft_model.files import read_config, read_tensors
 from hass_core.draft_model.identity import draft_identity
 from hass_core.errors import DraftMismatch
+from hass_core.export.folders import EXPORTED
 from hass_core.export.parity import feature_difference
 from hass_core.export.readers import EngineRefuses, read_as
 
@@ -297,7 +298,7 @@ def _accounted(
 
 
 def _changed(own: StoredDraft) -> Iterator[Finding]:
-    recorded = own.info.get("export_identity")
+    recorded = own.info.get(EXPORTED)
     if recorded and recorded != (found := draft_identity(own)):
         yield Finding(
             "changed",

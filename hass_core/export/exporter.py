@@ -6,9 +6,7 @@ one. Biases of the attention that an engine builds beside one that is needed are
 """
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +15,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hass_core.config import TreeConfig
-from hass_core.draft_model.accounting import EMBEDDING, StoredDraft, account, holds_draft, read_draft
-from hass_core.draft_model.architecture import FC_BIAS, O_BIAS, QKV_BIASES
+from hass_core.draft_model.accounting import EMBEDDING, StoredDraft, account, read_draft
+from hass_core.draft_model.architecture import FC_BIAS, O_BIAS, QKV_BIASES, DraftArchitecture
 from hass_core.draft_model.checkpoint import draft_vocabulary, origin_difference
 from hass_core.draft_model.engines import ENGINES, Engine, unheld
 from hass_core.draft_model.files import CONFIG, WEIGHTS
 from hass_core.draft_model.identity import draft_identity
-from hass_core.errors import BadInput, DraftMismatch
+from hass_core.errors import ConfigError, DraftMismatch
 from hass_core.export.card import model_card
 from hass_core.export.checks import ServedTarget, check_draft
+from hass_core.export.folders import EXPORTED, check_out, replacing
 from hass_core.target_model.licence import NOT_STATED
 
 TOKEN_MAP = "token_map.pt"  # SGLang reads it by torch.load(weights_only=True)
@@ -69,7 +68,7 @@ def export_draft(
         made = account(partial, config, weights, target)
         # this layout has no place for a trimmed vocabulary: engines draft among all tokens, or those of SGLang's map
         section = {key: value for key, value in section.items() if key != "draft_vocab_size"}
-        config["hass"] = section | {"export_identity": draft_identity(made)}
+        config["hass"] = section | {EXPORTED: draft_identity(made)}
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         save_file(weights, str(partial / WEIGHTS), metadata={"format": "pt"})
         mapped = engine.name == "sglang" and token_map is not None
@@ -82,29 +81,15 @@ def export_draft(
     return out
 
 
-def check_out(out: Path, source: Path) -> None:
-    """Raise BadInput where writing a draft to `out` would overwrite something else, or its own `source`."""
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"{out} is a file; name a folder to write the draft to")
-    read = source.resolve()
-    if out.resolve() in (read, *read.parents):
-        raise BadInput(f"{out} is or holds the draft to read; name another folder to write to")
-    if out.exists() and any(out.iterdir()) and not holds_draft(out):  # a target's folder has weights too
-        raise BadInput(f"{out} exists and holds something other than a draft; name another folder")
-
-
-@contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that takes its place when the block ends well, and is gone otherwise."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def check_engines(names: Iterable[str], draft: DraftArchitecture, setting: str) -> None:
+    """Raise ConfigError where an engine that a setting names has no place for drafts of this architecture."""
+    for name in names:
+        if reasons := [*unheld(ENGINES[name], draft)]:
+            raise ConfigError(
+                f"{setting} names {name}, and {ENGINES[name].title} has no place for {'; '.join(reasons)} of the draft "
+                f'that these settings train; take {name} out of {setting}, or set draft.family = "llama" if that '
+                "changes it"
+            )
 
 
 def _unheld_extras(engine: Engine, source: StoredDraft) -> Iterator[str]:

@@ -17,7 +17,7 @@ from hass_core.draft_model.accounting import EMBEDDING, SharedWeights, StoredDra
 from hass_core.draft_model.architecture import FC_BIAS
 from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS
 from hass_core.errors import BadInput, DraftMismatch
-from hass_core.export.exporter import check_out, replacing
+from hass_core.export.folders import IMPORTED, check_out, replacing
 
 MAX_CONDITION = 1e6  # beyond this, fp32 loses more than half its digits in the solve
 MAX_RELATIVE_ERROR = 1e-4
@@ -83,7 +83,7 @@ def _folding_error(weight: Tensor, bias: Tensor, shift: Tensor, embedding: Tenso
 
 def _save(out: Path, draft: StoredDraft) -> Path:
     """Write a stored draft in this project's layout, with the lists of tokens beside it."""
-    section = {**draft.info, "target_model_type": draft.architecture.target_model_type}
+    section = {**draft.info, "target_model_type": draft.architecture.target_model_type, IMPORTED: True}
     tensors = dict(draft.weights)
     if draft.embedding is not None:
         tensors[EMBEDDING] = draft.embedding

@@ -158,8 +158,7 @@ class _Extraction:
         self._info = FeatureInfo(
             hidden_size=target.embedding.shape[1],
             encoding=config.features.encoding,
-            target_fingerprint=target.fingerprint,
-            template_hash=target.identity.template,
+            target_identity=target.fingerprint,
         )
 
     def complete(self, names: list[str], parts: Iterator[Part]) -> float:

@@ -113,7 +113,7 @@ class FeatureDataset:
         store: Store,
         artifact: Artifact,
         split: str | None = None,
-        target_fingerprint: str | None = None,
+        target_identity: str | None = None,
         cache_bytes: int | None = None,
     ):
         self._folder = store.open(artifact)
@@ -124,10 +124,10 @@ class FeatureDataset:
         with ThreadPoolExecutor(OPENING_THREADS) as threads:
             shards = list(threads.map(lambda name: _survey(self._folder, name), names))
         self.info = _common_info([shard.info for shard in shards], self._folder)
-        if target_fingerprint not in (None, self.info.target_fingerprint):
+        if target_identity not in (None, self.info.target_identity):
             raise DraftMismatch(
-                f"the features in {self._folder.url} are of the target {self.info.target_fingerprint}, "
-                f"this target is {target_fingerprint}; extract features with this target"
+                f"the features in {self._folder.url} are of the target {self.info.target_identity}, "
+                f"this target is {target_identity}; extract features with this target"
             )
         self._remote = None if store.is_local else RemoteGroups(self._folder)
         self._footers = {} if store.is_local else {shard.name: shard.footer for shard in shards}

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from hass_core import __version__
@@ -46,8 +46,7 @@ class FeatureInfo(BaseModel):
     model_config = ConfigDict(frozen=True)
     hidden_size: int
     encoding: Encoding
-    target_fingerprint: str
-    template_hash: str
+    target_identity: str = Field(validation_alias=AliasChoices("target_identity", "target_fingerprint"))  # its digest
     code_version: str = __version__
 
     def schema(self) -> pa.Schema:

@@ -1,4 +1,10 @@
-"""What made a result: code commit, versions, device. Stands beside every output."""
+"""What made a result: code commit, versions, device. Stands beside every output, in no key.
+
+Versions of libraries are recorded and decide no digest: a store would lose its answers with every release of
+transformers, where nearly none of them changes a token. What a version could change is held by its content instead:
+the target's tokenizer and template as they are loaded, prompts as text, answers and conversations as token ids. The
+exception is a speed, which is measured again with another torch (evaluation).
+"""
 
 import os
 import platform
@@ -12,7 +18,7 @@ from typing import Any
 
 from hass_core import __version__
 
-PACKAGES = ("torch", "transformers", "accelerate", "pyarrow")
+PACKAGES = ("torch", "transformers", "tokenizers", "jinja2", "safetensors", "accelerate", "pyarrow", "numpy")
 
 
 def provenance() -> dict[str, Any]:

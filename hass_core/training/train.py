@@ -21,7 +21,8 @@ import torch
 from accelerate import Accelerator
 
 from hass_core.config import RunConfig, TrainingConfig, TreeConfig
-from hass_core.draft_model.checkpoint import continued_draft, draft_info, save_draft, warm_start
+from hass_core.draft_model.architecture import DraftArchitecture
+from hass_core.draft_model.checkpoint import draft_info, draft_model, save_draft, warm_start
 from hass_core.draft_model.family import draft_architecture, shape_key
 from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS
 from hass_core.draft_model.head import DraftHead
@@ -167,11 +168,22 @@ def _all(dataset: FeatureDataset | LiveFeatures) -> Iterator[Conversation]:
 def make_draft(config: RunConfig, dataset: FeatureDataset | LiveFeatures, target: Target) -> DraftModel:
     """A float32 draft at its start: an existing one, the least-squares fit, or random weights."""
     if config.draft.warm_start:
-        return continued_draft(warm_start(Path(config.draft.warm_start), target), target, config.draft.family)
+        stored = warm_start(Path(config.draft.warm_start), target, config.draft.family)
+        return draft_model(stored, target.embedding)
     draft = DraftModel(draft_architecture(target.model.config, config.draft.family), target.embedding)
     if config.draft.start == "least_squares":
         start_least_squares(draft, (dataset[i] for i in sample_order(len(dataset), config.seed, dataset.blocks)))
     return draft
+
+
+def start_architecture(config: RunConfig, target: Target) -> DraftArchitecture:
+    """The shape of the draft that these settings train: told by settings and target alone, before answers are made.
+
+    Raises TargetError, CorruptFile or DraftMismatch where there is no such draft.
+    """
+    if config.draft.warm_start:
+        return warm_start(Path(config.draft.warm_start), target, config.draft.family).architecture
+    return draft_architecture(target.model.config, config.draft.family)
 
 
 def make_feed(trainer: Trainer, dataset: Dataset, division: Division) -> Feed:

@@ -48,7 +48,7 @@ def make_features(store: Store, shape: str, tokens: int, target: Target) -> Arti
     sizes, folder = SHAPES[shape], store.stage("features", KEY)
     if done := folder.artifact():
         return done
-    fingerprint = {"target_fingerprint": target.fingerprint, "template_hash": "made up"}
+    fingerprint = {"target_identity": target.fingerprint}
     info = FeatureInfo(hidden_size=sizes["hidden"], encoding="bf16", **fingerprint)
     generator = torch.Generator().manual_seed(0)
     lengths = ((0.4 + 1.2 * torch.rand(tokens // MEAN_TOKENS, generator=generator)) * MEAN_TOKENS).long().tolist()

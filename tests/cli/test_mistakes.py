@@ -42,6 +42,10 @@ hass run draft -s store=file/below                           | cannot write to t
 hass run draft -s draft.warm_start=missing                   | the draft missing is missing
 hass run draft -s evaluation.temperatures=[1e-300]           | cannot be computed with
 hass run draft -s evaluation.benchmarks=[]                   | evaluation.benchmarks
+hass run draft -s evaluation.benchmarks=["missing.jsonl"]    | no benchmark 'missing.jsonl': neither a file
+hass run prompts -s prompts.files=["missing.jsonl"]          | missing.jsonl: no such file; check prompts.files
+hass run prompts -s prompts.files=["logs-*/2026.jsonl"]      | no such file; check prompts.files
+hass run prompts -s prompts.files=["empty"]                  | empty: no file of conversations there
 hass evaluate --draft draft                                  | Missing option '--out'
 hass evaluate --draft missing -o out                         | the draft missing is missing
 hass evaluate --draft file -o out                            | the draft file is a file
@@ -56,6 +60,7 @@ hass evaluate --draft draft --draft draft -o out             | two drafts for th
 hass evaluate --draft draft -o out --temperatures hot        | evaluation.temperatures
 hass evaluate --draft draft -o out --temperatures -1         | greater than or equal to 0
 hass evaluate --draft draft -o out -s training=5             | this is a section
+hass evaluate --draft draft -o out --benchmarks x=missing    | no benchmark 'x=missing': neither a file
 hass chat --draft missing                                    | the draft missing is missing
 hass chat --depth 17                                         | depth = 17
 hass chat --nodes 1                                          | nodes = 1
@@ -72,12 +77,16 @@ hass plan draft -o missing/plan.json                         | there is no folde
 hass export draft --to tensorrt -o out                       | 'tensorrt' is not one of 'vllm', 'sglang', 'eagle'
 hass export draft --to vllm -o out --steps 17                | depth = 17
 hass export draft --to vllm -o file                          | file is a file
+hass export draft --to vllm -o target                        | holds something other than a former export
+hass export draft --to vllm -o draft/vllm/../..              | is or holds the draft to read
+hass import draft -o target                                  | holds something other than a former export
 hass import half -o out                                      | half/config.json is not valid JSON
 hass import draft -o out -t /missing                         | the target '/missing' does not exist
 hass doctor draft draft --engine foo                         | 'foo' is not one of
 hass doctor data nowhere                                     | give one of the form STORE/features/DIGEST
 hass doctor data store/features/0123                         | has no manifest.json
 hass doctor acceptance draft --temperature -1                | temperature = -1
+hass doctor acceptance draft --questions missing             | no benchmark 'missing': neither a file
 hass doctor acceptance draft --trained-template missing      | '--trained-template'
 hass bench decode --rows 0                                   | '--rows'
 hass bench decode --depth 17                                 | tree.depth = 17
@@ -113,7 +122,6 @@ hass evaluate --draft draft -o out -s target.source=target --benchmarks asked.js
 hass export draft --to vllm -t target -o out                 | draft
 hass import noweights -t target -o imported                  | noweights
 hass run prompts -s target.source=garbage.gguf -s store=s    | garbage.gguf
-hass run prompts -s target.source=target -s prompts.files=["missing.jsonl"] -s store=s | missing.jsonl: no such file
 """
 
 

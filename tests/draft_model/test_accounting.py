@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from hass_core.draft_model.accounting import read_draft
 from hass_core.draft_model.architecture import DraftArchitecture
-from hass_core.draft_model.checkpoint import continued_draft, load_draft, warm_start
+from hass_core.draft_model.checkpoint import draft_model, load_draft, warm_start
 from hass_core.draft_model.identity import draft_identity
 from hass_core.errors import CorruptFile, DraftMismatch
 
@@ -201,7 +201,8 @@ def test_shards_are_read_through_their_index(write, architecture, tiny_target):
     stored = read_draft(folder, tiny_target)
     assert all(torch.equal(stored.weights[name], tensor) for name, tensor in tensors.items())
     assert draft_identity(stored) == whole
-    assert torch.equal(continued_draft(warm_start(folder, tiny_target), tiny_target).fc.weight, tensors["fc.weight"])
+    begun = draft_model(warm_start(folder, tiny_target), tiny_target.embedding)
+    assert torch.equal(begun.fc.weight, tensors["fc.weight"])
 
 
 def test_shards_and_index_that_disagree_are_refused(write, architecture, tiny_target):
@@ -253,9 +254,9 @@ def test_a_warm_start_keeps_the_drafts_own_architecture(write, architecture, tin
     )
     folder = write(shape=shape)
     stored = warm_start(folder, tiny_target)
-    assert continued_draft(stored, tiny_target).architecture == shape
+    assert draft_model(stored, tiny_target.embedding).architecture == shape
     with pytest.raises(DraftMismatch, match=r'not of draft\.family = "llama": it has .*q_proj\.bias'):
-        continued_draft(stored, tiny_target, "llama")
+        warm_start(folder, tiny_target, "llama")
     with pytest.raises(CorruptFile, match=r"draft\.warm_start: .* is missing"):
         warm_start(folder / "nowhere", tiny_target)
 

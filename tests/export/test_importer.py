@@ -8,7 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from hass_core.config import TreeConfig
 from hass_core.draft_model.architecture import DraftArchitecture
+from hass_core.draft_model.checkpoint import save_draft
 from hass_core.draft_model.engines import ENGINES
+from hass_core.draft_model.head import DraftHead
+from hass_core.draft_model.layers import DraftModel
 from hass_core.errors import BadInput, CorruptFile, DraftMismatch
 from hass_core.export.checks import check_draft
 from hass_core.export.exporter import export_draft
@@ -108,7 +111,7 @@ def test_an_import_does_not_write_over_its_source_or_anything_else(official, tin
         import_draft(official, tiny_target, official)
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "to mother.txt").write_text("dear")
-    with pytest.raises(BadInput, match="holds something other than a draft"):
+    with pytest.raises(BadInput, match="holds something other than a former export"):
         import_draft(official, tiny_target, tmp_path / "letters")
 
 
@@ -134,9 +137,40 @@ def test_a_targets_folder_is_not_taken_for_a_draft_to_replace(official, tiny_tar
         lambda: import_draft(official, tiny_target, kept),
         lambda: export_draft(official, tiny_target, "eagle", kept, TreeConfig(), "org/target"),
     ):
-        with pytest.raises(BadInput, match="holds something other than a draft"):
+        with pytest.raises(BadInput, match="holds something other than a former export"):
             write()
     assert [path.name for path in kept.iterdir()] == ["model.safetensors"]
+
+
+def test_a_draft_that_was_not_exported_is_never_replaced(official, tiny_target, tmp_path):
+    """A trained draft, one of a store, another tool's, or a former export to which its owner added something."""
+    shape = DraftArchitecture.from_target_config(tiny_target.model.config)
+    trained = tmp_path / "trained"
+    save_draft(trained, DraftModel(shape, tiny_target.embedding), DraftHead.from_target(tiny_target.head), {})
+    before = sorted((path.name, path.read_bytes()) for path in trained.iterdir())
+    tree = TreeConfig(kind="chain", depth=3, nodes=4)
+
+    def refused(out, told):
+        for write in (
+            lambda: import_draft(official, tiny_target, out),
+            lambda: export_draft(official, tiny_target, "eagle", out, tree, "org/target"),
+        ):
+            with pytest.raises(BadInput, match=told):
+                write()
+
+    refused(trained, "something other than a former export")
+    (tmp_path / "link").symlink_to(trained)
+    refused(tmp_path / "link", "something other than a former export")
+    (trained / "manifest.json").write_text("{}")
+    for out in (trained, trained / "vllm", tmp_path / "link"):
+        refused(out, "a finished stage of a store, which never changes")
+    (trained / "manifest.json").unlink()
+    assert sorted((path.name, path.read_bytes()) for path in trained.iterdir()) == before
+    out = export_draft(official, tiny_target, "eagle", tmp_path / "out", tree, "org/target")
+    assert export_draft(trained, tiny_target, "vllm", out, tree, "org/target") == out  # a former export is
+    (out / "notes.txt").write_text("mine")
+    refused(out, r"holds notes\.txt beside a former export")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "official", "out", "trained"]
 
 
 def test_an_import_leaves_nothing_of_the_draft_that_was_there(official, tiny_target, tmp_path):

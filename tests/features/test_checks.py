@@ -54,7 +54,7 @@ def test_masks_that_cannot_be_right_are_named(tiny_target):
 
 @pytest.fixture
 def broken_stage(store, tiny_target):
-    info = FeatureInfo(hidden_size=4, encoding="bf16", target_fingerprint="t", template_hash="h")
+    info = FeatureInfo(hidden_size=4, encoding="bf16", target_identity="t")
     folder = store.stage("features", {"broken": 1})
     with folder.writing("part-00000.parquet") as file, FeatureWriter(file.path, info) as writer:
         writer.add("sound", "train", [5, 6], [0, 1], torch.ones(2, 4))

@@ -28,7 +28,7 @@ from tests.features.conftest import conversation, responses_artifact
 
 def test_extraction_stores_what_the_target_computes(tiny_target, store, config, rows):
     artifact = extract_features(config, responses_artifact(store, rows, parts=3), store, tiny_target)
-    dataset = FeatureDataset(store, artifact, target_fingerprint=tiny_target.fingerprint)
+    dataset = FeatureDataset(store, artifact, target_identity=tiny_target.fingerprint)
     assert len(dataset) == artifact.summary["conversations"] == 30
     for i in (0, 11, 29):
         row = dataset[i]
@@ -158,7 +158,7 @@ def test_a_disk_that_fills_up_while_features_are_written_is_named(tiny_target, s
 
 
 def test_validation_names_every_bad_row_and_counts_the_rest(store):
-    info = FeatureInfo(hidden_size=4, encoding="bf16", target_fingerprint="t", template_hash="h")
+    info = FeatureInfo(hidden_size=4, encoding="bf16", target_identity="t")
     folder = store.stage("features", {"bad": 2})
     with folder.writing("part-00000.parquet") as file, FeatureWriter(file.path, info) as writer:
         writer.add("good", "train", [1, 2], [0, 1], torch.ones(2, 4))
@@ -175,7 +175,7 @@ def test_validation_names_every_bad_row_and_counts_the_rest(store):
 
 
 def test_a_mask_that_supervises_everything_is_reported(store):
-    info = FeatureInfo(hidden_size=4, encoding="bf16", target_fingerprint="t", template_hash="h")
+    info = FeatureInfo(hidden_size=4, encoding="bf16", target_identity="t")
     folder = store.stage("features", {"mask": 1})
     with folder.writing("part-00000.parquet") as file, FeatureWriter(file.path, info) as writer:
         writer.add("one", "train", [1, 2], [1, 1], torch.ones(2, 4))

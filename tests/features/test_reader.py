@@ -21,7 +21,7 @@ from tests.features.conftest import responses_artifact
 def test_features_of_another_target_are_refused(tiny_target, store, config, rows):
     artifact = extract_features(config, responses_artifact(store, rows), store, tiny_target)
     with pytest.raises(DraftMismatch, match=rf"of the target {tiny_target.fingerprint}, this target is 0123"):
-        FeatureDataset(store, artifact, target_fingerprint="0123")
+        FeatureDataset(store, artifact, target_identity="0123")
 
 
 def damaged(store, tiny_target, config, rows, damage):
@@ -69,7 +69,7 @@ def test_features_in_an_encoding_of_an_earlier_version_are_refused(tiny_target, 
 
 
 def test_a_row_with_nan_is_named(store):
-    info = FeatureInfo(hidden_size=4, encoding="bf16", target_fingerprint="t", template_hash="h")
+    info = FeatureInfo(hidden_size=4, encoding="bf16", target_identity="t")
     folder = store.stage("features", {"nan": 1})
     with folder.writing("part-00000.parquet") as file, FeatureWriter(file.path, info) as writer:
         writer.add("good", "train", [1, 2], [0, 1], torch.ones(2, 4))
@@ -102,7 +102,7 @@ def test_shards_open_in_plain_pyarrow_and_datasets(tiny_target, store, rows, enc
 
 
 def test_the_cache_of_row_groups_stays_bounded(store):
-    info = FeatureInfo(hidden_size=256, encoding="bf16", target_fingerprint="t", template_hash="h")
+    info = FeatureInfo(hidden_size=256, encoding="bf16", target_identity="t")
     folder = store.stage("features", {"cache": 1})
     with folder.writing("part-00000.parquet") as file, FeatureWriter(file.path, info, row_group_mb=1) as writer:
         for i in range(64):
@@ -114,7 +114,7 @@ def test_the_cache_of_row_groups_stays_bounded(store):
 
 
 def test_validation_has_row_groups_of_its_own(store):
-    info = FeatureInfo(hidden_size=8, encoding="bf16", target_fingerprint="t", template_hash="h")
+    info = FeatureInfo(hidden_size=8, encoding="bf16", target_identity="t")
     folder = store.stage("features", {"splits": 1})
     splits = ["validation" if i % 5 == 0 else "train" for i in range(40)]
     with folder.writing("part-00000.parquet") as file, FeatureWriter(file.path, info) as writer:
@@ -129,7 +129,7 @@ def test_validation_has_row_groups_of_its_own(store):
 
 
 def test_threads_read_a_row_group_once(store, monkeypatch):
-    info = FeatureInfo(hidden_size=8, encoding="bf16", target_fingerprint="t", template_hash="h")
+    info = FeatureInfo(hidden_size=8, encoding="bf16", target_identity="t")
     folder = store.stage("features", {"threads": 1})
     with folder.writing("part-00000.parquet") as file, FeatureWriter(file.path, info) as writer:
         for i in range(16):
@@ -150,7 +150,7 @@ def test_threads_read_a_row_group_once(store, monkeypatch):
 
 
 def test_stream_gives_what_random_access_gives_and_both_can_run_in_threads(store, monkeypatch):
-    info = FeatureInfo(hidden_size=256, encoding="bf16", target_fingerprint="t", template_hash="h")
+    info = FeatureInfo(hidden_size=256, encoding="bf16", target_identity="t")
     folder = store.stage("features", {"stream": 1})
     for part in range(3):
         with (
@@ -176,7 +176,7 @@ def test_stream_gives_what_random_access_gives_and_both_can_run_in_threads(store
 
 
 def test_a_row_is_read_without_a_copy(store):
-    info = FeatureInfo(hidden_size=4, encoding="bf16", target_fingerprint="t", template_hash="h")
+    info = FeatureInfo(hidden_size=4, encoding="bf16", target_identity="t")
     folder = store.stage("features", {"view": 1})
     with folder.writing("part-00000.parquet") as file, FeatureWriter(file.path, info) as writer:
         writer.add("one", "train", [1, 2], [0, 1], torch.ones(2, 4))
@@ -187,7 +187,7 @@ def test_a_row_is_read_without_a_copy(store):
 def test_shards_of_two_targets_in_one_stage_are_refused(store):
     folder = store.stage("features", {"two": 1})
     for i in range(2):
-        info = FeatureInfo(hidden_size=4, encoding="bf16", target_fingerprint=f"target-{i}", template_hash="h")
+        info = FeatureInfo(hidden_size=4, encoding="bf16", target_identity=f"target-{i}")
         with folder.writing(f"part-{i:05d}.parquet") as file, FeatureWriter(file.path, info) as writer:
             writer.add("one", "train", [1], [1], torch.ones(1, 4))
     with pytest.raises(CorruptFile, match=r"disagree about their target or encoding: .*target-0.* and .*target-1"):

@@ -21,7 +21,7 @@ ROWS, TOKENS, HIDDEN = 40, 150, 256  # four or five row groups of a megabyte in 
 
 @pytest.fixture
 def artifact(s3_store: Store) -> Artifact:
-    info = FeatureInfo(hidden_size=HIDDEN, encoding="bf16", target_fingerprint="t", template_hash="h")
+    info = FeatureInfo(hidden_size=HIDDEN, encoding="bf16", target_identity="t")
     folder = s3_store.stage("features", {"remote": 1})
     for part in range(2):
         with folder.writing(f"part-{part:05d}.parquet") as file, FeatureWriter(file.path, info, 1) as writer:

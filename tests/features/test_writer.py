@@ -11,7 +11,7 @@ from hass_core.features.schema import FeatureInfo
 from hass_core.features.tokenise import Encoded, Part
 from hass_core.features.writer import BATCHES_HELD, WRITERS, PartsWriter
 
-INFO = FeatureInfo(hidden_size=4, encoding="bf16", target_fingerprint="t", template_hash="h")
+INFO = FeatureInfo(hidden_size=4, encoding="bf16", target_identity="t")
 
 
 def part(number: int) -> Part:

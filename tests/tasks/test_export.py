@@ -148,6 +148,6 @@ def test_a_folder_with_something_else_in_it_is_left_alone(served, register, tmp_
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "to mother.txt").write_text("dear")
     source = DraftSource(version=register(0))
-    with pytest.raises(BadInput, match=r"holds something other than a draft; name another folder"):
+    with pytest.raises(BadInput, match=r"something other than a former export or import; name another folder"):
         export.export_draft.fn(served, source, "vllm", tmp_path / "letters", "org/tiny")
     assert (tmp_path / "letters" / "to mother.txt").read_text() == "dear"

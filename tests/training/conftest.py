@@ -68,8 +68,7 @@ def store_features(store: Store, target: Target, conversations: int = 24, seed: 
     info = FeatureInfo(
         hidden_size=target.head.shape[1],
         encoding="bf16",
-        target_fingerprint=target.fingerprint,
-        template_hash=target.identity.template,
+        target_identity=target.fingerprint,
     )
     folder = store.stage("features", {"seed": seed, "conversations": conversations})
     generator = torch.Generator().manual_seed(seed)
