@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from hass_core.draft_model.architecture import FC_BIAS, O_BIAS, QK_NORMS, QKV_BIASES, DraftArchitecture
+from hass_core.draft_model.architecture import (
+    FC_BIAS,
+    O_BIAS,
+    QK_NORMS,
+    QKV_BIASES,
+    DraftArchitecture,
+    contradicting_ropes,
+)
 from hass_core.draft_model.config_fields import refused_fields
 from hass_core.draft_model.files import CONFIG, read_config, read_tensors
 from hass_core.errors import DraftMismatch
@@ -81,9 +88,9 @@ def account(folder: Path, config: dict[str, Any], stored: dict[str, Tensor], tar
     tensors = _flat(folder, stored)
     refuse_other_models(folder, config, tensors)
     _compare_sizes(folder, config, target)
-    broken_claims = [*_claims(config, tensors)]
-    tensors = _without_zero_biases(tensors)
-    architecture = DraftArchitecture.from_config_json(config, tensors)
+    needed = _without_zero_biases(tensors)
+    architecture = DraftArchitecture.from_config_json(config, needed)
+    broken_claims, tensors = [*_claims(config, tensors)], needed
     embedding = _own_embedding(folder, tensors.pop(EMBEDDING, None), target.embedding)
     objections = [
         *_unknown(config, tensors, architecture, target),
@@ -258,5 +265,7 @@ def _claims(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]
     for setting, names in claims.items():
         if config.get(setting) and (missing := [name for name in names if name not in tensors]):
             yield f'{CONFIG} says "{setting}", but the tensors lack {", ".join(missing)}'
+    if contradiction := contradicting_ropes(config):
+        yield f"{CONFIG} tells two rotary embeddings: {contradiction}; keep the one it was trained with"
     if (layers := config.get("num_hidden_layers", 1)) != 1:
         yield f"{CONFIG} says num_hidden_layers {layers}, a draft has one"

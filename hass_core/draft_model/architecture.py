@@ -89,13 +89,12 @@ class DraftArchitecture(BaseModel):
         """Read a draft's config.json (ours, EAGLE's or HASS's). Which biases and norms it has is told by the `names`
         of its tensors, not by the file: official files give `bias` a meaning that their own trainer does not follow.
 
-        Raises CorruptFile for missing, senseless or contradicting fields, DraftMismatch for a rotation of parts of
-        heads.
+        Raises CorruptFile for missing or senseless fields, DraftMismatch for a rotation of parts of heads.
         """
         if missing := [name for name in NEEDED if not config.get(name)]:
             raise CorruptFile(f"the draft's config.json lacks {', '.join(missing)}; take it from the draft's source")
         try:
-            heads, ropes = int(config["num_attention_heads"]), _told_ropes(config)
+            heads = int(config["num_attention_heads"])
             read = cls(
                 hidden_size=config["hidden_size"],
                 intermediate_size=config["intermediate_size"],
@@ -117,11 +116,6 @@ class DraftArchitecture(BaseModel):
             )
         except (ValidationError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise CorruptFile(f"the draft's config.json makes no sense: {_first_line(error)}") from None
-        if any(rope != ropes[0] for rope in ropes):
-            raise CorruptFile(
-                f"the draft's config.json tells two rotary embeddings, {' and '.join(map(str, ropes))}, in "
-                "rope_parameters and in rope_theta or rope_scaling; keep those it was trained with"
-            )
         if (part := partial_rotary(config)) != 1:
             raise DraftMismatch(
                 f"the draft rotates {part:g} of each head (partial_rotary_factor in its config.json), which is not "
@@ -202,16 +196,17 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in sorted(rope.items()) if value is not None and name not in told_apart}
 
 
-def _told_ropes(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rotary embedding as each of the two forms has it that config.json may be written in."""
+def contradicting_ropes(config: dict[str, Any]) -> str | None:
+    """What is wrong where config.json is written in both forms of rotary settings and they tell two embeddings."""
     new, scaling, theta = (config.get(name) for name in ("rope_parameters", "rope_scaling", "rope_theta"))
-    told = [rope_parameters(config)]
-    if new and (scaling or theta):
-        elder = {name: value for name, value in config.items() if name != "rope_parameters"}
-        told.append(rope_parameters(elder | {"rope_theta": theta or told[0]["rope_theta"]}))
-        if not scaling:  # transformers 4 had the base outside of it: one that is alone says nothing of the rest
-            told[1] = told[0] | {"rope_theta": told[1]["rope_theta"]}
-    return told
+    if not new or not (scaling or theta):
+        return None
+    told = rope_parameters(config)
+    elder = {name: value for name, value in config.items() if name != "rope_parameters"}
+    other = rope_parameters(elder | {"rope_theta": theta or told["rope_theta"]})
+    if not scaling:  # transformers 4 had the base beside it: one that is alone says nothing of the rest
+        other = told | {"rope_theta": other["rope_theta"]}
+    return None if other == told else f"rope_parameters tell {told}, rope_theta and rope_scaling {other}"
 
 
 def partial_rotary(config: dict[str, Any]) -> float:

@@ -22,7 +22,7 @@ from hass_core.draft_model.accounting import (
     refuse_other_models,
     same_values,
 )
-from hass_core.draft_model.architecture import FC_BIAS, O_BIAS, QKV_BIASES, DraftArchitecture
+from hass_core.draft_model.architecture import FC_BIAS, O_BIAS, QKV_BIASES, DraftArchitecture, contradicting_ropes
 from hass_core.draft_model.checkpoint import DraftedTarget, origin_difference
 from hass_core.draft_model.engines import Engine, unheld
 from hass_core.draft_model.files import read_config, read_tensors
@@ -75,6 +75,7 @@ def check_draft(folder: Path, target: ServedTarget, engine: Engine, source: Stor
         *_names(stored, draft, engine),
         *_shapes(tensors, draft, config),
         *_values(tensors),
+        *_ropes(config),
         *_fc_bias(tensors, config, engine),
         *_attention_biases(tensors, config, engine),
         *_unheld(draft, engine),
@@ -164,6 +165,16 @@ def _values(tensors: dict[str, Tensor]) -> Iterator[Finding]:
                 "every draft token would be rejected",
                 "export the last good checkpoint; training stops before it saves such weights",
             )
+
+
+def _ropes(config: dict[str, Any]) -> Iterator[Finding]:
+    if contradiction := contradicting_ropes(config):
+        yield Finding(
+            "rope",
+            f"config.json tells two rotary embeddings: {contradiction}",
+            "engines read one or the other, and few guesses are accepted with the wrong one",
+            "keep the one that the draft was trained with, or " + EXPORT_AGAIN,
+        )
 
 
 def _fc_bias(tensors: dict[str, Tensor], config: dict[str, Any], engine: Engine) -> Iterator[Finding]:

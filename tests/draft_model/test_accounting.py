@@ -317,7 +317,7 @@ def test_every_field_that_is_read_decides(write, architecture, tiny_target):
     ids=str,
 )
 def test_two_rotary_embeddings_in_one_file_are_refused(write, tiny_target, config):
-    with pytest.raises(CorruptFile, match="two rotary embeddings"):
+    with pytest.raises(DraftMismatch, match="two rotary embeddings"):
         read_draft(write(**config), tiny_target)
 
 

@@ -158,6 +158,7 @@ def test_the_draft_of_another_target_is_refused_by_name(on_tiny, settings, tiny_
     stranger = random_draft(tiny_target, tmp_path / "stranger", target_fingerprint="0" * 16, target="elsewhere")
     with pytest.raises(DraftMismatch, match="which differs from the target tiny in its weights"):
         evaluate_folder(stranger, TargetConfig(), settings, TREE, tmp_path / "out", ["plain", "hass"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_question_longer_than_the_context_is_named_at_once(config, draft, store, tiny_target, tmp_path):

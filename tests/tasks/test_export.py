@@ -5,11 +5,13 @@ import json
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hass_core.errors import BadInput, CorruptFile, DraftMismatch, TrackingError
+from hass_core.config import TargetConfig
+from hass_core.errors import BadInput, ConfigError, CorruptFile, DraftMismatch, TrackingError
 from hass_core.export import exporter
 from tasks import export, promotion, tracking
 from tasks.export import DraftSource
 from tasks.tracking import open_retraining
+from tests.conftest import byte_tokenizer, tiny_llama
 from tests.tasks.conftest import crowned, make_draft
 
 
@@ -69,7 +71,7 @@ def test_a_draft_that_cannot_serve_is_not_promoted(served, register, store):
     challenger = spoil(store, champion)
     verdict = promotion._verdict(served, challenger, champion, again=False)
     assert not verdict.promoted
-    assert len(verdict.reasons) == 3
+    assert len(verdict.reasons) == 2  # vLLM and SGLang: what every draft of draft.family = auto loads in
     assert verdict.reasons[0].startswith("the export check for vllm failed: ")
     assert "fc.weight" in verdict.reasons[0]
 
@@ -79,6 +81,23 @@ def test_promotion_can_ask_for_fewer_engines(served, register, store):
     rules = served.promotion.model_copy(update={"engines": ()})
     assert export.export_objections(served.model_copy(update={"promotion": rules}), version) == ()
     assert export.export_objections(served, register(0)) == ()
+
+
+def test_engines_that_no_draft_of_these_settings_loads_in_are_told_before_a_retraining(config, tmp_path):
+    scaled = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    tiny_llama(rope_parameters=scaled | {"original_max_position_embeddings": 128}).save_pretrained(tmp_path / "scaled")
+    byte_tokenizer().save_pretrained(tmp_path / "scaled")
+    target = TargetConfig(source=str(tmp_path / "scaled"), dtype="float32", device="cpu")
+
+    def check(**rules):
+        asked = {"target": target, "promotion": config.promotion.model_copy(update=rules)}
+        promotion.check_promotion.fn(config.model_copy(update=asked))
+
+    check()  # the default: whatever the target's family is
+    for setting in ("engines", "release"):
+        with pytest.raises(ConfigError, match=rf'promotion\.{setting} names eagle, .* no place for rope_type "llama3"'):
+            check(**{setting: ("eagle",)})
+    check(engines=("eagle",), automatic=False)
 
 
 def test_an_export_that_fails_leaves_no_folder_and_the_version_says_why(served, register, store, tmp_path):
