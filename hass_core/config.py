@@ -5,7 +5,6 @@ reads a preset or a file and applies overrides. Derived quantities are methods e
 """
 
 import os
-import re
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -16,7 +15,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from hass_core.errors import ConfigError
 from hass_core.loop_config import Engine as Engine
 from hass_core.loop_config import ExecutionConfig, PromotionConfig, TrackingConfig, WatchConfig
-from hass_core.settings import Settings, apply_override, read_toml, validated
+from hass_core.settings import Address, Command, Pattern, Settings, apply_override, read_toml, validated
 
 LEAST_TEMPERATURE = 1e-5  # logits of a thousand, divided by it, are still far from float32's limit
 
@@ -74,12 +73,12 @@ class PromptsConfig(Settings):
         description="A row's field with its time, for `newest` and `last_days`, as NAME or OUTER.INNER; "
         "None = the time its file was modified",
     )
-    mask_patterns: tuple[str, ...] = Field(
+    mask_patterns: tuple[Pattern, ...] = Field(
         default=(),
         description="Regular expressions of personal data in files and data sets, masked before anything is stored; "
         "the name of a group, (?P<EMAIL>...), stands in its place",
     )
-    mask_command: str | None = Field(
+    mask_command: Command | None = Field(
         default=None, description="A command that masks: a JSON string on each line in, as many masked ones out"
     )
     self_written: int = Field(default=0, ge=0, le=50_000_000, description="Number of prompts the target writes itself")
@@ -99,11 +98,6 @@ class PromptsConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "PromptsConfig":
-        for pattern in self.mask_patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"prompts.mask_patterns: {pattern!r} is no regular expression: {error}") from None
         if self.has_window and self.datasets and not self.time_field:
             raise ValueError("prompts.newest and prompts.last_days need prompts.time_field for prompts.datasets")
         if self.self_written and self.self_written_share:
@@ -133,7 +127,9 @@ class ResponsesConfig(Settings):
     languages: tuple[str, ...] = Field(
         default=(), description="ISO 639-1 codes of the languages answers may be in; empty = any"
     )
-    server_url: str | None = Field(default=None, description="Base URL of an OpenAI-compatible server, ending in /v1")
+    server_url: Address | None = Field(
+        default=None, description="Base URL of an OpenAI-compatible server, ending in /v1"
+    )
     server_model: str | None = Field(default=None, description="Model name at that server")
     server_concurrency: int = Field(default=32, ge=1, le=4096, description="Requests in flight")
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from hass_core.settings import Settings
+from hass_core.settings import Address, Settings
 
 
 class TrackingConfig(Settings):
@@ -54,8 +54,8 @@ class PromotionConfig(Settings):
     judge: Literal["here", "server"] = Field(
         default="here", description="Who decodes: this process, or two running servers that serve the two drafts"
     )
-    champion_url: str | None = Field(default=None, description="Server with the champion, for judge = server")
-    challenger_url: str | None = Field(default=None, description="Server with the challenger, for judge = server")
+    champion_url: Address | None = Field(default=None, description="Server with the champion, for judge = server")
+    challenger_url: Address | None = Field(default=None, description="Server with the challenger, for judge = server")
     release: tuple[Engine, ...] = Field(
         default=(), description="Engines a new champion is exported for, into STORE/releases; empty = no release"
     )
@@ -78,7 +78,7 @@ class PromotionConfig(Settings):
 class WatchConfig(Settings):
     """How the draft in use is watched where it serves."""
 
-    endpoints: tuple[str, ...] = Field(
+    endpoints: tuple[Address, ...] = Field(
         default=(), description="Addresses of the engines' metrics, such as http://host:8000/metrics"
     )
     tolerance: float = Field(

@@ -1,12 +1,14 @@
 """What all settings have in common: the base of their models, and how values are read, changed and refused."""
 
 import difflib
+import shlex
 import tomllib
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+import regex
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -51,6 +53,43 @@ def _has_password(url: str) -> bool:
         return bool(urlsplit(url).password)
     except ValueError as error:  # brackets that do not close
         raise ValueError(f"{url!r} is no valid address: {error}") from None
+
+
+def _address(url: str, info: ValidationInfo) -> str:
+    """A server's address. A name in it is refused even without a password: it may be a key."""
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        sound = False
+    if not sound or not url.isprintable() or not {" ", "\\"}.isdisjoint(url):
+        raise ValueError(f"{info.field_name} = {url!r} is no address; give it as http://HOST:PORT/…")
+    if "@" in urlsplit(url).netloc:
+        raise ValueError(f"{info.field_name} holds the name of a user, and settings are recorded; leave it out")
+    return url
+
+
+def _pattern(text: str, info: ValidationInfo) -> str:
+    try:
+        regex.compile(text)
+    except (regex.error, RecursionError) as error:
+        raise ValueError(f"{info.field_name}: {text!r} is no regular expression: {error}") from None
+    return text
+
+
+def _command(line: str, info: ValidationInfo) -> str:
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise ValueError(f"{info.field_name} = {line!r} is no command line: {error}") from None
+    if not words:
+        raise ValueError(f"{info.field_name} = {line!r} names no program; leave it out")
+    return line
+
+
+Address = Annotated[str, AfterValidator(_address)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+Command = Annotated[str, AfterValidator(_command)]
 
 
 def validated(model: type[Model], values: dict[str, Any], where: str) -> Model:

@@ -65,10 +65,7 @@ def parse_row(row: Any, source: str, number: int) -> Record:
     if inner is not row and not any(inner.get(key) is not None for key in FORM_KEYS):
         raise Unusable("not a chat request")
     messages = _whole(inner)
-    if not any(message["role"] == "user" for message in messages):
-        raise Unusable("no user turn")
-    if any(message["role"] == "user" and not message["content"].strip() for message in messages):
-        raise Unusable("empty user turn")
+    _check_questions(messages)
     tools = next((found for key in TOOL_KEYS if (found := tools_of(inner.get(key)))), ())
     category = row.get("category")
     name = f"{source}/{name_of(row, number)}"
@@ -111,9 +108,17 @@ def as_prompt(record: Record) -> Record:
             kept.append(message)
     while kept and kept[-1]["role"] not in ("user", "tool"):
         kept.pop()
-    if not any(message["role"] == "user" for message in kept):
-        raise Unusable("no user turn")
+    _check_questions(kept)
     return Record(record.id, record.category, record.source, tuple(kept), record.tools)
+
+
+def _check_questions(messages: Sequence[Message]) -> None:
+    """Raise Unusable where nothing is asked; masks may have left nothing of a question."""
+    questions = [message["content"] for message in messages if message["role"] == "user"]
+    if not questions:
+        raise Unusable("no user turn")
+    if not all(question.strip() for question in questions):
+        raise Unusable("empty user turn")
 
 
 def with_answers_due(messages: Sequence[Message]) -> Iterator[tuple[Message, bool]]:
@@ -183,12 +188,34 @@ def _messages(row: dict[str, Any]) -> list[Message]:
         return _listed("turns", row["turns"])
     if row.get("instruction") is not None:
         return _asked(row, "instruction")
-    if isinstance(from_json(row.get("prompt")), list):
-        return _listed("prompt", row["prompt"])
+    if (turns := _turns_in(row.get("prompt"))) is not None:
+        return _listed("prompt", turns)
     for key in ("prompt", "question"):
         if row.get(key) is not None:
             return _asked(row, key)
     raise BrokenRow(f"expected one of the keys {FORMS}, found {', '.join(map(str, row)) or 'an empty object'}")
+
+
+def _turns_in(prompt: Any) -> list[Any] | None:
+    """The messages in the column `prompt`; None where it holds a question, be it one that looks like a list.
+
+    Raises Unusable for the other lists that a completion request may hold: token ids, and prompts of their own.
+    """
+    if isinstance(prompt, str):
+        turns = from_json(prompt)
+        return turns if isinstance(turns, list) and is_conversation(turns) else None
+    if not isinstance(prompt, list):
+        return None
+    if prompt and all(isinstance(part, (int, list)) for part in prompt):
+        raise Unusable("a prompt of token ids")
+    if len(prompt) > 1 and all(isinstance(part, str) for part in prompt):
+        raise Unusable("several prompts in one request")
+    return prompt
+
+
+def is_conversation(value: list[Any]) -> bool:
+    """Whether a list holds messages, not rows or anything else."""
+    return bool(value) and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
 
 
 def _listed(key: str, value: Any) -> list[Message]:
@@ -232,18 +259,19 @@ def _name(value: Any) -> str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     name = str(value)
-    return name if name.strip() and _is_storable(name) else None
+    return name if name.strip() and is_storable(name) else None
 
 
 def _storable(record: Record) -> Record:
     """The record itself. Raises Unusable for half a surrogate pair, which no file of UTF-8 can hold."""
     texts = json.dumps([record.category, record.messages, record.tools], ensure_ascii=False, default=str)
-    if not _is_storable(texts):
+    if not is_storable(texts):
         raise Unusable("lone surrogate in the text")
     return record
 
 
-def _is_storable(text: str) -> bool:
+def is_storable(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

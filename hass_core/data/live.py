@@ -10,7 +10,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,11 +21,14 @@ from fsspec.implementations.local import LocalFileSystem
 from hass_core.config import PromptsConfig
 from hass_core.data.conversations import Record
 from hass_core.data.sources import (
+    COMPRESSIONS,
+    FORMATS,
     Row,
     Skipped,
     conversation,
     dataset_rows,
     named_failures,
+    plain_name,
     read_dataset,
     read_file,
     rows_of,
@@ -35,11 +38,11 @@ from hass_core.data.sources import (
 from hass_core.errors import BadInput
 from hass_core.store import digest_of, sha256_of
 
-FORMATS = (".jsonl", ".ndjson", ".json", ".parquet")
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 PATTERN = set("*?[")
+BUILTIN = "builtin"  # the source of the project's own prompts
 SECONDS_A_DAY = 86_400.0
-MILLISECONDS_FROM = 1e11  # numbers above are no seconds: they would lie beyond the year 5000
+FRACTIONS_FROM = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))  # numbers above count ns, µs and ms: as the next larger
+# unit they would lie beyond the year 5000
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,18 @@ class Dataset:
     """One dataset at a revision: a commit of the hub, or the content of a local folder."""
 
     name: str
+    prefix: str  # of its rows' ids
     revision: str
     is_local: bool
+
+    @property
+    def source(self) -> str:
+        """What its conversations are called."""
+        return _source_of(self.name)
+
+    def key(self) -> list[str]:
+        """What decides the conversations read from here."""
+        return [self.name, self.revision, *([] if self.prefix == self.source else [self.prefix])]
 
 
 @dataclass(frozen=True)
@@ -73,19 +86,30 @@ class Sources:
         """What decides the conversations read from here."""
         return {
             "files": [[file.source, file.prefix, file.content] for file in self.files],
-            "datasets": [[dataset.name, dataset.revision] for dataset in self.datasets],
+            "datasets": [dataset.key() for dataset in self.datasets],
         }
 
 
 def resolve(config: PromptsConfig) -> Sources:
     """Look up files and revisions. Raises BadInput for one that is not there."""
-    names = Counter(_name(entry) for entry in config.files)
+    names = _told_apart([*map(_name, config.files), *(_source_of(name) for name in config.datasets)])
     files: dict[str, File] = {}
-    for number, entry in enumerate(config.files, start=1):
-        name = _name(entry)
-        for file in _files(entry, name if names[name] == 1 else f"{name}-{number}"):
+    for entry, name in zip(config.files, names, strict=False):
+        for file in _files(entry, name):
             files.setdefault(file.url, file)
-    return Sources(tuple(files.values()), tuple(map(_dataset, config.datasets)))
+    datasets = zip(config.datasets, names[len(config.files) :], strict=True)
+    return Sources(tuple(files.values()), tuple(_dataset(name, prefix) for name, prefix in datasets))
+
+
+def _told_apart(names: list[str]) -> list[str]:
+    """The same names with numbers where two are alike: rows of two sources must not share an id."""
+    counts, found = Counter([BUILTIN, *names]), []
+    for number, name in enumerate(names, start=1):
+        chosen = name if counts[name] == 1 else f"{name}-{number}"
+        while chosen != name and chosen in counts:
+            chosen += f"-{number}"
+        found.append(chosen)
+    return found
 
 
 def check_local(entries: Iterable[str]) -> None:
@@ -103,7 +127,7 @@ def conversations_of(sources: Sources) -> Iterator[Record | Skipped]:
     for file in sources.files:
         yield from read_file(file.url, file.source, file.prefix)
     for dataset in sources.datasets:
-        yield from read_dataset(dataset.name, _revision(dataset))
+        yield from read_dataset(dataset.name, _revision(dataset), dataset.prefix)
 
 
 def newest_of(sources: Sources, config: PromptsConfig, now: datetime | None = None) -> list[Record | Skipped]:
@@ -117,7 +141,9 @@ def newest_of(sources: Sources, config: PromptsConfig, now: datetime | None = No
 
 
 def seconds_of(value: Any) -> float | None:
-    """Seconds since 1970 of a time as logs write it: a number of seconds or milliseconds, or ISO 8601; else None."""
+    """Seconds since 1970 of a time as logs write it: a number of s, ms, µs or ns, or ISO 8601; else None."""
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
     if isinstance(value, datetime):
         return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
     if isinstance(value, bool) or value is None:
@@ -129,9 +155,9 @@ def seconds_of(value: Any) -> float | None:
             return seconds_of(datetime.fromisoformat(value))
         except (TypeError, ValueError, OverflowError):
             return None
-    if not abs(number) < 1e18:
+    if not abs(number) < 1e20:
         return None
-    return number / 1000 if abs(number) >= MILLISECONDS_FROM else number
+    return number / next((per_second for least, per_second in FRACTIONS_FROM if abs(number) >= least), 1.0)
 
 
 def _by_file(sources: Sources, oldest: float, limit: int | None) -> list[Record | Skipped]:
@@ -185,8 +211,8 @@ def _rows(sources: Sources) -> Iterator[tuple[Row, str, str]]:
     for file in sources.files:
         yield from ((row, file.source, file.prefix) for row in rows_of(file.url))
     for dataset in sources.datasets:
-        name = PurePosixPath(split_name(dataset.name)[0]).name
-        yield from ((row, name, name) for row in dataset_rows(dataset.name, _revision(dataset)))
+        rows = dataset_rows(dataset.name, _revision(dataset))
+        yield from ((row, dataset.source, dataset.prefix) for row in rows)
 
 
 def _at(value: Any, field: str) -> Any:
@@ -207,14 +233,27 @@ def _files(entry: str, source: str) -> Iterator[File]:
         found = _listed(fs, path)
     if not found:
         raise _nothing(entry)
-    root = _root(path)
-    for place, info in sorted(found.items()):
-        relative = place.removeprefix(root).strip("/").partition(".")[0] if place.startswith(root) else place
-        yield _file(fs, place, info, source, f"{source}/{relative}")
+    names = _relative_names(sorted(found), _root(path))
+    for place, name in names.items():
+        yield _file(fs, place, found[place], source, f"{source}/{name}")
+
+
+def _relative_names(places: list[str], root: str) -> dict[str, str]:
+    """What each file is called inside its folder: without its endings, unless two would then be called alike."""
+    inside = {place: place.removeprefix(root).strip("/") if place.startswith(root) else place for place in places}
+    short = {place: _without_format(name) for place, name in inside.items()}
+    counts = Counter(short.values())
+    return {place: name if counts[name] == 1 else inside[place] for place, name in short.items()}
+
+
+def _without_format(name: str) -> str:
+    plain = plain_name(name)
+    return next((plain.removesuffix(ending) for ending in FORMATS if plain.endswith(ending)), plain)
 
 
 def _nothing(entry: str) -> BadInput:
-    what = "no such file" if entry.endswith((*FORMATS, *COMPRESSIONS)) else "no file of conversations there"
+    is_file = entry.endswith((*FORMATS, *COMPRESSIONS)) and not Path(entry).is_dir()
+    what = "no such file" if is_file else "no file of conversations there"
     return BadInput(f"{entry}: {what}; check prompts.files")
 
 
@@ -233,10 +272,7 @@ def _listed(fs: Any, path: str) -> dict[str, dict[str, Any]]:
 def _is_readable(relative: str) -> bool:
     """Whether a name in a folder is one of conversations; what begins with a dot or underline is someone's mark."""
     parts = PurePosixPath(relative.strip("/")).parts
-    name = relative
-    for ending in COMPRESSIONS:
-        name = name.removesuffix(ending)
-    return name.endswith(FORMATS) and not any(part.startswith((".", "_")) for part in parts)
+    return plain_name(relative).endswith(FORMATS) and not any(part.startswith((".", "_")) for part in parts)
 
 
 def _file(fs: Any, path: str, info: dict[str, Any], source: str, prefix: str) -> File:
@@ -266,18 +302,23 @@ def _name(entry: str) -> str:
     return name.split(".")[0] or "files"
 
 
-def _dataset(name: str) -> Dataset:
+def _source_of(dataset: str) -> str:
+    return PurePosixPath(split_name(dataset)[0]).name
+
+
+def _dataset(name: str, prefix: str) -> Dataset:
     path, revision, _ = split_name(name)
     if Path(path).exists():
         files = [file for file in sorted(Path(path).rglob("*")) if file.is_file()]
-        return Dataset(name, digest_of([[str(file.relative_to(path)), sha256_of(file)] for file in files]), True)
+        content = digest_of([[str(file.relative_to(path)), sha256_of(file)] for file in files])
+        return Dataset(name, prefix, content, True)
     try:
         from huggingface_hub import HfApi
 
         found = HfApi().dataset_info(path, revision=revision).sha
     except (OSError, ValueError) as error:  # not found, gated, no connection, the hub switched off
         raise BadInput(f"cannot open the dataset {name}: {error}") from error
-    return Dataset(name, str(found), False)
+    return Dataset(name, prefix, str(found), False)
 
 
 def _revision(dataset: Dataset) -> str | None:

@@ -7,7 +7,6 @@ their arguments stay; an id that holds personal data is replaced by a hash of it
 
 import hashlib
 import json
-import re
 import shlex
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
@@ -16,14 +15,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from hass_core.config import PromptsConfig
-from hass_core.data.conversations import Record
+from hass_core.data.conversations import Record, is_storable
 from hass_core.data.sources import Skipped
 from hass_core.errors import ConfigError
 from hass_core.store import sha256_of
 
 BATCH = 4096  # conversations handed to one run of the command
 TIMEOUT_SECONDS = 600
+MATCH_SECONDS = 10.0  # one pattern on one text: nested repetitions can take longer than the world is old
 
 Texts = Callable[[list[str]], list[str]]
 
@@ -58,7 +60,13 @@ class Mask:
 
     def _matched(self, text: str) -> str:
         for pattern in self.patterns:
-            text = re.sub(pattern, lambda found: f"[{found.lastgroup or 'MASKED'}]", text)
+            try:
+                text = regex.sub(pattern, lambda found: f"[{found.lastgroup or 'MASKED'}]", text, timeout=MATCH_SECONDS)
+            except TimeoutError:
+                raise ConfigError(
+                    f"prompts.mask_patterns: {pattern!r} takes more than {MATCH_SECONDS:g} seconds on a text of "
+                    f"{len(text)} characters; a repetition inside a repetition is the usual cause"
+                ) from None
         return text
 
     def _commanded(self, texts: list[str]) -> list[str]:
@@ -88,6 +96,8 @@ def _strings(output: bytes, number: int) -> list[str]:
             f"prompts.mask_command must write a JSON string for each of the {number} it reads, one on each line; it "
             f"wrote {len(found)}"
         )
+    if not is_storable("".join(found)):
+        raise ConfigError("prompts.mask_command wrote half of a surrogate pair, which is no text")
     return found
 
 

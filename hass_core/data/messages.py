@@ -54,13 +54,13 @@ def message_of(turn: Any) -> Message:
         return {"role": "user", "content": turn}
     if not isinstance(turn, dict):
         raise wrong_type("a message", "an object", turn)
-    given = turn.get("role", turn.get("from"))
+    given = _either(turn, "role", "from")
     if not isinstance(given, str):
         raise wrong_type("the role of a message", "text", given)
     role = ROLES.get(given.strip().lower())
     if role is None:
         raise Unusable("unknown role")
-    content = turn.get("content", turn.get("value"))
+    content = _either(turn, "content", "value")
     if given.strip().lower() == "function_call":
         return {"role": role, "content": "", "tool_calls": [_call(content)]}
     if turn.get("images"):
@@ -68,10 +68,15 @@ def message_of(turn: Any) -> Message:
     return text_message(role, content, calls_of(turn) if role == "assistant" else None) | _details(role, turn)
 
 
+def _either(turn: Mapping[str, Any], key: str, other: str) -> Any:
+    """What a message says under one name or the other; a table's column holds null where a row has none."""
+    return turn[key] if turn.get(key) is not None else turn.get(other)
+
+
 def text_message(role: str, content: Any, calls: list[dict[str, Any]] | None = None) -> Message:
     """A message with this text and these tool calls. Raises BrokenRow or Unusable where it is no text."""
     if isinstance(content, list):
-        content = _joined_parts(content)
+        content = _joined_parts([part for part in content if role != "assistant" or not _is_thought(part)])
     if content is None and not calls:
         raise Unusable("a message without text")
     if content is not None and not isinstance(content, str):
@@ -136,9 +141,13 @@ def _details(role: str, turn: Mapping[str, Any]) -> dict[str, str]:
 
 
 def reasoning_of(message: Mapping[str, Any]) -> str:
-    """What an assistant thought before its answer: DeepSeek's name for it, or that of newer servers."""
+    """What an assistant thought before its answer: DeepSeek's name for it, that of newer servers, or a part of it."""
     found = message.get("reasoning_content") or message.get("reasoning")
-    return found if isinstance(found, str) else ""
+    if isinstance(found, str):
+        return found
+    content = _either(message, "content", "value")
+    parts = content if isinstance(content, list) else ()
+    return "\n".join(part["thinking"] for part in parts if _is_thought(part))
 
 
 def _call(call: Any) -> dict[str, Any]:
@@ -164,6 +173,10 @@ def _joined_parts(parts: list[Any]) -> str:
     """Text of OpenAI's content parts. Raises Unusable for images and sound."""
     texts = [part if isinstance(part, str) else _part(part) for part in parts]
     return "\n".join(texts)
+
+
+def _is_thought(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "thinking" and isinstance(part.get("thinking"), str)
 
 
 def _part(part: Any) -> str:

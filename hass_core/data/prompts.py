@@ -25,7 +25,7 @@ from hass_core.data.holdout import (
     packaged_prompts,
     user_turns,
 )
-from hass_core.data.live import Sources, conversations_of, newest_of, resolve
+from hass_core.data.live import BUILTIN, Sources, conversations_of, newest_of, resolve
 from hass_core.data.masking import Mask
 from hass_core.data.quality import diversity, metric_name, prompt_problem
 from hass_core.data.selection import Selection
@@ -38,9 +38,8 @@ from hass_core.sampling.noise import DRAWS_VERSION
 from hass_core.store import Artifact, StageFolder, Store, digest_of
 from hass_core.target_model.loader import Target
 
-STEP_VERSION = (
-    3  # 2: the target by its identity; 3: roles, system, history and tools are read, answers to come have stand-ins
-)
+STEP_VERSION = 4  # 2: the target by its identity; 3: roles, system, history and tools are read, answers to come have
+# stand-ins; 4: an id counts as used by conversations alone, and files and data sets have names of their own in it
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 PROMPTS_SCHEMA = pa.schema(
     [
@@ -132,7 +131,7 @@ def _told_apart(item: Record | Skipped) -> list[Any]:
 
 def _given(config: RunConfig, sources: Sources, window: list[Record | Skipped] | None) -> Iterator[Record | Skipped]:
     if config.prompts.builtin:
-        yield from packaged_prompts(TRAINING_FILE, source="builtin")
+        yield from packaged_prompts(TRAINING_FILE, source=BUILTIN)
     yield from window if window is not None else Mask.of(config.prompts).masked(conversations_of(sources))
 
 

@@ -31,7 +31,9 @@ def render(
         text = tokenizer.apply_chat_template(
             list(messages), tools=given, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except (JinjaError, TypeError, ValueError, LookupError, AttributeError) as error:  # a template computes too
+    except RecursionError as error:
+        raise SkippedConversation("nested too deep for the template") from error
+    except (JinjaError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # it computes
         raise SkippedConversation(f"the template refuses: {error}") from error
     assert isinstance(text, str)
     return text

@@ -11,6 +11,7 @@ import json
 import lzma
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,11 +23,14 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hass_core.data.conversations import FORM_KEYS, Record, parse_row
+from hass_core.data.conversations import FORM_KEYS, Record, is_conversation, parse_row
 from hass_core.data.messages import BrokenRow, Unusable
 from hass_core.errors import BadInput, HassError
 
 LISTS = ("data", "rows", "train", "examples", "items", "dataset")  # keys under which a file holds its rows
+FORMATS = (".jsonl", ".ndjson", ".json", ".parquet")
+OTHER_FORMATS = (".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".xlsx", ".xls", ".tar", ".tgz", ".npz", ".pkl")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 
@@ -59,13 +63,15 @@ def read_file(path: str | Path, source: str | None = None, prefix: str | None = 
     return unique(conversation(row, source, prefix) for row in rows_of(path))
 
 
-def read_dataset(name: str, revision: str | None = None) -> Iterator[Record | Skipped]:
+def read_dataset(name: str, revision: str | None = None, prefix: str | None = None) -> Iterator[Record | Skipped]:
     """Conversations of a dataset given as NAME or NAME:SPLIT (default split: train), streamed.
+
+    `prefix` begins their ids (default: the dataset's name).
 
     Raises BadInput when the dataset cannot be opened or a row has no known form.
     """
     source = PurePosixPath(split_name(name)[0]).name
-    return unique(conversation(row, source) for row in dataset_rows(name, revision))
+    return unique(conversation(row, source, prefix) for row in dataset_rows(name, revision))
 
 
 def conversation(row: Row, source: str, prefix: str | None = None) -> Record | Skipped:
@@ -81,8 +87,23 @@ def conversation(row: Row, source: str, prefix: str | None = None) -> Record | S
 
 def rows_of(path: str | Path) -> Iterator[Row]:
     """All rows of one file. Raises BadInput naming what is missing, damaged or no JSON."""
+    _check_format(str(path))
     with named_failures(str(path), "read"):
         yield from _parquet_rows(str(path)) if str(path).endswith(".parquet") else _json_rows(str(path))
+
+
+def _check_format(path: str) -> None:
+    name = plain_name(path)
+    if name.lower().endswith(OTHER_FORMATS):
+        ending = PurePosixPath(name).suffix
+        raise BadInput(f"{path}: {ending} files are not read; convert it to JSON lines (.jsonl) or Parquet (.parquet)")
+
+
+def plain_name(path: str) -> str:
+    """A file's path without the endings of its compression."""
+    while path.endswith(COMPRESSIONS):
+        path = path.rpartition(".")[0]
+    return path
 
 
 @contextmanager
@@ -126,9 +147,15 @@ def dataset_rows(name: str, revision: str | None = None) -> Iterator[Row]:
 
 
 def unique(items: Iterable[Record | Skipped]) -> Iterator[Record | Skipped]:
-    """Two rows with one id would overwrite each other later: the second is skipped."""
+    """Two conversations with one id would overwrite each other later: the second is skipped.
+
+    A row that is skipped has its number for an id, which may well be the id that another row gives itself.
+    """
     seen: set[str] = set()
     for item in items:
+        if isinstance(item, Skipped):
+            yield item
+            continue
         yield Skipped(item.id, item.source, "id used twice") if item.id in seen else item
         seen.add(item.id)
 
@@ -211,14 +238,9 @@ def _listed(value: Any) -> list[Any]:
     if isinstance(value, dict):
         held = [value[key] for key in LISTS if isinstance(value.get(key), list) and value.keys().isdisjoint(FORM_KEYS)]
         return held[0] if len(held) == 1 else [value]
-    if isinstance(value, list) and not _is_conversation(value):
+    if isinstance(value, list) and not is_conversation(value):
         return value
     return [value]
-
-
-def _is_conversation(value: list[Any]) -> bool:
-    """Whether a list holds messages, not rows."""
-    return bool(value) and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
 
 
 def _decoded(line: bytes, path: str, number: int) -> Any:
@@ -247,9 +269,13 @@ def _parquet_rows(path: str) -> Iterator[Row]:
     number = 0
     try:
         with fsspec.open(path, "rb") as file:
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
+            table = pq.ParquetFile(file)
+            if twice := [name for name, count in Counter(table.schema_arrow.names).items() if count > 1]:
+                raise BadInput(f"{path}: two columns are called {twice[0]}; rename one of them")
+            for batch in table.iter_batches(batch_size=1024):
                 for value in batch.to_pylist():
                     number += 1
                     yield Row(f"{path}, row {number}", number, value)
-    except pa.ArrowException as error:
-        raise BadInput(f"{path}: not a readable Parquet file: {error}") from error
+    except (pa.ArrowException, ValueError, OverflowError) as error:  # text that is no UTF-8, times beyond the calendar
+        place = f" behind row {number}" if number else ""
+        raise BadInput(f"{path}: not a readable Parquet file{place}: {error}") from error

@@ -1,7 +1,8 @@
 """Connect to MLflow: the server that is set, else SQLite and a folder beside the store.
 
 `tracking.uri` wins over the environment's MLFLOW_TRACKING_URI. A server's user name and password come from the
-environment only (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD).
+environment only (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN), and go to no server
+that settings name and the operator does not.
 """
 
 import logging
@@ -16,9 +17,11 @@ from urllib.parse import urlsplit
 import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.utils.credentials import read_mlflow_creds
 
 from hass_core.config import RunConfig
 from hass_core.errors import TrackingError
+from hass_core.trusted_hosts import VARIABLE, is_trusted
 from tasks.tracking.in_place import follow_the_folder
 from tasks.tracking.view import MODEL_TRAINING, VIEW, add_view, experiment_tags
 
@@ -35,8 +38,10 @@ def local_folder(config: RunConfig) -> Path:
 
 
 def connect(config: RunConfig) -> MlflowClient:
-    """A client whose experiment exists. Raises TrackingError when MLflow cannot be reached."""
+    """A client whose experiment exists. Raises TrackingError when MLflow cannot be reached, or would be given the
+    credentials of another server."""
     uri = tracking_uri(config)
+    _check_trust(uri)
     try:
         client = _client(uri, local_folder(config))
         experiment_id(client, config)
@@ -44,6 +49,17 @@ def connect(config: RunConfig) -> MlflowClient:
         reason = str(error).replace(uri, _shown(uri))  # no cause: its text has the password too
         raise TrackingError(f"cannot use MLflow at {_shown(uri)}: {reason}; start it or change tracking.uri") from None
     return client
+
+
+def _check_trust(uri: str) -> None:
+    """Raise TrackingError for a server of the settings' that would get credentials meant for another one."""
+    if not _is_server(uri) or uri == os.environ.get("MLFLOW_TRACKING_URI") or is_trusted(uri):
+        return
+    if os.environ.get("MLFLOW_TRACKING_TOKEN") or any(read_mlflow_creds()):
+        raise TrackingError(
+            f"tracking.uri is {_shown(uri)}, and MLflow would send this machine's user name and password or token "
+            f"there: name the host in {VARIABLE} on this machine if it may have them"
+        )
 
 
 def experiment_id(client: MlflowClient, config: RunConfig) -> str:

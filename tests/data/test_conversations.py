@@ -62,7 +62,7 @@ BROKEN = [
     ({"conversations": "hello"}, "wrong type: conversations must be a list of messages, found str"),
     ({"messages": [{"role": ["user"], "content": "Hm"}]}, "wrong type: the role of a message must be text, found list"),
     ({"instruction": "Add.", "input": ["1", "2"]}, "wrong type: input must be text, found list"),
-    ({"prompt": [1, 2, 3]}, "wrong type: a message must be an object, found int"),
+    ({"prompt": [3, QUESTION]}, "wrong type: a message must be an object, found int"),
     ({"prompt": "Hm?", "history": "no"}, "wrong type: history must be a list of turns, found str"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "wrong type: the text of a message's part"),
     ({"messages": [{"role": "user", "content": 3}]}, "must be text, found int"),
@@ -95,6 +95,9 @@ UNUSABLE = [
     ({"category": "\udc00", "prompt": "Why?"}, "lone surrogate in the text"),
     ({"request": {"model": "m", "input": ["embed me"]}}, "not a chat request"),
     ({"body": '{"model": "m"}', "method": "POST"}, "not a chat request"),
+    ({"request": {"prompt": [1, 2, 3]}}, "a prompt of token ids"),
+    ({"prompt": ["Why?", "How?"]}, "several prompts in one request"),
+    ({"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "Hm"}]}]}, "not only text"),
 ]
 
 
@@ -119,6 +122,16 @@ READ_AS = {
     "a list in a text": ({"conversations": '[{"from": "human", "value": "Why?"}]'}, (QUESTION,)),
     "prompt as messages": ({"prompt": [QUESTION], "completion": [ANSWER]}, (QUESTION,)),
     "a bare list": ([QUESTION, ANSWER], (QUESTION, ANSWER)),
+    "a question that looks like a list": ({"prompt": '["Why?", "How?"]'}, messages('u["Why?", "How?"]')),
+    "one prompt in a list": ({"prompt": ["Why?"]}, (QUESTION,)),
+    "columns of a table that are null": (
+        {"messages": [{"role": None, "from": "human", "content": None, "value": "Why?"}]},
+        (QUESTION,),
+    ),
+    "thoughts as a part": (
+        {"messages": [QUESTION, {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm"}, "So."]}]},
+        (QUESTION, {"role": "assistant", "content": "So.", "reasoning_content": "Hm"}),
+    ),
     "context": ({"question": "Why?", "context": "It rains."}, ({"role": "user", "content": "Why?\n\nIt rains."},)),
     "a gateway's log": ({"request": {"body": {"messages": [QUESTION]}}, "response": {"choices": []}}, (QUESTION,)),
     "a body in a text": ({"custom_id": "7", "body": json.dumps({"messages": [QUESTION]})}, (QUESTION,)),
@@ -305,6 +318,46 @@ def test_a_truncated_file_is_refused(tmp_path, name):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(BadInput, match=r"none\.jsonl: no such file; check prompts\.files"):
         list(read_file(tmp_path / "none.jsonl"))
+
+
+def test_the_number_of_a_skipped_row_takes_no_id_from_another(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [ROWS[0], {"id": 1, "messages": [ANSWER]}, ROWS[2], ROWS[1]])
+    assert [item.reason if isinstance(item, Skipped) else item.id for item in read_file(path)] == [
+        "rows/0",
+        "no user turn",
+        "rows/2",
+        "rows/1",
+    ]
+
+
+BAD_TABLES = {
+    "no UTF-8": (
+        pa.table({"prompt": pa.array([b"\xff\xfe"]).view(pa.string())}),
+        "not a readable Parquet file: 'utf-8' codec",
+    ),
+    "no day": (
+        pa.table({"prompt": ["Why?"], "at": pa.array([10**13], pa.timestamp("s"))}),
+        "not a readable Parquet file: date value out of range",
+    ),
+    "two columns of one name": (
+        pa.table([["Why?"], ["How?"]], names=["prompt", "prompt"]),
+        "two columns are called prompt; rename one of them",
+    ),
+}
+
+
+@pytest.mark.parametrize(("table", "said"), BAD_TABLES.values(), ids=BAD_TABLES)
+def test_a_table_that_python_cannot_hold_is_refused(tmp_path, table, said):
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(BadInput, match=rf"rows\.parquet: {said}"):
+        list(read_file(tmp_path / "rows.parquet"))
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.arrow", "rows.csv.gz"])
+def test_a_file_of_another_format_is_told_by_its_name(tmp_path, name):
+    (tmp_path / name).write_bytes(b"prompt\nWhy?\n")
+    with pytest.raises(BadInput, match=r"files are not read; convert it to JSON lines \(\.jsonl\) or Parquet"):
+        list(read_file(tmp_path / name))
 
 
 def test_skipped_rows_and_repeated_ids_are_reported_not_fatal(tmp_path):

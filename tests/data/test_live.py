@@ -1,5 +1,6 @@
 """Sources that grow: what is found, what a window keeps, and when a run has something new."""
 
+import gzip
 import json
 import os
 from datetime import UTC, datetime
@@ -81,6 +82,35 @@ def test_a_new_file_is_something_new_and_an_equal_folder_is_not(traffic, store, 
     assert asked(store, grown) == list(range(8))
 
 
+def test_files_that_differ_in_the_middle_of_their_names_do_not_share_ids(tmp_path, store, tiny_target):
+    for number, name in enumerate(["log.2026-11-01.jsonl", "log.2026-11-02.jsonl.gz", "v1.0/a.jsonl", "v1.0/a.json"]):
+        log(tmp_path / "logs" / name.removesuffix(".gz"), [number])
+        if name.endswith(".gz"):
+            plain = tmp_path / "logs" / name.removesuffix(".gz")
+            (tmp_path / "logs" / name).write_bytes(gzip.compress(plain.read_bytes().replace(b"r1", b"r0")))
+            plain.unlink()
+    artifact = collect_prompts(run(str(tmp_path / "logs")), store, tiny_target)
+    assert sorted(record.id for record in read_prompts(store, artifact)) == [
+        "logs/log.2026-11-01/r0",
+        "logs/log.2026-11-02/r0",
+        "logs/v1.0/a.json/r3",
+        "logs/v1.0/a.jsonl/r2",
+    ]
+
+
+def test_sources_of_one_name_do_not_share_ids(tmp_path, store, tiny_target):
+    for number, name in enumerate(["a-3.jsonl", "builtin.jsonl", "a.x.jsonl", "a.y.jsonl"]):
+        log(tmp_path / name, [number])
+    for number, folder in enumerate(["one/talks", "two/talks"], start=4):
+        log(tmp_path / folder / "train.jsonl", [number])
+    files = [str(tmp_path / name) for name in ("a-3.jsonl", "builtin.jsonl", "a.x.jsonl", "a.y.jsonl")]
+    datasets = [str(tmp_path / folder) for folder in ("one/talks", "two/talks")]
+    artifact = collect_prompts(run(*files, datasets=datasets), store, tiny_target)
+    assert asked(store, artifact) == [0, 1, 2, 3, 4, 5]
+    prefixes = [record.id.partition("/")[0] for record in read_prompts(store, artifact)]
+    assert prefixes == ["a-3", "builtin-2", "a-3-3", "a-4", "talks-5", "talks-6"]
+
+
 @pytest.mark.parametrize("entry", ["/none/", "/2027-*/", "/2026-11-27/*.csv", ""])
 def test_an_entry_without_files_is_refused(tmp_path, store, tiny_target, entry):
     (tmp_path / "empty").mkdir()
@@ -128,7 +158,9 @@ def test_a_row_without_a_time_is_skipped_with_its_reason(tmp_path):
     ]
 
 
-TIMES = ["2026-11-28T00:00:00Z", "2026-11-28", 1795824000, "1795824000", 1795824000.0, 1795824000000, NOW]
+SECONDS = 1795824000
+TIMES = ["2026-11-28T00:00:00Z", "2026-11-28", str(SECONDS), NOW, NOW.date()]
+TIMES += [SECONDS * per_second for per_second in (1, 1.0, 1000, 10**6, 10**9)]
 
 
 @pytest.mark.parametrize("value", TIMES, ids=str)

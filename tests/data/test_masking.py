@@ -61,6 +61,8 @@ BAD = {
     "import sys; sys.exit('no model')": r"prompts\.mask_command ended with status 1: no model",
     "print('[')": r"must write a JSON string for each of the 3 it reads",
     "": r"it wrote 0",
+    "print(chr(34) + chr(92) + 'ud83d' + chr(34) + 2 * (chr(10) + '0') )": r"must write a JSON string",
+    "for _ in range(3): print(chr(34) + chr(92) + 'ud83d' + chr(34))": r"wrote half of a surrogate pair",
 }
 
 
@@ -73,6 +75,27 @@ def test_a_command_that_fails_stops_the_run(code):
 def test_a_command_that_is_not_there_is_named():
     with pytest.raises(ConfigError, match=r"prompts\.mask_command cannot be run"):
         masked({"prompt": "Why?"}, mask_command="/nowhere/mask")
+
+
+def test_a_question_of_which_nothing_is_left_is_skipped(tmp_path, store, tiny_target):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{json.dumps({'prompt': 'ada@example.org'})}\n{json.dumps({'prompt': 'Why do cats purr?'})}\n")
+    (tmp_path / "blank.py").write_text(RENAME.replace("'Ada', 'NAME'", "'ada@example.org', ' '"))
+    prompts = {"builtin": False, "files": [str(file)], "mask_command": f"{sys.executable} {tmp_path / 'blank.py'}"}
+    artifact = collect_prompts(parse_config({"prompts": prompts}), store, tiny_target)
+    assert artifact.summary["skipped/empty user turn"] == 1
+
+
+def test_a_pattern_that_takes_for_ever_is_stopped(monkeypatch):
+    monkeypatch.setattr("hass_core.data.masking.MATCH_SECONDS", 0.05)
+    with pytest.raises(ConfigError, match=r"mask_patterns: '.*' takes more than 0\.05 seconds on a text of 3002 char"):
+        masked({"prompt": "@ " + "a" * 3000}, mask_patterns=(r"\w*\w*\w*[.@]",))
+
+
+@pytest.mark.parametrize("command", ["", "  ", "mask 'half"])
+def test_a_command_line_that_is_none_is_refused(command):
+    with pytest.raises(ConfigError, match=r"mask_command = .* (names no program|is no command line)"):
+        parse_config({"prompts": {"mask_command": command}})
 
 
 def test_a_pattern_that_is_none_is_refused():

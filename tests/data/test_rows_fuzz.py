@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hass_core.config import PromptsConfig
 from hass_core.data.conversations import FORM_KEYS, WRAPPERS, Record, as_stored, from_stored, parse_row
-from hass_core.data.engines.replies import OddReply, model_in, quoted, read_reply, without_refused
+from hass_core.data.engines.replies import OddReply, models_in, quoted, read_reply, without_refused
 from hass_core.data.holdout import Forbidden
 from hass_core.data.messages import ROLES, BrokenRow, Unusable, as_sent
 from hass_core.data.selection import Selection
@@ -92,7 +92,7 @@ REPLY = JSON | st.fixed_dictionaries({"choices": st.lists(CHOICE | JSON, max_siz
 @given(REPLY.map(lambda reply: json.dumps(reply).encode()) | st.binary(max_size=60))
 def test_any_reply_is_an_answer_or_odd(data):
     quoted(data).encode()
-    model_in(data)
+    models_in(data)
     without_refused({"max_tokens": 1, "seed": 0}, quoted(data))
     with suppress(OddReply):
         reply = read_reply(data)

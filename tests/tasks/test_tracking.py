@@ -21,6 +21,23 @@ def all_runs(config):
     return client.search_runs([experiment_id(client, config)], order_by=["start_time ASC"])
 
 
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"])
+def test_credentials_go_to_no_server_that_settings_alone_name(monkeypatch, name):
+    elsewhere = parse_config({"tracking": {"uri": "http://evil.example:5000"}})
+    monkeypatch.setattr(client_module, "_client", None)  # nothing is sent
+    monkeypatch.setenv(name, "secret")
+    with pytest.raises(TrackingError, match=r"name the host in HASS_TRUSTED_HOSTS on this machine"):
+        connect(elsewhere)
+    for variable, value in (
+        ("HASS_TRUSTED_HOSTS", "evil.example"),
+        ("MLFLOW_TRACKING_URI", "http://evil.example:5000"),
+    ):
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(TypeError):  # it would connect now
+            connect(elsewhere)
+        monkeypatch.delenv(variable)
+
+
 def record_once(config, store, prompts, draft):
     with open_retraining(config, prompts, {"prefect.flow_run_id": "1"}) as run_id:
         with stage_run(config, run_id, "prompts") as run:

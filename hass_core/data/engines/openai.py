@@ -2,23 +2,24 @@
 
 Many requests are in flight at once, within a bound. What is worth repeating (busy, rate limit, server error, lost
 connection) is repeated with growing pauses, as long as the server asks for when it says so; so is, fewer times, a reply
-that is no answer. Anything else becomes an error on that one conversation. Where the first requests all fail alike, the
-run stops: the rest would fail too.
+that is no answer. Anything else becomes an error on that one conversation. Where the first requests all fail alike, or
+later ones in a row by the server's fault, the run stops: the rest would fail too.
 """
 
 import asyncio
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from hass_core.config import ResponsesConfig
 from hass_core.data.engines.base import Completion, Request, RequestQueue
-from hass_core.data.engines.replies import OddReply, Reply, model_in, quoted, read_reply, without_refused
+from hass_core.data.engines.replies import OddReply, Reply, models_in, quoted, read_reply, says, without_refused
 from hass_core.data.messages import as_sent
-from hass_core.data.rendering import SkippedConversation, special_token_ids
+from hass_core.data.rendering import SkippedConversation, decode, special_token_ids
 from hass_core.data.templates import answer_tokens
 from hass_core.errors import ConfigError, TargetError
 from hass_core.trusted_hosts import VARIABLE, is_trusted
@@ -27,15 +28,19 @@ MAX_ATTEMPTS = 6
 ODD_ATTEMPTS = 3
 FIRST_PAUSE_SECONDS = 0.5
 MAX_PAUSE_SECONDS = 60.0
-TIMEOUT_SECONDS = 600.0
+TIMEOUT_SECONDS = 600.0  # for a whole reply, also of a server that sends a byte now and then
 WORTH_REPEATING = {408, 409, 425, 429, 500, 502, 503, 504}
 REFUSALS = {400, 422}
-ALIKE = 8  # so many equal failures before any answer stop the run
+OF_ONE_CONVERSATION = {f"server answered {status}" for status in (400, 413, 422)}  # too long for the server, say
+ALIKE = 8  # so many equal failures in a row stop the run
 KEY = "OPENAI_API_KEY"
 
 
 class OpenAIEngine:
-    """Requests to one server; a key, if it wants one, comes from the environment variable OPENAI_API_KEY."""
+    """Requests to one server; a key, if it wants one, comes from the environment variable OPENAI_API_KEY.
+
+    Redirections are not followed: a key would go where nobody looked.
+    """
 
     def __init__(self, settings: ResponsesConfig, tokenizer: PreTrainedTokenizerBase):
         if not settings.server_url:
@@ -48,12 +53,13 @@ class OpenAIEngine:
         self._withheld = bool(os.environ.get(KEY)) and not is_trusted(self._url)
 
     def complete(self, queue: RequestQueue) -> Iterator[Completion]:
-        """See `Engine`. Raises TargetError when the server cannot be reached, or fails on all the first requests."""
+        """See `Engine`. Raises TargetError when the server cannot be reached, or fails again and again."""
         with asyncio.Runner() as runner:
             client = self._client()
             try:
                 model = self._model or runner.run(self._served_model(client))
-                yield from self._unless_all_fail(self._completions(runner, client, model, queue))
+                with closing(self._completions(runner, client, model, queue)) as completions:
+                    yield from self._unless_failing(completions)
             finally:
                 runner.run(client.aclose())
 
@@ -80,10 +86,15 @@ class OpenAIEngine:
             except (httpx.RequestError, httpx.InvalidURL) as error:
                 problem = f"{error!r}"
                 break
-            name = model_in(reply.content) if reply.status_code == 200 else None
-            if name:
-                return name
-            problem = f"status {reply.status_code}, it said {quoted(reply.content)}"
+            names = models_in(reply.content) if reply.status_code == 200 else []
+            if len(names) > 1:
+                raise TargetError(
+                    f"the server {self._url} has the models {', '.join(names)}; say in responses.server_model which "
+                    "is the target"
+                )
+            if names:
+                return names[0]
+            problem = f"status {reply.status_code}, it said {_said(reply)}"
             if reply.status_code != 200 and reply.status_code not in WORTH_REPEATING:
                 break
             await asyncio.sleep(backoff_seconds(attempt, reply.headers.get("retry-after")))
@@ -92,22 +103,39 @@ class OpenAIEngine:
             "responses.server_model"
         )
 
-    def _unless_all_fail(self, completions: Iterator[Completion]) -> Iterator[Completion]:
-        """Hold failures back until there is an answer. Raises TargetError when the first ones are all alike."""
+    def _unless_failing(self, completions: Iterator[Completion]) -> Iterator[Completion]:
+        """Hold failures of the server back until there is an answer, so that a run that stops leaves them to the next.
+
+        Raises TargetError when `ALIKE` in a row are alike. Once the server has answered, a refusal of one conversation
+        says nothing of the next.
+        """
         held: list[Completion] = []
+        answered = False
         for completion in completions:
             if completion.detail is None:  # an answer, or a conversation at fault and not the server
+                answered = True
+            elif not (answered and completion.error in OF_ONE_CONVERSATION):
+                held.append(completion)
+                if len(held) >= ALIKE and len({failure.error for failure in held[-ALIKE:]}) == 1:
+                    raise self._failure(completion, answered)
+                continue
+            if completion.detail is None:
                 yield from held
-                yield completion
-                yield from completions
-                return
-            held.append(completion)
-            if len(held) == ALIKE and len({failure.error for failure in held}) == 1:
-                raise TargetError(
-                    f"no prompt was answered: {ALIKE} × {completion.error} (it said: {completion.detail}), and nothing "
-                    f"else from {self._url}{self._hint()}; check the server and the responses settings"
-                )
+                held = []
+            yield completion
         yield from held
+
+    def _failure(self, last: Completion, answered: bool) -> TargetError:
+        failed = f"{ALIKE} × {last.error} (it said: {last.detail})"
+        if answered:
+            return TargetError(
+                f"the server {self._url} answers no more: {failed}{self._hint()}; check it and run the same command "
+                "again, finished answers are kept"
+            )
+        return TargetError(
+            f"no prompt was answered: {failed}, and nothing else from {self._url}{self._hint()}; check the server and "
+            "the responses settings"
+        )
 
     def _hint(self) -> str:
         """That a key was kept back, which may be why a server refuses."""
@@ -116,7 +144,7 @@ class OpenAIEngine:
 
     def _completions(
         self, runner: asyncio.Runner, client: Any, model: str, queue: RequestQueue
-    ) -> Iterator[Completion]:
+    ) -> Generator[Completion]:
         """Keep `concurrency` requests in flight; yield what has arrived between two waits."""
         running: set[asyncio.Task[Completion]] = set()
 
@@ -128,61 +156,62 @@ class OpenAIEngine:
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             return done
 
-        while done := runner.run(turn()):
-            running -= done
-            for task in done:
-                yield task.result()
+        try:
+            while done := runner.run(turn()):
+                for task in done:
+                    running.discard(task)
+                    yield task.result()
+        finally:
+            runner.run(_abandon(running))
 
     async def _answer(self, client: Any, model: str, request: Request) -> Completion:
         """One answer, or the error that remained after all attempts. Raises TargetError when the server is gone."""
         error, said = "", ""
         for attempt in range(MAX_ATTEMPTS):
-            status, data, retry_after = await self._posted(client, model, request, attempt)
-            if status == 200:
+            reply = await self._posted(client, model, request, attempt)
+            if reply is not None and reply.status_code == 200:
                 try:
-                    return self._completion(request, read_reply(data))
+                    return self._completion(request, read_reply(reply.content))
                 except OddReply as odd:
                     error, said = odd.reason, odd.said
                     if attempt >= ODD_ATTEMPTS - 1:
                         break
-            elif status is not None:
-                error, said = f"server answered {status}", quoted(data)
-                if status not in WORTH_REPEATING or attempt == MAX_ATTEMPTS - 1:
+            elif reply is not None:
+                error, said = f"server answered {reply.status_code}", _said(reply)
+                if reply.status_code not in WORTH_REPEATING or attempt == MAX_ATTEMPTS - 1:
                     break
-            await asyncio.sleep(backoff_seconds(attempt, retry_after))
+            await asyncio.sleep(backoff_seconds(attempt, reply.headers.get("retry-after") if reply else None))
         return Completion(request.key, [], finished=False, error=error, detail=said)
 
-    async def _posted(
-        self, client: Any, model: str, request: Request, attempt: int
-    ) -> tuple[int | None, bytes, str | None]:
-        """Status, body and Retry-After of a reply; no status when the connection was lost. Raises TargetError."""
+    async def _posted(self, client: Any, model: str, request: Request, attempt: int) -> Any:
+        """The reply (httpx.Response); None when the connection was lost. Raises TargetError."""
         import httpx
 
         body = {key: value for key, value in _body(model, request).items() if key not in self._unknown}
         if "max_tokens" in self._unknown:
             body["max_completion_tokens"] = request.max_new_tokens
         try:
-            reply = await client.post("/chat/completions", json=body)
-        except httpx.RequestError as error:
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                reply = await client.post("/chat/completions", json=body)
+        except (httpx.RequestError, TimeoutError) as error:
             if attempt == MAX_ATTEMPTS - 1:
                 raise TargetError(
                     f"the server {self._url} cannot be reached: {error!r}; start it and run the same command "
                     "again, finished answers are kept"
                 ) from error
-            return None, b"", None
+            return None
         known = without_refused(body, reply.text) if reply.status_code in REFUSALS else None
         if known is not None:
             self._unknown |= body.keys() - known.keys()
             return await self._posted(client, model, request, attempt)
-        return reply.status_code, reply.content, reply.headers.get("retry-after")
+        return reply
 
     def _completion(self, request: Request, reply: Reply) -> Completion:
         """The server's own token ids where it gives them whole, else the tokenizer's cut of the text."""
         finished, ids = reply.finished, reply.token_ids
         if reply.problem:
             return Completion(request.key, [], finished, error=reply.problem)
-        vocabulary = len(self._tokenizer)
-        if ids and max(ids) < vocabulary and (ids[-1] in special_token_ids(self._tokenizer)) == finished:
+        if self._are_of(ids, reply):
             return Completion(request.key, ids, finished)
         answer = {"role": "assistant", "content": reply.content, "reasoning_content": reply.reasoning}
         try:
@@ -190,6 +219,26 @@ class OpenAIEngine:
             return Completion(request.key, ids, finished)
         except SkippedConversation as problem:
             return Completion(request.key, [], finished, error=problem.reason)
+
+    def _are_of(self, ids: list[int], reply: Reply) -> bool:
+        """Whether token ids are those of a reply's text and end, by the target's own tokenizer."""
+        if not ids or max(ids) >= len(self._tokenizer):
+            return False
+        ends = ids[-1] in special_token_ids(self._tokenizer)
+        return ends == reply.finished and says(decode(self._tokenizer, ids[:-1] if ends else ids), reply)
+
+
+async def _abandon(tasks: set[asyncio.Task[Completion]]) -> None:
+    """End requests whose answers nobody waits for any more; that they fail as well is no news."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _said(reply: Any) -> str:
+    """What a reply (httpx.Response) without an answer says, quoted."""
+    moved = reply.headers.get("location") if reply.is_redirect else None
+    return repr(f"moved to {moved}") if moved else quoted(reply.content)
 
 
 def backoff_seconds(attempt: int, retry_after: str | None) -> float:

@@ -6,6 +6,7 @@ lists when what is behind them fails. Such a reply is an `OddReply`, worth askin
 
 import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,13 +62,26 @@ def read_reply(data: bytes) -> Reply:
     )
 
 
-def model_in(data: bytes) -> str | None:
-    """The name of the first model in a server's list of them; None when it holds none."""
+def says(text: str, reply: Reply) -> bool:
+    """Whether a text ends with a reply's answer and holds its reasoning.
+
+    White space, half a character, and what a server leaves out of its reply before the answer do not matter.
+    """
+    shown, content, thought = map(_letters, (text, reply.content, reply.reasoning))
+    return shown.endswith(content) and thought in shown
+
+
+def _letters(text: str) -> str:
+    return unicodedata.normalize("NFC", "".join(text.split())).strip("\N{REPLACEMENT CHARACTER}")
+
+
+def models_in(data: bytes) -> list[str]:
+    """The names in a server's list of models."""
     try:
-        name = json.loads(data)["data"][0]["id"]
+        names = [entry["id"] for entry in json.loads(data)["data"]]
     except (ValueError, LookupError, TypeError, RecursionError):
-        return None
-    return name if isinstance(name, str) and name else None
+        return []
+    return [name for name in names if isinstance(name, str) and name]
 
 
 def quoted(data: bytes) -> str:

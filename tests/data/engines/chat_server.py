@@ -23,6 +23,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(200, "<html>warming up</html>" if state["models"] == 1 else {"data": [{"id": "tiny"}]})
         if self.path.startswith("/closed"):
             return self.reply(401, {"error": {"message": "no key, no models"}})
+        if self.path.startswith("/two"):
+            return self.reply(200, {"data": [{"id": "tiny"}, {"id": "other"}]})
         return self.reply(200, state if self.path.endswith("/state") else {"data": [{"id": "tiny"}]})
 
     def do_POST(self):
@@ -37,6 +39,10 @@ class Handler(BaseHTTPRequestHandler):
         with lock:
             state["now"] -= 1
         status = self.fault(question, first)
+        if "dripping" in question:
+            return self.drip()
+        if "moved" in question:
+            return self.reply(307, "", {"Location": "http://evil.example/v1"})
         if status != 200:
             return self.reply(status, {"error": "on purpose"}, {"Retry-After": "0.01"})
         if odd := self.oddity(question, first):
@@ -44,6 +50,14 @@ class Handler(BaseHTTPRequestHandler):
         if refusal := self.refusal(question, body):
             return self.reply(400, refusal)
         return self.reply(200, {"choices": [self.choice(question, body)]})
+
+    def drip(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        for _ in range(100):
+            threading.Event().wait(0.05)
+            self.wfile.write(b" ")
 
     @staticmethod
     def refusal(question: str, body: dict):
@@ -66,7 +80,8 @@ class Handler(BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": content}
         if "call" in question:
             message["tool_calls"] = [{"function": {"name": "f", "arguments": "{}"}}]
-        return {"message": message, "finish_reason": "stop" if finished else "length"}
+        ids = {"token_ids": [int(word) for word in question.split() if word.isdecimal()]} if "ids" in question else {}
+        return {"message": message, "finish_reason": "stop" if finished else "length"} | ids
 
     @staticmethod
     def oddity(question: str, first: bool):

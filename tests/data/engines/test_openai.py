@@ -1,5 +1,6 @@
 """The OpenAI engine against a real server process that fails on purpose."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from hass_core.config import ResponsesConfig, SamplingShare
 from hass_core.data.engines.base import Completion, Request, RequestQueue
 from hass_core.data.engines.openai import OpenAIEngine, backoff_seconds
-from hass_core.data.engines.replies import without_refused
+from hass_core.data.engines.replies import Reply, says, without_refused
 from hass_core.data.templates import decode, encode_prompt
 from hass_core.errors import ConfigError, TargetError
 
@@ -92,6 +93,70 @@ def test_first_failures_that_are_all_alike_stop_the_run_and_are_not_handed_on(se
         seen.extend(engine(server_url, tiny_target, concurrency=4).complete(queue))
     assert seen == []
     assert len(queue.take(500)) > 450
+
+
+def test_a_server_that_answers_no_more_stops_the_run_and_what_it_failed_at_is_left_to_the_next(
+    server_url, tiny_target, monkeypatch
+):
+    monkeypatch.setattr("hass_core.data.engines.openai.FIRST_PAUSE_SECONDS", 0.01)
+    seen = []
+    queue = RequestQueue(request(question, tiny_target) for question in ["fine", *(f"down {i}" for i in range(99))])
+    with pytest.raises(TargetError, match=r"answers no more: 8 × server answered 503 .* finished answers are kept"):
+        seen.extend(engine(server_url, tiny_target, concurrency=1).complete(queue))
+    assert [completion.key for completion in seen] == ["fine"]
+    assert len(queue.take(99)) == 91
+
+
+def test_conversations_that_a_server_refuses_one_after_the_other_do_not_stop_it(server_url, tiny_target):
+    found = ask(server_url, tiny_target, ["fine", *(f"refuse {i}" for i in range(20)), "well"], concurrency=1)
+    assert sum(completion.error == "server answered 400" for completion in found.values()) == 20
+    assert found["well"].finished
+
+
+def test_a_redirection_is_told_and_not_followed(server_url, tiny_target):
+    with pytest.raises(TargetError, match=r"server answered 307 \(it said: 'moved to http://evil\.example/v1'\)"):
+        ask(server_url, tiny_target, [f"moved {i}" for i in range(8)])
+
+
+def test_a_reply_that_comes_a_byte_now_and_then_is_given_up_without_noise(
+    server_url, tiny_target, monkeypatch, capfd, caplog
+):
+    for name, value in (("FIRST_PAUSE_SECONDS", 0.01), ("TIMEOUT_SECONDS", 0.2), ("MAX_ATTEMPTS", 2)):
+        monkeypatch.setattr(f"hass_core.data.engines.openai.{name}", value)
+    with pytest.raises(TargetError, match=r"cannot be reached: TimeoutError"):
+        ask(server_url, tiny_target, [f"dripping {i}" for i in range(6)])
+    gc.collect()  # asyncio complains of failures that nobody looked at
+    assert "Traceback" not in capfd.readouterr().err + caplog.text
+
+
+def test_several_models_are_not_guessed_between(server_url, tiny_target):
+    with pytest.raises(TargetError, match=r"has the models tiny, other; say in responses\.server_model"):
+        ask(f"{server_url.removesuffix('/v1')}/two/v1", tiny_target, ["hello"])
+
+
+def test_the_servers_token_ids_are_taken_only_where_they_are_those_of_its_text(server_url, tiny_target):
+    tokenizer = tiny_target.tokenizer
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    other = tokenizer("another text")["input_ids"]
+    questions = [f"ids {' '.join(map(str, ids))}" for ids in ([*other, end], [*other, 10**9, end], other)]
+    for question, completion in ask(server_url, tiny_target, questions).items():
+        assert decode(tokenizer, completion.token_ids) == f"You said: {question} (T=0.5)<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "reasoning", "same"),
+    [
+        (" Yes. ", "Yes.", "", True),
+        ("<think>\nHm\n</think>\n\nYes.", "Yes.", "Hm", True),
+        ("<think>\nHm\n</think>\n\nYes.", "Yes.", "", True),  # the server keeps its thoughts to itself
+        ("Yes.", "Yes.", "Hm", False),
+        ("No.", "Yes.", "", False),
+        ("caf\u0065\u0301", "caf\u00e9", "", True),
+        ("half a \N{REPLACEMENT CHARACTER}", "half a ", "", True),
+    ],
+)
+def test_a_text_is_what_a_reply_says(text, content, reasoning, same):
+    assert says(text, Reply(content, reasoning, True, [])) == same
 
 
 def test_a_field_that_the_server_does_not_know_is_left_out_and_one_that_decides_the_answer_is_not(
