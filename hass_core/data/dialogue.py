@@ -11,7 +11,7 @@ from hass_core.data.conversations import Record, as_stored
 from hass_core.data.engines.base import Completion, Request
 from hass_core.data.language import language_gate
 from hass_core.data.quality import is_loop
-from hass_core.data.rendering import Message, SkippedConversation, decode, special_token_ids
+from hass_core.data.rendering import Message, SkippedConversation, decode, next_role_token, special_token_ids
 from hass_core.data.templates import encode_prompt
 
 MIN_ANSWER_TOKENS = 8  # room for less is not worth a request
@@ -64,7 +64,9 @@ class Dialogue:
             return
         body = completion.token_ids[:-1] if completion.finished else completion.token_ids
         text = decode(tokenizer, body)
-        self.problem = self._answer_problem(body, text, special_token_ids(tokenizer))
+        self.problem = _end_problem(completion, tokenizer) or self._answer_problem(
+            body, text, special_token_ids(tokenizer)
+        )
         if self.problem is None:
             self._messages.append({"role": "assistant", "content": text})
             self._answers.append(completion.token_ids)
@@ -109,6 +111,15 @@ class Dialogue:
         if self._drop_repetitive and is_loop(body):
             return "repetitive answer"
         return self._language_problem(text)
+
+
+def _end_problem(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Where the next role's token ends an answer, another role's asks for another speaker than the one to come."""
+    expected = next_role_token(tokenizer)
+    if not completion.finished or expected is None:
+        return None
+    found = decode(tokenizer, completion.token_ids[-1:])
+    return None if found == expected else f"the answer ends with {found}, not with {expected}"
 
 
 def choose_sampling(name: str, mix: Sequence[SamplingShare]) -> SamplingShare:

@@ -9,7 +9,9 @@ by its text, so any template works; what a template does to a conversation is ei
 - an earlier turn that the template rewrites later (thinking removed) is context only: its tokens as rendered were
   never generated;
 - the token ids that the target really generated are used where they are known, even when the tokenizer would cut
-  the same text otherwise.
+  the same text otherwise;
+- an answer that ended with another of the target's end tokens than the template writes is followed by the template's,
+  as an engine would send the conversation back.
 
 Every mask is checked by decoding it.
 """
@@ -100,11 +102,20 @@ def encode_prompt(
 def is_prompt_longer(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], limit: int, tools: Tools = ()
 ) -> bool:
-    """Whether `encode_prompt` gives more than `limit` tokens; short texts are told without being tokenized."""
+    """Whether `encode_prompt` gives more than `limit` tokens; short texts and huge ones are told untokenized."""
     text = render(tokenizer, messages, True, tools)
-    if unicodedata.is_normalized("NFC", text) and len(text.encode()) <= limit and has_token_per_byte(tokenizer):
-        return False
+    if unicodedata.is_normalized("NFC", text) and has_token_per_byte(tokenizer):
+        if len(text.encode()) <= limit:
+            return False
+        if len("".join(text.split()).encode()) > limit * longest_token(tokenizer):  # some tokens swallow white space
+            return True
     return len(tokenize(tokenizer, text)) > limit
+
+
+@lru_cache(maxsize=16)
+def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """No token of a byte-level tokenizer stands for more bytes than this."""
+    return max(len(token.encode()) for token in tokenizer.get_vocab())
 
 
 @lru_cache(maxsize=16)
@@ -124,7 +135,7 @@ def has_token_per_byte(tokenizer: PreTrainedTokenizerBase) -> bool:
         parts["model"]["type"] == "BPE"
         and not parts["model"]["byte_fallback"]
         and all(step["type"] == "NFC" for step in _flat(parts["normalizer"], "normalizers"))
-        and all(cut["type"] in ("ByteLevel", "Digits", "Split") for cut in cuts)
+        and all(cut["type"] in ("ByteLevel", "Digits", "Split") and cut.get("behavior") != "Removed" for cut in cuts)
         and [cut["add_prefix_space"] for cut in byte_level] == [False]
     )
 
@@ -250,25 +261,26 @@ def _join(
         mask.extend([flag] * len(tokens))
 
     before: list[int] = []  # the tokenizer's cut of the text up to the end of the previous answer
-    unfinished: list[int] = []  # the end token the template wrote after an answer that was cut off
+    closing: list[int] = []  # the end token that the template wrote after an answer that has none, or another
     for span in spans:
         given = answers[span.turn]
         head = tokenize(tokenizer, text[: span.start if given else span.content])
         if head[: len(before)] != before:
             raise SkippedConversation("an answer ends inside a token")
-        put(unfinished + head[len(before) :], 0)
+        put(closing + head[len(before) :], 0)
         if given and span is spans[-1] and not with_tail:
             put(given, 1)  # how the tokenizer would cut it matters only to text behind it
             break
         through = tokenize(tokenizer, text[: span.end])
         if not given and through[: len(head)] != head:
             raise SkippedConversation("an answer begins inside a token")
-        put(given or through[len(head) :], 1)
         special = special_token_ids(tokenizer)
-        unfinished = through[-1:] if given and through[-1] in special and given[-1] not in special else []
+        closing = through[-1:] if given and through[-1] in special and given[-1] != through[-1] else []
+        own = given[:-1] if closing and given[-1] in special else given
+        put(own if given else through[len(head) :], 1)
         before = through
     if with_tail:
-        put(unfinished + tokenize(tokenizer, text)[len(before) :], 0)
+        put(closing + tokenize(tokenizer, text)[len(before) :], 0)
     return Encoded(ids, mask, rewritten)
 
 

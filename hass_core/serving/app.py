@@ -106,6 +106,8 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 def _told(problem: dict[str, Any]) -> tuple[str, str]:
     """(field, what is wrong with it) of one of pydantic's findings."""
     field = ".".join(str(part) for part in problem["loc"][1:])
+    if not field and problem["type"] != "json_invalid":  # no body, another value, or an object that came as text
+        return "", "the body must be a JSON object, sent with Content-Type: application/json"
     if problem["type"] == "json_invalid":
         return "", f"the body is not valid JSON: {problem['ctx']['error']}"
     if problem["type"] == "extra_forbidden":

@@ -5,7 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from hass_core.config import RunConfig, SamplingShare, parse_config
+from hass_core.config import ResponsesConfig, RunConfig, SamplingShare, parse_config
 from hass_core.data import responses
 from hass_core.data.conversations import Record
 from hass_core.data.dialogue import Dialogue, choose_sampling
@@ -18,6 +18,7 @@ from hass_core.features.tokenise import encode_part
 from hass_core.target_model.loader import freeze
 from tests.conftest import byte_tokenizer
 from tests.data.test_askable import CALLED, TOOL, WITH_TOOLS
+from tests.data.test_templates import NEXT_ROLE_ENDS, with_template
 
 TOPICS = ["rivers", "stars", "bread", "violins", "glass", "volcanoes", "chess", "honey", "trains", "ink", "sleep"]
 END = 2
@@ -225,6 +226,19 @@ def test_a_journal_line_cut_off_by_a_crash_is_forgotten(tmp_path):
 def dialogue(run: RunConfig, *messages: tuple[str, str]) -> Dialogue:
     record = Record("x", "general", "test", tuple({"role": role, "content": text} for role, text in messages))
     return Dialogue(record, run.responses, seed=0)
+
+
+def test_where_the_next_role_ends_an_answer_another_end_is_a_reason_to_skip():
+    tokenizer = with_template(NEXT_ROLE_ENDS)
+    record = Record("file/1", "general", "file", ({"role": "user", "content": "Name a colour."},))
+    for end, problem in (
+        (tokenizer.bos_token_id, None),
+        (tokenizer.eos_token_id, "the answer ends with <|im_end|>, not with <|im_start|>"),
+    ):
+        dialogue = Dialogue(record, ResponsesConfig(), 0)
+        dialogue.next_request(tokenizer, 512)
+        dialogue.accept(Completion("file/1", [*tokenize(tokenizer, "Red."), end], finished=True), tokenizer)
+        assert dialogue.problem == problem
 
 
 def test_a_prompt_longer_than_the_context_is_skipped(run, tiny_target):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
+from hass_core.data.rendering import render
 from hass_core.data.templates import (
     Encoded,
     SkippedConversation,
@@ -18,6 +19,7 @@ from hass_core.data.templates import (
     encode_prompt,
     has_token_per_byte,
     is_prompt_longer,
+    longest_token,
     special_token_ids,
     supervised_runs,
     tokenize,
@@ -253,6 +255,18 @@ def test_generated_ids_that_end_with_the_next_role_are_not_doubled():
     assert encoded.token_ids[: len(prompt)] == prompt
 
 
+def test_an_answer_that_ended_otherwise_is_followed_by_the_templates_own_end():
+    tokenizer = family_tokenizer("smollm2")
+    red, blue = tokenize(tokenizer, "Red."), tokenize(tokenizer, "Blue.")
+    other = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    messages = [user("Name a colour."), assistant("Red."), user("Thank you!"), assistant("Blue.")]
+    encoded = encode_conversation(tokenizer, messages, [[*red, other], [*blue, other]])
+    assert supervised_runs(encoded) == [red, [*blue, other]]
+    assert decode(tokenizer, encoded.token_ids[:-1]) + "<|im_end|>\n" == render(tokenizer, messages)
+    prompt = encode_prompt(tokenizer, messages[:3], [[*red, other]])
+    assert encoded.token_ids[: len(prompt)] == prompt
+
+
 def test_a_next_role_at_which_the_target_does_not_stop_is_refused_with_the_way_out():
     tokenizer = with_template(NEXT_ROLE_ENDS)
     check_template(tokenizer, [tokenizer.bos_token_id])
@@ -325,6 +339,9 @@ def test_a_prompt_is_longer_when_its_tokens_are_more(content, family, more):
 
 
 @given(st.text(max_size=80), st.sampled_from(list(SPECIAL)))
-def test_text_gives_no_more_tokens_than_bytes_where_that_is_claimed(text, family):
+def test_text_gives_as_many_tokens_as_its_bytes_let_expect_where_that_is_claimed(text, family):
     tokenizer, text = family_tokenizer(family), unicodedata.normalize("NFC", text)
-    assert not has_token_per_byte(tokenizer) or len(tokenize(tokenizer, text)) <= len(text.encode())
+    if has_token_per_byte(tokenizer):
+        tokens = len(tokenize(tokenizer, text))
+        assert tokens <= len(text.encode())
+        assert len("".join(text.split()).encode()) <= tokens * longest_token(tokenizer)

@@ -162,19 +162,28 @@ def test_tools_of_the_history_reach_a_template_that_writes_them(tool_server):
     ("body", "said"),
     [
         (b'{"messages": ', "not valid JSON"),
-        (b"[]", "valid dictionary"),
+        (b"[]", "must be a JSON object"),
         (b'{"messages": "\xff"}', "error parsing"),
         (b"[" * 100_000, "larger than 20000 bytes"),
         (b"[" * 10_000, ""),
         (b'{"messages": [{"role": "user", "content": "x"}], "\\ud83d": 1}', "valid string"),
         (b'{"messages": [{"role": "user", "content": "x"}], "model": "\\ud83d"}', "no model"),
-        (b"", "required"),
+        (b"", "must be a JSON object"),
+        (b"null", "must be a JSON object"),
     ],
 )
 def test_a_body_that_is_none_is_refused_in_openai_s_form(server, body, said):
     answer = httpx.post(f"{server[0]}/v1/chat/completions", content=body, headers=JSON_TYPE)
     assert answer.status_code in (400, 413)
     assert said in json.loads(answer.text)["error"]["message"]
+
+
+def test_a_body_without_its_content_type_is_refused_with_the_header_to_send(server):
+    body = json.dumps({"messages": QUESTION, "max_tokens": 2})
+    for headers in ({}, {"Content-Type": "application/x-www-form-urlencoded"}):  # as curl -d sends it
+        answer = httpx.post(f"{server[0]}/v1/chat/completions", content=body, headers=headers)
+        assert answer.status_code == 400
+        assert "Content-Type: application/json" in answer.json()["error"]["message"]
 
 
 def test_an_unknown_page_is_refused_in_openai_s_form(server):
