@@ -29,6 +29,7 @@ class Dialogue:
         self._drop_repetitive = config.drop_repetitive
         self._language_problem = language_gate(config.languages)
         self._seed = stable_hash(record.id, seed)
+        self._context_left = 0  # tokens that the answer under way may have
         self._messages: list[Message] = []
         self._rest = list(record.messages)
         self._answers: list[list[int]] = []  # one list per assistant message; empty for one given by the prompt
@@ -44,7 +45,8 @@ class Dialogue:
             prompt = encode_prompt(tokenizer, self._messages, self._answers, self.record.tools)
         except SkippedConversation as problem:
             return self._stop(problem.reason)
-        room = min(self._max_new_tokens, context_tokens - len(prompt))
+        self._context_left = context_tokens - len(prompt)
+        room = min(self._max_new_tokens, self._context_left)
         if room < min(MIN_ANSWER_TOKENS, self._max_new_tokens):
             return self._stop("longer than the target's context")
         return Request(
@@ -64,10 +66,10 @@ class Dialogue:
             return
         body = completion.token_ids[:-1] if completion.finished else completion.token_ids
         text = decode(tokenizer, body)
-        self.problem = _end_problem(completion, tokenizer) or self._answer_problem(
-            body, text, special_token_ids(tokenizer)
-        )
-        if self.problem is None:
+        self.problem = self._answer_problem(body, text, special_token_ids(tokenizer))
+        if self.problem is None and (end := _end_problem(completion, tokenizer)):
+            self._stop(end)
+        elif self.problem is None:
             self._messages.append({"role": "assistant", "content": text})
             self._answers.append(completion.token_ids)
             self._finished.append(completion.finished)
@@ -106,6 +108,8 @@ class Dialogue:
     def _answer_problem(self, body: list[int], text: str, special: frozenset[int]) -> str | None:
         if not text.strip():
             return "empty answer"
+        if len(body) > self._context_left:  # a server has a context of its own
+            return "longer than the target's context"
         if not special.isdisjoint(body):
             return "chat marker inside the answer"
         if self._drop_repetitive and is_loop(body):
@@ -114,10 +118,15 @@ class Dialogue:
 
 
 def _end_problem(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Where the next role's token ends an answer, another role's asks for another speaker than the one to come."""
+    """Why nothing can follow an answer where the next role's token ends it: that token opens the next turn as well.
+
+    An answer that breaks off has not handed over to the user, and another role's token asks for another speaker.
+    """
     expected = next_role_token(tokenizer)
-    if not completion.finished or expected is None:
+    if expected is None:
         return None
+    if not completion.finished:
+        return f"the answer breaks off before {expected}"
     found = decode(tokenizer, completion.token_ids[-1:])
     return None if found == expected else f"the answer ends with {found}, not with {expected}"
 

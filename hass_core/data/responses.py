@@ -223,7 +223,12 @@ def _finish(folder: StageFolder, given: int, tokens_per_second: float, note: str
 def _note(target: Target) -> str:
     """What is unusual about the target's template."""
     token = next_role_token(target.tokenizer)
-    return f" (its template closes no turn: an answer ends with {token}, which opens the next one)" if token else ""
+    if token is None:
+        return ""
+    return (
+        f" (its template closes no turn: an answer ends with {token}, which opens the next one, and is kept only where "
+        "the target wrote that; a larger responses.max_new_tokens lets more answers end)"
+    )
 
 
 def _forget(folder: StageFolder, parts: list[FileRecord]) -> None:

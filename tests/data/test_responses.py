@@ -228,17 +228,39 @@ def dialogue(run: RunConfig, *messages: tuple[str, str]) -> Dialogue:
     return Dialogue(record, run.responses, seed=0)
 
 
-def test_where_the_next_role_ends_an_answer_another_end_is_a_reason_to_skip():
+OTHER_ENDS = {
+    "<|im_end|>": "the answer ends with <|im_end|>, not with <|im_start|>",
+    "": "the answer breaks off before <|im_start|>",
+}
+
+
+@pytest.mark.parametrize("end", OTHER_ENDS)
+def test_where_the_next_role_ends_an_answer_every_kept_one_ends_with_its_token(end):
     tokenizer = with_template(NEXT_ROLE_ENDS)
+    turns = tuple({"role": "user", "content": text} for text in ("Name a colour.", "And one more?"))
+    record = Record("file/1", "general", "file", turns)
+    sound = Completion("file/1", tokenize(tokenizer, "Red.<|im_start|>"), finished=True)
+    other = Completion("file/1", tokenize(tokenizer, "Red." + end), finished=bool(end))
+    alone, second = Dialogue(record, ResponsesConfig(), 0), Dialogue(record, ResponsesConfig(), 0)
+    for dialogue, answers in ((alone, [other]), (second, [sound, other])):
+        for answer in answers:
+            assert dialogue.next_request(tokenizer, 512) is not None
+            dialogue.accept(answer, tokenizer)
+        assert dialogue.next_request(tokenizer, 512) is None
+    assert alone.problem == OTHER_ENDS[end]
+    assert second.problem is None
+    row = second.row()
+    assert [message["content"] for message in row["messages"]] == ["Name a colour.", "Red."]
+    encoded = encode_conversation(tokenizer, row["messages"], row["answer_token_ids"])
+    assert supervised_runs(encoded) == [sound.token_ids]
+
+
+def test_an_answer_beyond_the_targets_context_is_a_reason_to_skip():
     record = Record("file/1", "general", "file", ({"role": "user", "content": "Name a colour."},))
-    for end, problem in (
-        (tokenizer.bos_token_id, None),
-        (tokenizer.eos_token_id, "the answer ends with <|im_end|>, not with <|im_start|>"),
-    ):
-        dialogue = Dialogue(record, ResponsesConfig(), 0)
-        dialogue.next_request(tokenizer, 512)
-        dialogue.accept(Completion("file/1", [*tokenize(tokenizer, "Red."), end], finished=True), tokenizer)
-        assert dialogue.problem == problem
+    dialogue = Dialogue(record, ResponsesConfig(), 0)
+    dialogue.next_request(byte_tokenizer(), 80)
+    dialogue.accept(Completion("file/1", [*[50] * 80, END], finished=True), byte_tokenizer())
+    assert dialogue.problem == "longer than the target's context"
 
 
 def test_a_prompt_longer_than_the_context_is_skipped(run, tiny_target):
