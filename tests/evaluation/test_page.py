@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from hass_core.config import TreeConfig
-from hass_core.decoding.noise import DRAWS_VERSION
+from hass_core.sampling.noise import DRAWS_VERSION
 from hass_core.evaluation.benchmarks import Question
 from hass_core.evaluation.examples import choose_examples
 from hass_core.evaluation.figures import curves_of, figures_of
