@@ -7,7 +7,7 @@ every tensor of the draft matters and every depth accepts something.
 import torch
 import torch.nn.functional as F
 
-from hass_core.draft_model.architecture import DraftArchitecture
+from hass_core.draft_model.family import draft_architecture
 from hass_core.draft_model.layers import DraftModel
 from hass_core.target_model.capture import capture_features
 from hass_core.target_model.loader import Target
@@ -20,11 +20,14 @@ from tests.training.conftest import Talk
 def fitted_draft(target: Target, prompts: list[list[int]], answers: list[list[int]], steps: int) -> DraftModel:
     """The least-squares start, then `steps` steps of feature regression on the answers, three alignment steps each."""
     torch.manual_seed(0)
-    draft = DraftModel(DraftArchitecture.from_target_config(target.model.config), target.embedding).float()
+    draft = DraftModel(draft_architecture(target.model.config), target.embedding).float()
     talks = _talks(target, prompts, answers)
     start_least_squares(draft, talks)
     torch.nn.init.normal_(draft.layer.self_attn.o_proj.weight, std=0.02)
     torch.nn.init.normal_(draft.layer.mlp.down_proj.weight, std=0.02)
+    for name, parameter in draft.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
     batch, alignment = collate(talks, 3), Alignment(draft, 3)
     optimizer = torch.optim.Adam(draft.parameters(), lr=1e-3)
     for _ in range(steps):

@@ -1,15 +1,19 @@
-"""vLLM serves SmolLM2 with an exported draft: the same tokens as plain decoding, the same acceptance as our own chain.
+"""vLLM serves a target with an exported draft: the same tokens as plain decoding, the same acceptance as our own chain.
 
-Greedy and float32 only: there both sides compute the same argmax. vLLM lives in an environment of its own; see
-CONTRIBUTING.md. Without HASS_VLLM_PYTHON these tests are skipped.
+Of SmolLM2 (Llama), of a tiny Qwen2 (its biases by `qkv_bias`), and of a tiny Qwen3, whose draft is a Llama layer with
+a head_dim of its own. Greedy and float32 only: there both sides compute the same argmax. vLLM lives in an environment
+of its own; see CONTRIBUTING.md. Without HASS_VLLM_PYTHON these tests are skipped.
 """
 
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hass_core.config import SamplingConfig, TargetConfig, TreeConfig
 from hass_core.data.holdout import heldout_prompts
@@ -21,11 +25,18 @@ from hass_core.draft_model.head import DraftHead
 from hass_core.export.exporter import export_draft
 from hass_core.target_model.loader import Target, load_target
 from hass_core.target_model.runner import make_runner
+from tests.conftest import VOCABULARY, byte_tokenizer
 from tests.oracles.fitted import fitted_draft
 
 PYTHON = os.environ.get("HASS_VLLM_PYTHON")
 DRAFT = os.environ.get("HASS_ORACLE_DRAFT")  # a trained draft's folder, instead of one fitted here
-DEPTH, NEW_TOKENS, PROMPTS = 3, 48, 6
+DEPTH, NEW_TOKENS, PROMPTS = 3, 32, 4
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
+TINY: dict[str, Callable[[], PreTrainedModel]] = {
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS, initializer_range=0.2)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, **HEADS, head_dim=64, initializer_range=0.2)),
+}
 CHAIN = TreeConfig(kind="chain", depth=DEPTH, top_k=1, nodes=DEPTH + 1)
 
 pytestmark = [
@@ -35,14 +46,25 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def target() -> Target:
-    return load_target(TargetConfig(dtype="float32", device="cpu"))
+@pytest.fixture(scope="module", params=["smollm2", *TINY])
+def target(request, tmp_path_factory) -> Target:
+    config = TargetConfig(dtype="float32", device="cpu")
+    if request.param in TINY:
+        folder = tmp_path_factory.mktemp(request.param)
+        torch.manual_seed(0)
+        model = TINY[request.param]().float()
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "norm.weight")):  # not at the values they begin with
+                parameter.data.add_(0.3 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        config = config.model_copy(update={"source": str(folder)})
+    return load_target(config)
 
 
 @pytest.fixture(scope="module")
 def prompts(target) -> list[list[int]]:
-    return [encode_prompt(target.tokenizer, record.messages[:1]) for record in heldout_prompts()[:PROMPTS]]
+    return [encode_prompt(target.tokenizer, record.messages[:1])[-128:] for record in heldout_prompts()[:PROMPTS]]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +77,7 @@ def plain(target, prompts) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def draft_folder(target, prompts, plain, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("oracle") / "draft"
-    trained = load_draft(Path(DRAFT), target).model.float() if DRAFT else None
+    trained = load_draft(Path(DRAFT), target).model.float() if DRAFT and target.name.startswith("smollm2") else None
     draft = trained or fitted_draft(target, prompts, plain, steps=60)
     # with all of the target's head: vLLM knows no trimmed one in this layout
     save_draft(folder, draft, DraftHead.from_target(target.head), draft_info(target))
