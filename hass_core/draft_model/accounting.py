@@ -22,7 +22,16 @@ from hass_core.draft_model.architecture import (
     contradicting_ropes,
 )
 from hass_core.draft_model.config_fields import refused_fields
-from hass_core.draft_model.files import CONFIG, read_config, read_tensors
+from hass_core.draft_model.files import (
+    CONFIG,
+    RANKS,
+    VOCABULARY,
+    read_config,
+    read_tensors,
+    read_token_ids,
+    same_values,
+)
+from hass_core.draft_model.record import check_record
 from hass_core.errors import DraftMismatch
 
 FUSION = "fc.weight"  # every draft has it, no other model
@@ -67,6 +76,8 @@ class StoredDraft:
     architecture: DraftArchitecture
     weights: dict[str, Tensor]
     embedding: Tensor | None  # [V, H], the draft's own, where it differs from the target's
+    vocabulary: Tensor | None = None  # ids [D], the only tokens that it drafts
+    ranks: Tensor | None = None  # ids [R], the tokens that the target's answers use most, best first
 
     @property
     def info(self) -> dict[str, Any]:
@@ -88,6 +99,9 @@ def account(folder: Path, config: dict[str, Any], stored: dict[str, Tensor], tar
     tensors = _flat(folder, stored)
     refuse_other_models(folder, config, tensors)
     _compare_sizes(folder, config, target)
+    record, rows = check_record(config), target.head.shape[0]
+    vocabulary, ranks = (_token_ids(folder / name, rows) for name in (VOCABULARY, RANKS))
+    _compare_vocabularies(folder, record.draft_vocab_size, vocabulary, rows)
     needed = _without_zero_biases(tensors)
     architecture = DraftArchitecture.from_config_json(config, needed)
     broken_claims, tensors = [*_claims(config, tensors)], needed
@@ -102,7 +116,8 @@ def account(folder: Path, config: dict[str, Any], stored: dict[str, Tensor], tar
     ]
     if objections:
         raise DraftMismatch(f"the draft in {folder} cannot be taken as it is: {'; '.join(objections)}")
-    return StoredDraft(folder, config, architecture, {n: tensors[n] for n in architecture.tensors()}, embedding)
+    weights = {name: tensors[name] for name in architecture.tensors()}
+    return StoredDraft(folder, config, architecture, weights, embedding, vocabulary, ranks)
 
 
 def refuse_other_models(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -153,6 +168,22 @@ def _compare_sizes(folder: Path, config: dict[str, Any], target: SharedWeights) 
             )
 
 
+def _token_ids(path: Path, rows: int) -> Tensor | None:
+    token_ids = read_token_ids(path)
+    if token_ids is not None and (len(token_ids) == 0 or int(token_ids.max()) >= rows):
+        raise DraftMismatch(f"{path} names no token, or token ids outside the target's vocabulary of {rows}")
+    return token_ids
+
+
+def _compare_vocabularies(folder: Path, told: int | None, vocabulary: Tensor | None, rows: int) -> None:
+    found = rows if vocabulary is None else len(vocabulary)
+    if told is not None and told != found:
+        there = f"{VOCABULARY} names {found}" if vocabulary is not None else f"there is no {VOCABULARY}"
+        raise DraftMismatch(
+            f"the draft in {folder} drafts {told} tokens by its {CONFIG}, and {there}; take both from the same draft"
+        )
+
+
 def _without_zero_biases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without biases that are all zero, of whatever layer: nothing is computed by them, and exports for engines that
     always build one carry such. Those of q, k and v are one group."""
@@ -176,14 +207,6 @@ def _own_embedding(folder: Path, own: Tensor | None, targets: Tensor) -> Tensor 
             f"the draft in {folder} has an {EMBEDDING} of {tuple(own.shape)}, the target's is {tuple(targets.shape)}"
         )
     return None if same_values(own, targets) else own
-
-
-def same_values(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, as far as the coarser of their types tells."""
-    ours, theirs = ours.detach().cpu(), theirs.detach().cpu()
-    if ours.shape != theirs.shape:
-        return False
-    return any(torch.equal(ours.to(kind), theirs.to(kind)) for kind in {ours.dtype, theirs.dtype})
 
 
 def _unknown(

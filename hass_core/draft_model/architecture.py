@@ -7,9 +7,9 @@ q/k (Qwen3). One of the family `llama` has no such bias or norm and a SiLU, whic
 """
 
 from collections.abc import Collection
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import LlamaConfig, PretrainedConfig
 
 from hass_core.errors import CorruptFile, DraftMismatch, TargetError
@@ -24,18 +24,21 @@ QKV_BIASES = tuple(f"layers.0.self_attn.{part}_proj.bias" for part in "qkv")
 QK_NORMS = tuple(f"layers.0.self_attn.{part}_norm.weight" for part in "qk")
 
 
+Count = Annotated[int, Field(gt=0)]
+
+
 class DraftArchitecture(BaseModel):
     """All that determines the shapes and the arithmetic of a draft model."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, strict=True)  # an engine reads "48" otherwise than 48, or not at all
 
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
+    hidden_size: Count
+    intermediate_size: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Annotated[Count, Field(multiple_of=2)]  # a rotation takes pairs
+    vocab_size: Count
+    max_position_embeddings: Count
     rope_parameters: dict[str, Any]
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     hidden_act: str = "silu"
@@ -46,6 +49,14 @@ class DraftArchitecture(BaseModel):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     target_model_type: str = "llama"
+
+    @model_validator(mode="after")
+    def _check(self) -> "DraftArchitecture":
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} attention heads cannot share {self.num_key_value_heads} key-value heads"
+            )
+        return self
 
     @classmethod
     def from_target_config(
@@ -94,17 +105,17 @@ class DraftArchitecture(BaseModel):
         if missing := [name for name in NEEDED if not config.get(name)]:
             raise CorruptFile(f"the draft's config.json lacks {', '.join(missing)}; take it from the draft's source")
         try:
-            heads = int(config["num_attention_heads"])
+            heads = config["num_attention_heads"]
             read = cls(
                 hidden_size=config["hidden_size"],
                 intermediate_size=config["intermediate_size"],
                 num_attention_heads=heads,
-                num_key_value_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+                num_key_value_heads=_given(config, "num_key_value_heads", heads),
+                head_dim=_given(config, "head_dim", config["hidden_size"] // heads),
                 vocab_size=config["vocab_size"],
-                max_position_embeddings=config.get("max_position_embeddings") or 2048,
+                max_position_embeddings=_given(config, "max_position_embeddings", 2048),
                 rope_parameters=rope_parameters(config),
-                rms_norm_eps=1e-6 if config.get("rms_norm_eps") is None else config["rms_norm_eps"],
+                rms_norm_eps=_given(config, "rms_norm_eps", 1e-6),
                 hidden_act=config.get("hidden_activation") or config.get("hidden_act") or "silu",
                 qkv_bias=any(name in names for name in QKV_BIASES),
                 o_bias=O_BIAS in names,
@@ -171,7 +182,7 @@ class DraftArchitecture(BaseModel):
     def rotary_config(self) -> LlamaConfig:
         """The configuration transformers' rotary embedding is built from."""
         return LlamaConfig(
-            hidden_size=self.hidden_size,
+            hidden_size=self.num_attention_heads * self.head_dim,  # the heads', which need not be the features'
             num_attention_heads=self.num_attention_heads,
             head_dim=self.head_dim,
             max_position_embeddings=self.max_position_embeddings,
@@ -188,7 +199,7 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     rope = dict(rope.get("full_attention", rope))
     old = rope.pop("type", None)
     rope["rope_type"] = rope.get("rope_type") or ("default" if old == "mrope" else old) or "default"
-    rope["rope_theta"] = float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    rope["rope_theta"] = float(_given(rope, "rope_theta", _given(config, "rope_theta", 10_000.0)))
     trained = config.get("original_max_position_embeddings")  # Phi-3 has it beside
     if trained and rope["rope_type"] in BOUND_BY_TRAINING:
         rope.setdefault("original_max_position_embeddings", trained)
@@ -216,10 +227,16 @@ def partial_rotary(config: dict[str, Any]) -> float:
     return float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
 
 
+def _given(config: dict[str, Any], name: str, default: Any) -> Any:
+    """A setting, or its default where it is absent or null: 0 is none of both."""
+    value = config.get(name)
+    return default if value is None else value
+
+
 def _first_line(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, "))))
     return str(error)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from hass_core.draft_model.accounting import EMBEDDING, SharedWeights, StoredDraft, read_draft
 from hass_core.draft_model.architecture import O_BIAS, QK_NORMS, QKV_BIASES
 from hass_core.draft_model.family import Family
-from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS, read_token_ids
+from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
 from hass_core.errors import DraftMismatch, HassError
@@ -91,9 +91,8 @@ def load_draft(folder: Path, target: DraftedTarget, check: bool = True) -> Draft
     if check and (difference := origin_difference(stored.info, target)):
         raise DraftMismatch(f"the draft in {folder} {difference}; train a draft for this target")
     model = draft_model(stored, target.embedding).to(target.device, target.dtype).eval().requires_grad_(False)
-    trimmed = draft_vocabulary(folder, target)
-    ranks = None if trimmed is not None else _token_ids(folder / RANKS, target)
-    return Draft(model, DraftHead.from_target(target.head, trimmed), stored.info, ranks)
+    ranks = stored.ranks if stored.vocabulary is None else None
+    return Draft(model, DraftHead.from_target(target.head, stored.vocabulary), stored.info, ranks)
 
 
 def draft_model(stored: StoredDraft, embedding: Tensor) -> DraftModel:
@@ -127,21 +126,6 @@ def warm_start(folder: Path, target: SharedWeights, family: Family = "auto") -> 
             f"{', '.join(sorted(not_llama))}; leave draft.family out, or train from the start"
         )
     return stored
-
-
-def draft_vocabulary(folder: Path, target: SharedWeights) -> Tensor | None:
-    """Token ids [D] of a trimmed draft vocabulary, None for the full one. Raises DraftMismatch for unknown ids."""
-    return _token_ids(folder / VOCABULARY, target)
-
-
-def _token_ids(path: Path, target: SharedWeights) -> Tensor | None:
-    token_ids = read_token_ids(path)
-    if token_ids is None:
-        return None
-    rows = target.head.shape[0]
-    if len(token_ids) == 0 or int(token_ids.max()) >= rows:
-        raise DraftMismatch(f"{path} names token ids outside the target's vocabulary of {rows}")
-    return token_ids
 
 
 def origin_difference(info: dict[str, Any], target: DraftedTarget) -> str | None:

@@ -58,7 +58,7 @@ def refused_fields(config: dict[str, Any]) -> Iterator[str]:
         if not _is_plain(name, value):
             yield f"{name} = {value!r}"
     kind = config.get("model_type")
-    if kind is not None and kind not in LLAMA_LAYERS:
+    if kind is not None and (not isinstance(kind, str) or kind not in LLAMA_LAYERS):
         yield f"model_type = {kind!r} (its layers compute otherwise than Llama's)"
     if (size := config.get("draft_vocab_size")) not in (None, 0, config.get("vocab_size")):
         yield f"draft_vocab_size = {size!r}"

@@ -34,7 +34,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             return _sharded(folder, folder / index, read)
         if (folder / single).is_file():
             _refuse_strays(folder, {single})
-            return read(folder / single)
+            return _not_contradicted(folder, single, read(folder / single))
     raise CorruptFile(f"{folder / WEIGHTS} is missing: {A_DRAFT_IS}")
 
 
@@ -75,6 +75,25 @@ def _sharded(folder: Path, index: Path, read: Callable[[Path], dict[str, Tensor]
     return tensors
 
 
+def _not_contradicted(folder: Path, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors. Raises CorruptFile where the folder holds a pickle of others too: which one is the draft?"""
+    if name == WEIGHTS and (folder / PICKLED).is_file():
+        others = _pickled(folder / PICKLED)
+        if tensors.keys() != others.keys() or not all(same_values(tensors[key], others[key]) for key in tensors):
+            raise CorruptFile(
+                f"{folder} holds both {WEIGHTS} and {PICKLED}, which differ; keep the one that is the draft"
+            )
+    return tensors
+
+
+def same_values(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, as far as the coarser of their types tells."""
+    ours, theirs = ours.detach().cpu(), theirs.detach().cpu()
+    if ours.shape != theirs.shape:
+        return False
+    return any(torch.equal(ours.to(kind), theirs.to(kind)) for kind in {ours.dtype, theirs.dtype})
+
+
 def _refuse_strays(folder: Path, taken: set[str]) -> None:
     """Raise CorruptFile for further weights of the same kind that no index names."""
     kind = "model*.safetensors" if any(name.endswith(".safetensors") for name in taken) else "pytorch_model*.bin"
@@ -101,6 +120,11 @@ def _pickled(path: Path) -> dict[str, Tensor]:
         raise CorruptFile(f"{path} is not a plain file of tensors: {str(error).splitlines()[0]}") from error
     if not isinstance(found, dict):
         raise CorruptFile(f"{path} is not a plain file of tensors: it holds one {type(found).__name__}")
-    if other := sorted(str(name) for name, value in found.items() if not isinstance(value, Tensor)):
+    if other := sorted(str(name) for name, value in found.items() if not _is_plain(name, value)):
         raise CorruptFile(f"{path} is not a plain file of tensors: {', '.join(other)} is none")
     return found
+
+
+def _is_plain(name: Any, value: Any) -> bool:
+    """Whether an entry of a pickle is a tensor with numbers in memory, under a name."""
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta

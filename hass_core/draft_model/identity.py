@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hass_core.draft_model.accounting import EMBEDDING, StoredDraft
-from hass_core.draft_model.files import RANKS, VOCABULARY, read_token_ids
+from hass_core.draft_model.files import RANKS, VOCABULARY
 
 DIGITS = 16
 
@@ -23,9 +23,7 @@ def draft_identity(draft: StoredDraft) -> str:
     tensors = dict(sorted(draft.weights.items()))
     if draft.embedding is not None:
         tensors[EMBEDDING] = draft.embedding
-    for name in (VOCABULARY, RANKS):
-        if (token_ids := read_token_ids(draft.folder / name)) is not None:
-            tensors[name] = token_ids
+    tensors |= {name: ids for name, ids in ((VOCABULARY, draft.vocabulary), (RANKS, draft.ranks)) if ids is not None}
     for name, tensor in tensors.items():
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))

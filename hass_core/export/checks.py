@@ -20,13 +20,13 @@ from hass_core.draft_model.accounting import (
     StoredDraft,
     account,
     refuse_other_models,
-    same_values,
 )
 from hass_core.draft_model.architecture import FC_BIAS, O_BIAS, QKV_BIASES, DraftArchitecture, contradicting_ropes
 from hass_core.draft_model.checkpoint import DraftedTarget, origin_difference
 from hass_core.draft_model.engines import Engine, unheld
-from hass_core.draft_model.files import read_config, read_tensors
+from hass_core.draft_model.files import CONFIG, read_config, read_tensors, same_values
 from hass_core.draft_model.identity import draft_identity
+from hass_core.draft_model.record import check_record
 from hass_core.errors import DraftMismatch
 from hass_core.export.folders import EXPORTED
 from hass_core.export.parity import feature_difference
@@ -69,6 +69,7 @@ def check_draft(folder: Path, target: ServedTarget, engine: Engine, source: Stor
     config, stored = read_config(folder), read_tensors(folder)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
     refuse_other_models(folder, config, tensors)
+    check_record(config)
     draft = DraftArchitecture.from_config_json(config, tensors)
     findings = [
         *_origin(config.get("hass") or {}, target),
@@ -345,10 +346,14 @@ def _features(
 ) -> Iterator[Finding]:
     try:
         reading = read_as(engine.name, config, stored, target.embedding)
+        difference = feature_difference(reading, source, target)
     except EngineRefuses as refusal:
         yield Finding("loading", f"{engine.title} does not load it: {refusal}", "it stops at its start", EXPORT_AGAIN)
         return
-    difference = feature_difference(reading, source, target)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {' '.join(map(str, error.args)).splitlines()[0]}"
+        yield Finding("loading", f"{engine.title} cannot make sense of {CONFIG} ({what})", "it stops", EXPORT_AGAIN)
+        return
     if not difference <= LARGEST_DIFFERENCE:  # NaN too
         yield Finding(
             "features",

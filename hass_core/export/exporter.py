@@ -17,7 +17,7 @@ from torch import Tensor
 from hass_core.config import TreeConfig
 from hass_core.draft_model.accounting import EMBEDDING, StoredDraft, account, read_draft
 from hass_core.draft_model.architecture import FC_BIAS, O_BIAS, QKV_BIASES, DraftArchitecture
-from hass_core.draft_model.checkpoint import draft_vocabulary, origin_difference
+from hass_core.draft_model.checkpoint import origin_difference
 from hass_core.draft_model.engines import ENGINES, Engine, unheld
 from hass_core.draft_model.files import CONFIG, WEIGHTS
 from hass_core.draft_model.identity import draft_identity
@@ -61,7 +61,7 @@ def export_draft(
         )
     if difference := origin_difference(source.info, target):
         raise DraftMismatch(f"the draft {draft} {difference}; name the target it was trained for (--target)")
-    weights, token_map = engine_weights(source, engine, target.embedding), draft_vocabulary(draft, target)
+    weights, token_map = engine_weights(source, engine, target.embedding), source.vocabulary
     config = engine_config(source, engine, target)
     section = {**source.info, "draft_identity": draft_identity(source)}
     with replacing(out) as partial:

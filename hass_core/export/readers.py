@@ -175,7 +175,7 @@ def _reading(
 
 def _architecture(config: dict[str, Any]) -> str:
     named = config.get("architectures") or ("none",)
-    return named if isinstance(named, str) else " ".join(map(str, named))
+    return " ".join(map(str, named)) if isinstance(named, (list, tuple)) else str(named)
 
 
 def _only_silu(config: dict[str, Any]) -> None:

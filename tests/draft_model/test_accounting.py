@@ -1,17 +1,23 @@
 """No tensor of a draft's folder is dropped or invented: each is carried, or the draft is refused with its name."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hass_core.draft_model.accounting import read_draft
 from hass_core.draft_model.architecture import DraftArchitecture
 from hass_core.draft_model.checkpoint import draft_model, load_draft, warm_start
+from hass_core.draft_model.config_fields import READ
+from hass_core.draft_model.engines import ENGINES
 from hass_core.draft_model.identity import draft_identity
-from hass_core.errors import CorruptFile, DraftMismatch
+from hass_core.errors import CorruptFile, DraftMismatch, HassError
+from hass_core.export.checks import check_draft
 
 
 def tensors_of(architecture: DraftArchitecture) -> dict[str, torch.Tensor]:
@@ -346,3 +352,83 @@ def test_an_own_embedding_is_looked_at_like_any_tensor(write, tiny_target):
     own[3, 3] = float("nan")
     with pytest.raises(DraftMismatch, match=r"embed_tokens\.weight holds NaN"):
         read_draft(write({"embed_tokens.weight": own}), tiny_target)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"head_dim": 0}, "head_dim: Input should be greater than 0"),
+        ({"head_dim": 13}, "head_dim: Input should be a multiple of 2"),
+        ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps: Input should be a valid number"),
+        ({"max_position_embeddings": -3}, "max_position_embeddings: Input should be greater than 0"),
+        ({"hass": "yes"}, "hass in the draft's config.json makes no sense"),
+        ({"hass": {"target_identity": 5}}, r"hass\.target_identity in the draft's config\.json makes no sense"),
+        ({"hass": {"calibration": {"hot": [1.0, 1.0]}}}, r"hass\.calibration in the draft's config\.json"),
+        ({"hass": {"calibration": {"0.7": [1.0]}}}, r"hass\.calibration\.0\.7 in the draft's config\.json"),
+    ],
+    ids=str,
+)
+def test_senseless_entries_are_named(write, tiny_target, config, told):
+    with pytest.raises(CorruptFile, match=told):
+        read_draft(write(**config), tiny_target)
+
+
+def test_a_base_of_zero_is_no_missing_one(write, architecture, tiny_target):
+    folder = write()
+    config = {**architecture.to_config_json(), "rope_theta": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DraftMismatch, match="no finite frequencies"):
+        read_draft(folder, tiny_target)
+
+
+def test_the_tokens_that_are_drafted_are_those_of_the_record(write, tiny_target):
+    folder = write(hass={"draft_vocab_size": 3})
+    with pytest.raises(DraftMismatch, match=r"drafts 3 tokens by its config\.json, and there is no draft_vocab\.json"):
+        read_draft(folder, tiny_target)
+    (folder / "draft_vocab.json").write_text("[1, 2]")
+    with pytest.raises(DraftMismatch, match=r"and draft_vocab\.json names 2"):
+        read_draft(folder, tiny_target)
+    (folder / "draft_vocab.json").write_text("[1, 2, 300]")
+    with pytest.raises(DraftMismatch, match="outside the target's vocabulary of 259"):
+        read_draft(folder, tiny_target)
+    (folder / "draft_vocab.json").write_text("[1, 2, 3]")
+    assert load_draft(folder, tiny_target).head.size == 3
+
+
+def test_a_pickle_is_one_of_numbers_under_names_and_says_what_the_other_file_says(write, architecture, tiny_target):
+    folder, tensors = write(), tensors_of(architecture)
+    torch.save({name: tensor.bfloat16() for name, tensor in tensors.items()}, folder / "pytorch_model.bin")
+    read_draft(folder, tiny_target)  # the same draft twice
+    tensors["fc.weight"][0, 0] += 1
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(CorruptFile, match=r"both model\.safetensors and pytorch_model\.bin, which differ"):
+        read_draft(folder, tiny_target)
+    (folder / "model.safetensors").unlink()
+    sparse, absent = tensors["fc.weight"].to_sparse(), torch.empty(48, 96, device="meta")
+    for broken in (tensors | {"fc.weight": sparse}, tensors | {"fc.weight": absent}, {1: torch.ones(2)}):
+        torch.save(broken, folder / "pytorch_model.bin")
+        with pytest.raises(CorruptFile, match=r"not a plain file of tensors: .* is none"):
+            read_draft(folder, tiny_target)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10**6) | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=4,
+)
+FIELDS = st.sampled_from([*sorted(READ - {"hidden_size", "vocab_size"}), "clip_qkv", "pad_token_id", "target"])
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(FIELDS, VALUES, min_size=1, max_size=3), VALUES)
+def test_any_config_is_taken_or_refused_in_words(architecture, tiny_target, tmp_path, changes, record):
+    """By whoever reads a draft: the accounting, and the checker with its readings of other engines."""
+    config = architecture.to_config_json() | {"hass": {"target_identity": record}} | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors_of(architecture), tmp_path / "model.safetensors")
+    with suppress(HassError):
+        load_draft(tmp_path, tiny_target)
+    for engine in ENGINES.values():
+        with suppress(HassError):
+            check_draft(tmp_path, tiny_target, engine)
