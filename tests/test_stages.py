@@ -14,7 +14,7 @@ from hass_core.errors import BadInput, ConfigError, ContextTooLong, CorruptFile,
 from hass_core.target_model.loader import freeze
 from tests.conftest import byte_tokenizer, tiny_llama
 
-PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_warm_start_of_another_family(refused, biased):
 
 
 def test_a_family_that_this_target_cannot_have(refused):
-    partial = freeze(tiny_llama(**PARTIAL), byte_tokenizer(), "partial")
+    partial = freeze(tiny_llama(rope_parameters=PARTIAL), byte_tokenizer(), "partial")
     assert "partial_rotary_factor" in refused("draft", TargetError, partial, draft={"family": "target"})
 
 
