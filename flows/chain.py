@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from flows.parameters import RunParameters
 from hass_core.config import Stage
@@ -12,6 +13,7 @@ from tasks.elsewhere import run_elsewhere
 from tasks.finished import find_finished
 from tasks.links import link_to_mlflow, prefect_tags
 from tasks.resources import made_by
+from tasks.told import told
 from tasks.tracking import open_retraining
 from tasks.warm_start import resolve_warm_start
 
@@ -30,6 +32,7 @@ class Chain:
     run_id: str
     artifacts: list[Artifact]
     new: bool = True  # False: all of it was finished and recorded before, and nothing was touched
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage, of those made now
 
     @property
     def last(self) -> Artifact:
@@ -44,7 +47,8 @@ def run_until(last: Stage, run: RunParameters) -> Iterator[Chain]:
     """
     asked = run.config()
     prompts.check_ahead(asked, last)
-    collected = prompts.collect_prompts(asked)
+    seconds: dict[str, float] = {}
+    collected = told(asked, "prompts", lambda: prompts.collect_prompts(asked), seconds)
     config, began = resolve_warm_start(asked, collected, run.continues)
     if began:
         prompts.check_ahead(config, last)
@@ -57,9 +61,10 @@ def run_until(last: Stage, run: RunParameters) -> Iterator[Chain]:
         done = [collected]
         for stage, step in STEPS.items():
             if deployment := run.deployments.get(stage):
-                done.append(run_elsewhere(stage, deployment, run.for_sub_flow(run_id), config, run_id))
+                work = partial(run_elsewhere, stage, deployment, run.for_sub_flow(run_id), config, run_id)
             else:
-                done.append(step(config, done[-1], run_id))
+                work = partial(step, config, done[-1], run_id)
+            done.append(told(config, stage, work, seconds))
             if stage == last:
                 break
-        yield Chain(run_id, done)
+        yield Chain(run_id, done, seconds=seconds)

@@ -17,8 +17,9 @@ from tasks.finished import find_judged
 from tasks.promotion import Verdict, check_promotion, decide
 from tasks.registration import register_draft
 from tasks.release import release_champion
-from tasks.summary import nothing_new, report_tables, version_lines
-from tasks.tracking import DraftVersion, ui_command
+from tasks.report import publish_report, report_address
+from tasks.summary import next_steps, nothing_new, places, report_tables, version_lines
+from tasks.tracking import DraftVersion
 
 
 class Retrained(BaseModel):
@@ -28,6 +29,7 @@ class Retrained(BaseModel):
     evaluation: Artifact
     version: DraftVersion
     verdict: Verdict | None = None
+    report: str = ""  # address of its page
     new: bool = True  # False: nothing has changed since it was made, and nothing was done
 
 
@@ -42,20 +44,23 @@ def retrain(run: RunParameters) -> Retrained | State[Retrained]:
     with run_until("evaluation", run) as chain:
         if not chain.new and (version := find_judged(config, chain.artifacts[-2])):
             release_champion(config)  # where that was left undone
-            done = Retrained(run_id=chain.run_id, evaluation=chain.last, version=version, new=False)
+            report = report_address(config, chain.run_id)
+            done = Retrained(run_id=chain.run_id, evaluation=chain.last, version=version, report=report, new=False)
             return Completed(name="Nothing new", message=nothing_new(version), data=done)
         version = register_draft(config, chain.artifacts, chain.run_id)
         verdict = decide(config, version) if config.promotion.automatic else None
+    report = publish_report(config, chain.run_id, chain.artifacts, chain.seconds, version, verdict)
     release_champion(config)
-    return Retrained(run_id=chain.run_id, evaluation=chain.last, version=version, verdict=verdict)
+    return Retrained(run_id=chain.run_id, evaluation=chain.last, version=version, verdict=verdict, report=report)
 
 
 def show(console: Console, config: RunConfig, done: Retrained) -> None:
-    """The report, the registered version and how to see more."""
+    """The report, the registered version, where everything is and what to do next."""
     console.print(report_tables(config, done.evaluation))
     told = version_lines(done.version, done.verdict) if done.new else nothing_new(done.version)
-    console.print(told, highlight=False)
-    console.print(f"runs and figures: {ui_command(config)}", highlight=False, soft_wrap=True)
+    console.print(told, highlight=False, soft_wrap=True)
+    for line in [*places(config, done.version, done.report), "", *next_steps(config, done.version)]:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from hass_core.config import RunConfig
 from hass_core.errors import INTERRUPTED
 from tasks.progress import terminal
 from tasks.summary import stage_table
+from tasks.told import say
 
 SERVER_ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
@@ -79,7 +80,7 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[None]:
-    """One line that follows the present stage."""
+    """A line when a stage begins and ends; on a terminal one more that follows the present stage."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         line = bar.add_task("starting", total=None)
@@ -87,8 +88,9 @@ def _progress(console: Console) -> Iterator[None]:
         def update(done: int, total: int, note: str = "") -> None:
             bar.update(line, completed=done, total=total, description=note)
 
-        token = terminal.set(update)
+        tokens = terminal.set(update), say.set(lambda line: console.print(line, highlight=False, soft_wrap=True))
         try:
             yield
         finally:
-            terminal.reset(token)
+            terminal.reset(tokens[0])
+            say.reset(tokens[1])

@@ -1,8 +1,10 @@
 """What all settings have in common: the base of their models, and how values are read, changed and refused."""
 
 import difflib
+import json
 import shlex
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 from urllib.parse import urlsplit
@@ -114,6 +116,49 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"settings file {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or brackets without end
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def as_toml(settings: Settings) -> tuple[str, list[str]]:
+    """The settings that differ from the defaults as a TOML file, and those that are cleared, as `key=none`.
+
+    TOML has no word for None: what is cleared goes on the command line.
+    """
+    tables, cleared = _differing(settings, type(settings)().model_dump(mode="json"))
+    lines: list[str] = []
+    for table, values in sorted(tables.items()):
+        lines += ["", f"[{table}]"] if table else []
+        lines += [f"{name} = {_toml_value(value)}" for name, value in values.items()]
+    return "\n".join(lines).strip() + "\n", cleared
+
+
+def _differing(settings: Settings, defaults: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Values that differ by table ("" = none) and name, and the names of those that are None now."""
+    tables: dict[str, dict[str, Any]] = {"": {}}
+    cleared: list[str] = []
+    for table, values, before in _sections(settings, defaults):
+        changed = {name: value for name, value in values.items() if value != before[name]}
+        cleared += [f"{table}.{name}=none".removeprefix(".") for name, value in changed.items() if value is None]
+        if changed or (table and defaults[table] is None):
+            tables[table] = {name: value for name, value in changed.items() if value is not None}
+    return tables, cleared
+
+
+def _sections(settings: Settings, defaults: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Each table's name, its values and its defaults; a table that may be left out has those of its kind."""
+    values = settings.model_dump(mode="json")
+    inner = {name: value for name, value in settings if isinstance(value, Settings)}
+    yield "", {name: value for name, value in values.items() if name not in inner}, defaults
+    for name, section in inner.items():
+        yield name, values[name], defaults[name] or type(section)().model_dump(mode="json")
+
+
+def _toml_value(value: Any) -> str:
+    """A value of settings; strings and lists are written as in JSON, tables inline."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {_toml_value(inner)}" for name, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

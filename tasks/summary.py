@@ -3,13 +3,14 @@
 from rich.console import RenderableType
 from rich.table import Table
 
+from hass_core.command_path import command_path
 from hass_core.config import RunConfig
 from hass_core.evaluation.evaluate import read_report
 from hass_core.evaluation.terminal import terminal
 from hass_core.store import Artifact
 from tasks.gate import Verdict
 from tasks.resources import store_of
-from tasks.tracking import DraftVersion
+from tasks.tracking import DraftVersion, ui_command
 
 
 def stage_table(artifact: Artifact) -> RenderableType:
@@ -19,6 +20,22 @@ def stage_table(artifact: Artifact) -> RenderableType:
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     table.add_row("stored in", artifact.url)
     return table
+
+
+def stage_words(artifact: Artifact) -> str:
+    """What a stage made, in a few words."""
+    found = artifact.summary
+    words = {
+        "prompts": "{prompts:,} prompts, {skipped:,} left out",
+        "responses": "{conversations:,} answers, {response_tokens:,} tokens",
+        "features": "{tokens:,} tokens of {conversations:,} conversations",
+        "draft": "{steps:,} steps, {tokens_seen:,} tokens seen",
+        "evaluation": "speed-up {speedup:.2f} ×, τ {tau_macro:.2f}",
+    }
+    try:
+        return words[artifact.stage].format(**found)
+    except KeyError:  # a stage of an earlier version
+        return artifact.digest
 
 
 def report_tables(config: RunConfig, evaluation: Artifact) -> RenderableType:
@@ -40,3 +57,20 @@ def nothing_new(version: DraftVersion) -> str:
     """What a retraining says that found everything done."""
     named = f"{version.model} version {version.version}" + (f", the {version.alias}," if version.alias else "")
     return f"nothing new: {named} was made of the same prompts, target and settings"
+
+
+def places(config: RunConfig, version: DraftVersion, report: str) -> list[str]:
+    """Where the draft, its report and the runs are."""
+    shown = [("draft", version.draft.url), ("report", report), ("runs and figures", ui_command(config))]
+    return [f"{name}: {where}" for name, where in shown if where]
+
+
+def next_steps(config: RunConfig, version: DraftVersion) -> list[str]:
+    """What to do with the draft now, as commands to paste."""
+    hass, folder = command_path("hass"), version.draft.url
+    return [
+        "Next:",
+        f"  {hass} chat {folder}",
+        f"  {hass} serve {folder}",
+        f"  {hass} export {folder} --engine vllm -o exported",
+    ]

@@ -4,9 +4,8 @@ Drawn without a display: SVG for pages, PNG for the files of a run. matplotlib i
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZE_INCHES = (7, 4.2)
-PANEL_INCHES = 4.6  # width of one of several
 DOTS_PER_INCH = 130
 INK, GREY = "#24292f", "#8a919a"  # in a page the ink is that of its text; grey reads on white and on black
 STYLE: dict[Any, Any] = {
@@ -61,26 +59,18 @@ CHOICE_COLORS = ("#8f2a3b", "#d1495b", "#e58a97", "#f2c1c8")  # the draft's firs
 Draw = Callable[["Axes"], None]
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One figure of a page."""
-
-    svg: Markup
-    broad: bool = False  # several panels side by side
-
-
-def figures_of(report: Report) -> list[Picture]:
-    """The figures of a report."""
+def figures_of(report: Report) -> list[Markup]:
+    """The figures of a report's page."""
     fills = [partial(_speed, report=report), partial(_tau, report=report)]
     if report.score(report.main_method).acceptance_by_depth:
         fills.append(partial(_acceptance, report=report))
     if report.tree_use:
         fills.append(partial(_tree_use, report=report))
-    return [Picture(svg(fill)) for fill in fills]
+    return [svg(fill) for fill in fills]
 
 
-def curves_of(metrics: list[dict[str, Any]]) -> list[Picture]:
-    """Loss, step accuracy and τ over the optimizer steps, side by side; what metrics.jsonl lacks is not drawn."""
+def curves_of(metrics: list[dict[str, Any]]) -> list[Markup]:
+    """Loss, step accuracy and τ over the optimizer steps; what metrics.jsonl lacks is not drawn."""
     names = {name for row in metrics for name in row}
     steps = sorted(name for name in names if name.startswith("val/accuracy_step_"))
     panels = [
@@ -94,7 +84,7 @@ def curves_of(metrics: list[dict[str, Any]]) -> list[Picture]:
         if (curves := {name: shown for name, shown in given.items() if name in names})
     ]
     fills = [partial(_curves, metrics=metrics, curves=c, title=t, unit=u, start=s) for t, u, s, c in present]
-    return [Picture(svg(*fills), broad=True)] if fills else []
+    return [svg(fill) for fill in fills]
 
 
 def draw_gains(gains: Mapping[str, Estimate], path: Path, title: str) -> Path:
@@ -102,41 +92,44 @@ def draw_gains(gains: Mapping[str, Estimate], path: Path, title: str) -> Path:
     return draw(path, lambda axes: _gains(axes, gains, title))
 
 
+def gains_of(gains: Mapping[str, Estimate], title: str) -> Markup:
+    """The same for a page."""
+    return svg(lambda axes: _gains(axes, gains, title))
+
+
 def read_metrics(text: str) -> list[dict[str, Any]]:
     """The complete lines of a metrics.jsonl."""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
 
 
-def svg(*fills: Draw) -> Markup:
+def svg(fill: Draw) -> Markup:
     """One figure for a page: its ink follows the page's, its text stays text."""
     buffer = StringIO()
-    with _figure(fills) as figure:
+    with _figure(fill) as figure:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return Markup(text[text.index("<svg") :].replace(INK, "currentColor"))
 
 
-def draw(path: Path, *fills: Draw) -> Path:
-    """One figure as a PNG; each of `fills` draws its own pair of axes, side by side."""
-    with _figure(fills) as figure:
+def draw(path: Path, fill: Draw) -> Path:
+    """One figure as a PNG."""
+    with _figure(fill) as figure:
         figure.savefig(path, dpi=DOTS_PER_INCH)
     return path
 
 
 @contextmanager
-def _figure(fills: Sequence[Draw]) -> "Iterator[Figure]":
-    """A figure with its axes filled, in this module's style until the block ends."""
+def _figure(fill: Draw) -> "Iterator[Figure]":
+    """A figure whose axes `fill` has drawn into, in this module's style until the block ends."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with mpl.rc_context(STYLE):
-        width, height = SIZE_INCHES
-        figure = Figure(figsize=(width if len(fills) == 1 else PANEL_INCHES * len(fills), height))
-        figure.set_layout_engine("constrained", wspace=0.06)
+        figure = Figure(figsize=SIZE_INCHES)
+        figure.set_layout_engine("constrained")
         FigureCanvasAgg(figure)
-        for axes, fill in zip(figure.subplots(1, len(fills), squeeze=False)[0], fills, strict=True):
-            fill(axes)
+        fill(figure.subplots())
         yield figure
 
 
@@ -237,7 +230,7 @@ def _gains(axes: "Axes", gains: Mapping[str, Estimate], title: str) -> None:
     axes.set_ylim(len(percents) - 0.4, -0.6)
     axes.margins(x=0.12)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("speed-up over the champion's, %, with 95 % intervals over the same questions")
+    axes.set_xlabel("gain in tokens/s, %, with 95 % intervals over the same questions")
     axes.set_title(title)
 
 

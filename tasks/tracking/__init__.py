@@ -34,6 +34,7 @@ from tasks.tracking.registry import (
     serves,
     target_identity,
 )
+from tasks.tracking.report import differences, is_published, log_page, page_address
 from tasks.tracking.runs import (
     WARM_START,
     StageRun,
@@ -59,16 +60,20 @@ __all__ = [
     "champion",
     "connect",
     "crown",
+    "differences",
     "find_address",
     "find_recorded",
     "find_version",
     "forget_release",
     "is_judged",
+    "is_published",
     "is_recorded",
     "is_released",
     "is_running",
     "lineage",
+    "log_page",
     "open_retraining",
+    "page_address",
     "record_export",
     "record_failed_export",
     "record_release",

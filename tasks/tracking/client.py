@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import read_mlflow_creds
 
+from hass_core.command_path import command_path
 from hass_core.config import RunConfig
 from hass_core.errors import TrackingError
 from hass_core.trusted_hosts import VARIABLE, is_trusted
@@ -85,8 +86,8 @@ def ui_command(config: RunConfig) -> str:
     page = f"#/experiments/{experiment_id(connect(config), config)}/runs?{VIEW}"
     if _is_server(uri):
         return f"{_base(uri)}/{page}"
-    command = f"mlflow ui --host 127.0.0.1 --backend-store-uri {shlex.quote(_shown(uri))}"
-    if local_folder(config) == Path(".hass").resolve():
+    command = f"{command_path('mlflow')} ui --host 127.0.0.1 --backend-store-uri {shlex.quote(_shown(uri))}"
+    if local_folder(config) == Path(".hass").resolve() and Path("Makefile").is_file():
         command = "make ui"
     return f"{command}, then http://127.0.0.1:5000/{page}"
 

@@ -47,6 +47,12 @@ def retrain(environment, preset: Path | str, *overrides: str) -> subprocess.Comp
     )
 
 
+def report_of(done: subprocess.CompletedProcess[str]) -> str:
+    """The page whose address a retraining printed."""
+    (address,) = re.findall(r"^report: (\S+)$", done.stdout, re.MULTILINE)
+    return Path(address).read_text()
+
+
 def finished_stages(preset: Path) -> dict[Path, int]:
     found = (preset.parent / ".hass/store").rglob("manifest.json")
     return {path.relative_to(preset.parent): path.stat().st_mtime_ns for path in found}
@@ -70,12 +76,24 @@ def test_a_retraining_ends_with_report_and_version_and_the_next_reuses_what_it_c
     assert "registered  hass-draft-tiny version 1" in first.stdout
     assert "promoted: there is no champion" in first.stdout
     assert "mlflow ui --host 127.0.0.1" in first.stdout
+    made = ("prompts", "responses", "features", "draft", "evaluation")
+    told = re.findall(r"^(\w+) +(started|done in \d+ s: .*\d)", first.stdout, re.MULTILINE)  # it is no terminal
+    assert [name for name, _ in told] == [name for name in made for _ in range(2)]
+    assert re.search(r"^  \S*hass chat \S+/store/draft/\w{16}$", first.stdout, re.MULTILINE)
+    page = report_of(first)
+    assert "There was no champion to compare with: it is the first." in page
     before = finished_stages(tiny_preset)
     assert stages(before) == ["draft", "evaluation", "features", "prompts", "responses"]
 
     second = retrain(environment, tiny_preset, "training.passes=5")
     assert second.returncode == 0, second.stdout + second.stderr
     assert "version 2" in second.stdout
+    assert len(re.findall(r"^\w+ +found finished,", second.stdout, re.MULTILINE)) == 3
+    page = report_of(second)
+    assert "What changed since the champion, version 1" in page
+    assert "<td>training.passes</td><td>4.0</td><td>5.0</td>" in page
+    assert page.count("<td>found finished</td>") == 3
+    assert "passes = 5.0" in page.partition("How to repeat it")[2]
     assert re.search(r"^(not )?promoted: the gain over the champion \(version 1\) is", second.stdout, re.MULTILINE)
     after = finished_stages(tiny_preset)
     assert {path: after[path] for path in before} == before

@@ -1,0 +1,28 @@
+"""One line when a stage begins and one when it ends, with counts and times; for terminals and for logs alike."""
+
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from datetime import datetime
+
+from hass_core.config import RunConfig
+from hass_core.store import Artifact
+from tasks.resources import store_of
+from tasks.summary import stage_words
+
+say: ContextVar[Callable[[str], None]] = ContextVar("say", default=lambda line: None)
+"""Set by a flow that runs in a terminal; called with each line."""
+
+
+def told(config: RunConfig, stage: str, work: Callable[[], Artifact], seconds: dict[str, float]) -> Artifact:
+    """Do a stage's work between two lines on the terminal; `seconds` takes its time unless it was finished."""
+    say.get()(f"{stage:<12}started {time.strftime('%H:%M:%S')}")
+    began, started = int(time.time()), time.monotonic()
+    artifact = work()
+    took = time.monotonic() - started
+    manifest = store_of(config).open(artifact).manifest()
+    made = datetime.fromisoformat(manifest.provenance["time"]).timestamp() >= began if manifest else True
+    if made:
+        seconds[stage] = took
+    say.get()(f"{stage:<12}{'done in' if made else 'found finished,'} {took:.0f} s: {stage_words(artifact)}")
+    return artifact

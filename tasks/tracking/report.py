@@ -1,0 +1,55 @@
+"""A retraining's page in MLflow, and what it says of the draft before: settings and results of two versions."""
+
+from urllib.parse import unquote, urlsplit
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from hass_core.config import RunConfig
+from tasks.tracking.client import connect, run_url
+from tasks.tracking.registry import DraftVersion
+
+PAGE = "report.html"
+RESULTS = ("evaluation/speedup", "evaluation/tau_macro", "draft/best_tau", "draft/tokens_seen", "prompts/prompts")
+Differences = list[tuple[str, str, str]]
+
+
+def log_page(config: RunConfig, run_id: str, html: str) -> str:
+    """Put the page into the retraining's run; returns where to look at it."""
+    connect(config).log_text(run_id, html, PAGE)
+    return page_address(config, run_id)
+
+
+def page_address(config: RunConfig, run_id: str) -> str:
+    """The page's address on a tracking server, else its file on this machine."""
+    if url := run_url(config, run_id):
+        return f"{url.partition('?')[0]}/artifacts/{PAGE}"
+    folder = connect(config).get_run(run_id).info.artifact_uri or ""
+    return f"{unquote(urlsplit(folder).path) if folder.startswith('file:') else folder}/{PAGE}"
+
+
+def is_published(config: RunConfig, run_id: str) -> bool:
+    """Whether the run has its page."""
+    return any(file.path == PAGE for file in connect(config).list_artifacts(run_id))
+
+
+def differences(client: MlflowClient, before: DraftVersion, after: DraftVersion) -> tuple[Differences, Differences]:
+    """Settings that differ between the runs that made two versions, and their results side by side."""
+    old, new = (_run_of(client, version) for version in (before, after))
+    if old is None or new is None:
+        return [], []
+    names = sorted(old.data.params.keys() | new.data.params.keys())
+    settings = [(name, old.data.params.get(name, ""), new.data.params.get(name, "")) for name in names]
+    results = [(name, *(_shown(run.data.metrics.get(name)) for run in (old, new))) for name in RESULTS]
+    return [row for row in settings if row[1] != row[2]], [row for row in results if any(row[1:])]
+
+
+def _run_of(client: MlflowClient, version: DraftVersion) -> Run | None:
+    run_id = client.get_model_version(version.model, version.version).run_id
+    return client.get_run(run_id) if run_id else None
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.2f}"
