@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from hass_core.cli.options import DraftOption, Overrides, folder_there, target_there
+from hass_core.cli.draft_address import default_draft, with_target_of
+from hass_core.cli.options import DraftDefault, FileOrPreset, Overrides, folder_there, target_there
 from hass_core.config import RunConfig, load_config, parse_config
 from hass_core.errors import ConfigError
 from hass_core.target_model.source import check_source
 
 app = typer.Typer()
 Shape = Literal["smollm2-135m", "llama3-8b", "tiny"]
-FileOrPreset = Annotated[str | None, typer.Option("--config", "-c", help="Preset or .toml file to take settings from")]
 Target = Annotated[
     str | None, typer.Option("--target", "-t", help="Default: the settings' target", callback=target_there)
 ]
@@ -27,7 +27,7 @@ Target = Annotated[
 
 @app.command()
 def decode(
-    draft: DraftOption = None,
+    draft: DraftDefault = None,
     plan: Annotated[bool, typer.Option("--plan", help="Choose the tree by measuring; plain where none wins")] = False,
     rows: Annotated[int, typer.Option(min=1, help="Prompts decoded at once")] = 1,
     questions: Annotated[int, typer.Option(min=1, help="Prompts decoded")] = 8,
@@ -43,10 +43,13 @@ def decode(
 ) -> None:
     """Plain and speculative decoding, transformers' generate and the limit the memory sets, in tokens per second.
 
-    Example: hass bench decode --draft .hass/store/draft/DIGEST --plan
+    Example: hass bench decode .hass/store/draft/DIGEST --plan
     """
     given = {"target.source": target, "target.dtype": dtype, "tree.depth": depth, "tree.top_k": top_k}
     chosen = _settings(config, override, given | {"tree.nodes": nodes, "tree.eight_bits": eight_bits})
+    draft = default_draft(draft)
+    if draft and config is None and target is None:
+        chosen = with_target_of(draft, chosen, override or [])
     check_source(chosen.target.source)
     _run("decoding", chosen.target, chosen.tree, draft, plan, rows, questions, max_new_tokens)
 

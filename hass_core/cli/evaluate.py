@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from hass_core.cli.common import console, progress_bar, settings, show, show_json
-from hass_core.cli.options import AsJson, ConfigName, Out, Overrides, draft_folder
+from hass_core.cli.draft_address import find_draft, with_target_of
+from hass_core.cli.options import DRAFT, PRESET, AsJson, FileOrPreset, Out, Overrides
 from hass_core.errors import BadInput
 from hass_core.evaluation.benchmark_names import check_benchmarks
 from hass_core.evaluation.method_names import HASS, check_methods
@@ -19,20 +20,22 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    draft: Annotated[list[str], typer.Option(help="Draft folder, or METHOD=FOLDER (eagle2=…, eagle=…, sps=…)")],
+    drafts: Annotated[
+        list[str], typer.Argument(metavar="DRAFT…", help=f"Each {DRAFT}, or METHOD=… for eagle2, eagle and sps")
+    ],
     out: Out,
     methods: Annotated[
         str | None, typer.Option(help="Comma-separated: plain,pld,sps,eagle,eagle2,hass; default: as configured")
     ] = None,
     benchmarks: Annotated[str | None, typer.Option(help="Comma-separated: heldout, NAME=FILE, a file, …")] = None,
     temperatures: Annotated[str | None, typer.Option(help="Comma-separated, such as 0,1")] = None,
-    config: ConfigName = "smollm2-cpu",
+    config: FileOrPreset = None,
     override: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure drafts and rivals; prints the paper's table: speed-up and τ for each benchmark and temperature.
 
-    Example: hass evaluate --draft .hass/store/draft/DIGEST -o report --temperatures 0,1
+    Example: hass evaluate .hass/store/draft/DIGEST -o report --temperatures 0,1
     """
     changes = list(override or [])
     if methods is not None:
@@ -41,8 +44,10 @@ def evaluate(
         changes.append(f"evaluation.benchmarks={json.dumps(benchmarks.split(','))}")
     if temperatures is not None:
         changes.append(f"evaluation.temperatures=[{temperatures}]")
-    chosen = settings(config, changes)
-    own, others = split_drafts(draft)
+    own, others = split_drafts(drafts)
+    chosen = settings(config or PRESET, changes)
+    if own and config is None:
+        chosen = with_target_of(own, chosen, changes)
     check_methods(chosen.evaluation.methods, ({HASS: own} if own else {}) | others)
     check_benchmarks(chosen.evaluation.benchmarks)
     from hass_core.evaluation.evaluate import evaluate_folder  # imports torch: only when the command line is right
@@ -62,9 +67,9 @@ def split_drafts(given: list[str]) -> tuple[Path | None, dict[str, Path]]:
     """The draft under test, and those of other methods. Raises BadInput when two are given for one method."""
     drafts: dict[str, Path] = {}
     for entry in given:
-        name, named, folder = entry.partition("=")
-        method, path = (name, Path(folder)) if named else (HASS, Path(entry))
+        name, named, address = entry.partition("=")
+        method, path = (name, find_draft(address)) if named else (HASS, find_draft(entry))
         if method in drafts:
             raise BadInput(f"two drafts for the method {method}: {drafts[method]} and {path}")
-        drafts[method] = draft_folder(path)
+        drafts[method] = path
     return drafts.pop(HASS, None), drafts

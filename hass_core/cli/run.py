@@ -1,15 +1,14 @@
 """`hass run` and `hass presets`: the stages by hand."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from hass_core.cli.common import console, progress_bar, settings, show, show_json
-from hass_core.cli.options import AsJson, ConfigName, Overrides, draft_folder
+from hass_core.cli.draft_address import find_draft
+from hass_core.cli.options import AsJson, ConfigName, Overrides
 from hass_core.config import Stage, load_config, preset_names
-from hass_core.data.live import check_local
 from hass_core.evaluation.benchmark_names import check_benchmarks
 
 
@@ -31,7 +30,9 @@ def run(
     """
     chosen = settings(config, override)
     if chosen.draft.warm_start and "://" not in chosen.draft.warm_start:
-        draft_folder(Path(chosen.draft.warm_start))
+        find_draft(chosen.draft.warm_start)
+    from hass_core.data.live import check_local  # imports transformers
+
     check_local(chosen.prompts.files)
     check_benchmarks(chosen.evaluation.benchmarks)  # no question of theirs may be trained on
     from hass_core.store import Store

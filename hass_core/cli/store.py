@@ -1,31 +1,43 @@
 """`hass store`: what the store holds, what it takes, and what can go."""
 
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.table import Table
 
-from hass_core.cli.common import console, settings, show
-from hass_core.cli.options import ConfigName, Overrides
+from hass_core.cli.common import console, settings, show, show_json
+from hass_core.cli.options import AsJson, ConfigName, Overrides
 from hass_core.config import Stage
-from hass_core.store import Store
-from hass_core.store.housekeeping import Entry, entries, removable, remove
+
+if TYPE_CHECKING:
+    from hass_core.store import Store
+    from hass_core.store.housekeeping import Entry
 
 app = typer.Typer(no_args_is_help=True)
 STAGES: tuple[str, ...] = (*get_args(Stage), "duel")  # in order
 
 
 @app.command()
-def ls(config: ConfigName = "smollm2-cpu", overrides: Overrides = None) -> None:
-    """List the stages, the newest first."""
+def ls(config: ConfigName = "smollm2-cpu", overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """List the stages, the newest first.
+
+    Example: hass store ls
+    """
     _, held = _open(config, overrides)
+    if as_json:
+        return show_json([vars(entry) for entry in held])
     _table(held)
 
 
 @app.command()
-def size(config: ConfigName = "smollm2-cpu", overrides: Overrides = None) -> None:
-    """Say what each kind of stage takes."""
+def size(config: ConfigName = "smollm2-cpu", overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what each kind of stage takes.
+
+    Example: hass store size -s store=s3://BUCKET/FOLDER
+    """
     _, held = _open(config, overrides)
+    if as_json:
+        return show_json({stage: sum(entry.bytes for entry in held if entry.stage == stage) for stage in STAGES})
     for stage in STAGES:
         own = [entry for entry in held if entry.stage == stage]
         show(f"{stage:<12}{len(own):>5}  {_shown(sum(entry.bytes for entry in own)):>10}")
@@ -39,7 +51,12 @@ def prune(
     keep: Annotated[int, typer.Option(min=0, help="Newest drafts kept with all they came from")] = 3,
     yes: Annotated[bool, typer.Option("--yes", help="Remove; without it, only say what would go")] = False,
 ) -> None:
-    """Remove what no registered draft, no recent run and nothing under way needs."""
+    """Remove what no registered draft, no recent run and nothing under way needs.
+
+    Example: hass store prune --keep 3 --yes
+    """
+    from hass_core.store.housekeeping import removable, remove
+
     store, held = _open(config, overrides)
     going = removable(store, held, keep)
     _table(going)
@@ -52,12 +69,15 @@ def prune(
     show(f"{len(going)} stages removed, {total}")
 
 
-def _open(config: str, overrides: list[str] | None) -> tuple[Store, list[Entry]]:
+def _open(config: str, overrides: list[str] | None) -> "tuple[Store, list[Entry]]":
+    from hass_core.store import Store
+    from hass_core.store.housekeeping import entries
+
     store = Store(settings(config, overrides).store)
     return store, entries(store, STAGES)
 
 
-def _table(held: list[Entry]) -> None:
+def _table(held: "list[Entry]") -> None:
     table = Table("stage", "digest", "size", "")
     for entry in held:
         table.add_row(entry.stage, entry.digest, _shown(entry.bytes), "" if entry.finished else "unfinished")

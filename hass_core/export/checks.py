@@ -273,7 +273,7 @@ def _classes(config: dict[str, Any], engine: Engine) -> Iterator[Finding]:
                 field,
                 f'"{field}" is {config.get(field)!r}, {engine.title} needs {value!r}',
                 "another model class or structure is built",
-                f'set "{field}" to {value!r}, or export the draft again with `hass export --to {engine.name}`',
+                f'set "{field}" to {value!r}, or export the draft again with `hass export --engine {engine.name}`',
             )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from hass_core.errors import HassError, TargetError, TemplateError
 from hass_core.target_model.files import resolve_source, weight_files
 from hass_core.target_model.identity import TargetIdentity, identify, sampled_fingerprint, weights_of_files
 from hass_core.target_model.soundness import check_config, check_model, check_tokenizer, check_weights
-from hass_core.target_model.source import check_source, target_name
+from hass_core.target_model.source import check_source, portable, target_name
 
 SPREAD = "balanced"  # as accelerate calls it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,6 +32,7 @@ class Target:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     identity: TargetIdentity
+    origin: Mapping[str, str] = field(default_factory=dict)  # where it can be loaded again: source, and revision if one
 
     @property
     def fingerprint(self) -> str:
@@ -81,7 +82,8 @@ class Target:
 
     def record(self) -> dict[str, Any]:
         """What a draft notes of its target; see `differing`."""
-        return {"target": self.name, "target_identity": self.identity.parts()}
+        noted = {f"target_{name}": value for name, value in self.origin.items()}
+        return {"target": self.name, "target_identity": self.identity.parts(), **noted}
 
     def differing(self, record: Mapping[str, Any]) -> list[str]:
         """The parts of its identity in which a draft's record tells of another target; [] where it tells nothing.
@@ -124,7 +126,9 @@ def load_target(config: TargetConfig) -> Target:
         check_weights(found, source)
         check_tokenizer(tokenizer, len(model.get_input_embeddings().weight), source)
         weights = weights_of_files(weight_files(folder, model.config))
-        return freeze(model, tokenizer, name=target_name(source), folder=folder, weights=weights)
+        target = freeze(model, tokenizer, name=target_name(source), folder=folder, weights=weights)
+    revision = {"revision": config.revision} if config.revision else {}
+    return replace(target, origin={"source": portable(source), **revision})
 
 
 def freeze(

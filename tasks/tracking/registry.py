@@ -139,6 +139,12 @@ def by_alias(client: MlflowClient, name: str, alias: str) -> DraftVersion | None
         raise
 
 
+def champions(client: MlflowClient) -> list[DraftVersion]:
+    """The drafts in use, of every target."""
+    names = [model.name for model in client.search_registered_models() if CHAMPION in model.aliases]
+    return [version for name in names if (version := champion(client, name))]
+
+
 def find_version(client: MlflowClient, name: str, number: int | None, alias: str = CHALLENGER) -> DraftVersion:
     """A version by its number; None = the one with the alias. Raises TrackingError when there is none."""
     if number is None:

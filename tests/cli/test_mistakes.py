@@ -46,22 +46,22 @@ hass run draft -s evaluation.benchmarks=["missing.jsonl"]    | no benchmark 'mis
 hass run prompts -s prompts.files=["missing.jsonl"]          | missing.jsonl: no such file; check prompts.files
 hass run prompts -s prompts.files=["logs-*/2026.jsonl"]      | no such file; check prompts.files
 hass run prompts -s prompts.files=["empty"]                  | empty: no file of conversations there
-hass evaluate --draft draft                                  | Missing option '--out'
-hass evaluate --draft missing -o out                         | the draft missing is missing
-hass evaluate --draft file -o out                            | the draft file is a file
-hass evaluate --draft empty -o out                           | empty/config.json is missing
-hass evaluate --draft list -o out                            | list/config.json holds no JSON object
-hass evaluate --draft draft -o file                          | file is a file; name a folder
-hass evaluate --draft draft -o out --methods plain,medusa    | 'medusa'
-hass evaluate --draft draft -o out --methods eagle2          | the method eagle2 needs a draft of its own
-hass evaluate --draft sps=draft -o out                       | the method hass needs a draft
-hass evaluate --draft pld=draft -o out                       | no method 'pld' takes a draft
-hass evaluate --draft draft --draft draft -o out             | two drafts for the method hass
-hass evaluate --draft draft -o out --temperatures hot        | evaluation.temperatures
-hass evaluate --draft draft -o out --temperatures -1         | greater than or equal to 0
-hass evaluate --draft draft -o out -s training=5             | this is a section
-hass evaluate --draft draft -o out --benchmarks x=missing    | no benchmark 'x=missing': neither a file
-hass chat --draft missing                                    | the draft missing is missing
+hass evaluate draft                                          | Missing option '--out'
+hass evaluate missing -o out                                 | the draft missing is missing
+hass evaluate file -o out                                    | the draft file is a file
+hass evaluate empty -o out                                   | empty/config.json is missing
+hass evaluate list -o out                                    | list/config.json holds no JSON object
+hass evaluate draft -o file                                  | file is a file; name a folder
+hass evaluate draft -o out --methods plain,medusa            | 'medusa'
+hass evaluate draft -o out --methods eagle2                  | the method eagle2 needs a draft of its own
+hass evaluate sps=draft -o out                               | the method hass needs a draft
+hass evaluate pld=draft -o out                               | no method 'pld' takes a draft
+hass evaluate draft draft -o out                             | two drafts for the method hass
+hass evaluate draft -o out --temperatures hot                | evaluation.temperatures
+hass evaluate draft -o out --temperatures -1                 | greater than or equal to 0
+hass evaluate draft -o out -s training=5                     | this is a section
+hass evaluate draft -o out --benchmarks x=missing            | no benchmark 'x=missing': neither a file
+hass chat missing                                            | the draft missing is missing
 hass chat --depth 17                                         | depth = 17
 hass chat --nodes 1                                          | nodes = 1
 hass chat --temperature nan                                  | temperature = nan
@@ -70,15 +70,15 @@ hass serve --port 99999                                      | '--port'
 hass serve --host 0.0.0.0                                    | 0.0.0.0 is reachable by others
 hass serve --api-key-file missing                            | missing is missing, empty or not a text
 hass serve --api-key-file key                                | cannot be sent in a header
-hass serve --draft file                                      | the draft file is a file
+hass serve file                                              | the draft file is a file
 hass plan missing                                            | the draft missing is missing
 hass plan draft --rows 0                                     | '--rows'
 hass plan draft -o missing/plan.json                         | there is no folder missing
-hass export draft --to tensorrt -o out                       | 'tensorrt' is not one of 'vllm', 'sglang', 'eagle'
-hass export draft --to vllm -o out --steps 17                | depth = 17
-hass export draft --to vllm -o file                          | file is a file
-hass export draft --to vllm -o target                        | holds something other than a former export
-hass export draft --to vllm -o draft/vllm/../..              | is or holds the draft to read
+hass export draft --engine tensorrt -o out                   | 'tensorrt' is not one of 'vllm', 'sglang', 'eagle'
+hass export draft --engine vllm -o out --steps 17            | depth = 17
+hass export draft --engine vllm -o file                      | file is a file
+hass export draft --engine vllm -o target                    | holds something other than a former export
+hass export draft --engine vllm -o draft/vllm/../..          | is or holds the draft to read
 hass import draft -o target                                  | holds something other than a former export
 hass import half -o out                                      | half/config.json is not valid JSON
 hass import draft -o out -t /missing                         | the target '/missing' does not exist
@@ -90,7 +90,7 @@ hass doctor acceptance draft --questions missing             | no benchmark 'mis
 hass doctor acceptance draft --trained-template missing      | '--trained-template'
 hass bench decode --rows 0                                   | '--rows'
 hass bench decode --depth 17                                 | tree.depth = 17
-hass bench decode --draft missing                            | the draft missing is missing
+hass bench decode missing                                    | the draft missing is missing
 hass bench decode -s tree=5                                  | this is a section
 hass bench train --shape big                                 | 'big' is not one of
 hass bench train --optimizer sgd                             | training.optimizer = 'sgd'
@@ -114,12 +114,12 @@ flows.promote_draft -p version=0                             | version = '0'
 flows.rollback_draft seed=-1                                 | seed = -1
 """
 WITH_TORCH = """
-hass chat -t target --draft draft                            | model.safetensors is not a readable
-hass chat -t target --draft noweights                        | noweights/model.safetensors is missing
-hass chat -t target --draft target                           | target holds no draft
+hass chat -t target draft                                    | model.safetensors is not a readable
+hass chat -t target noweights                                | noweights/model.safetensors is missing
+hass chat -t target target                                   | target holds no draft
 hass plan draft -t target                                    | model.safetensors is not a readable
-hass evaluate --draft draft -o out -s target.source=target --benchmarks asked.jsonl | not a readable
-hass export draft --to vllm -t target -o out                 | draft
+hass evaluate draft -o out -s target.source=target --benchmarks asked.jsonl | not a readable
+hass export draft --engine vllm -t target -o out             | draft
 hass import noweights -t target -o imported                  | noweights
 hass run prompts -s target.source=garbage.gguf -s store=s    | garbage.gguf
 """
