@@ -14,6 +14,7 @@ from flows.terminal import main
 from hass_core.config import RunConfig
 from hass_core.store import Artifact
 from tasks.finished import find_judged
+from tasks.forecast import announce
 from tasks.promotion import Verdict, check_promotion, decide
 from tasks.registration import register_draft
 from tasks.release import release_champion
@@ -64,4 +65,4 @@ def show(console: Console, config: RunConfig, done: Retrained) -> None:
 
 
 if __name__ == "__main__":
-    main(retrain, show)
+    main(retrain, show, announce)

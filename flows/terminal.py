@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,17 +29,21 @@ SERVER_ENVIRONMENT = {
 }
 
 Show = Callable[[Console, RunConfig, Any], None]
+Before = Callable[[RunConfig], Iterable[str]]
 
 
-def main(flow: Flow[..., Any], show: Show | None = None) -> None:
+def main(flow: Flow[..., Any], show: Show | None = None, before: Before = lambda config: ()) -> None:
     """Read the command line, run the flow, print what came out. Exits with 2 after a user's mistake.
 
+    `before` gives lines to print first, and refuses what cannot end well; not where stages run on other machines.
     Arguments are a preset's name (optional, first) and changes as `section.key=value`; see `flows.arguments`.
     """
     console, started = Console(), time.monotonic()
     try:
         run = read(flow.name.replace("-", "_"), sys.argv[1:])
         config = run.config()  # a wrong setting is told before anything starts
+        for line in () if run.deployments else before(config):
+            console.print(line, highlight=False, soft_wrap=True)
         with _quiet_prefect(), _progress(console):
             result = flow(run)
     except KeyboardInterrupt:

@@ -6,16 +6,16 @@ reads a preset or a file and applies overrides. Derived quantities are methods e
 
 import os
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from hass_core.errors import ConfigError
 from hass_core.loop_config import Engine as Engine
 from hass_core.loop_config import ExecutionConfig, PromotionConfig, TrackingConfig, WatchConfig
-from hass_core.settings import Address, Command, Pattern, Settings, apply_override, read_toml, validated
+from hass_core.presets import preset_names as preset_names
+from hass_core.presets import read_settings
+from hass_core.settings import Address, Command, Pattern, Settings, apply_override, validated
 
 LEAST_TEMPERATURE = 1e-5  # logits of a thousand, divided by it, are still far from float32's limit
 
@@ -365,18 +365,12 @@ class RunConfig(Settings):
     execution: ExecutionConfig = ExecutionConfig()
 
 
-def preset_names() -> list[str]:
-    """Names of the shipped presets."""
-    folder = resources.files("hass_core") / "presets"
-    return sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml"))
-
-
 def load_config(source: str | Path = "smollm2-cpu", overrides: Iterable[str] = ()) -> RunConfig:
     """Read a preset or a TOML file, then apply `section.key=value` overrides (values in TOML syntax).
 
     Raises ConfigError naming the setting, its value and the nearest known name.
     """
-    return parse_config(_read(source), overrides, where=str(source))
+    return parse_config(read_settings(source), overrides, where=str(source))
 
 
 def parse_config(values: dict[str, Any], overrides: Iterable[str] = (), where: str = "settings") -> RunConfig:
@@ -384,13 +378,3 @@ def parse_config(values: dict[str, Any], overrides: Iterable[str] = (), where: s
     for override in overrides:
         apply_override(values, override)
     return validated(RunConfig, values, where)
-
-
-def _read(source: str | Path) -> dict[str, Any]:
-    path = Path(source)
-    if path.suffix == ".toml":
-        return read_toml(path)
-    if str(source) not in preset_names():
-        raise ConfigError(f"no preset named {str(source)!r}; presets are {', '.join(preset_names())}, or a .toml file")
-    with resources.as_file(resources.files("hass_core") / "presets" / f"{source}.toml") as preset:
-        return read_toml(preset)

@@ -161,6 +161,16 @@ def _toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def overlaid(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` put over it, table by table."""
+    both = {name: overlaid(base[name], new) for name, new in changes.items() if _both_tables(base.get(name), new)}
+    return base | changes | both
+
+
+def _both_tables(a: object, b: object) -> bool:
+    return isinstance(a, dict) and isinstance(b, dict)
+
+
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Put `section.key=value` into nested settings; the value in TOML's syntax, a bare word is a string, none is None.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hass_core import __version__
-from hass_core.cli import bench, chat, doctor, drafts, evaluate, plan, run, serve, store
+from hass_core.cli import bench, chat, doctor, drafts, evaluate, forecast, plan, run, serve, store
 from hass_core.cli.common import complain, notes
 from hass_core.errors import INTERRUPTED, USER_ERROR, sentence_of
 
@@ -24,6 +24,7 @@ chat.register(app)
 serve.register(app)
 evaluate.register(app)
 plan.register(app)
+forecast.register(app)
 drafts.register(app)
 app.add_typer(doctor.app, name="doctor", help="Find out what is wrong with data or a draft.")
 app.add_typer(store.app, name="store", help="See what the store holds, and remove what nobody needs.")

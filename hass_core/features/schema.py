@@ -10,7 +10,6 @@ Shapes: L tokens, H hidden size.
 import zlib
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +18,9 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from hass_core import __version__
+from hass_core.features.sizes import Encoding as Encoding
+from hass_core.features.sizes import bytes_per_token as bytes_per_token
 
-Encoding = Literal["bf16", "int8", "none"]
 Numbers = Sequence[int] | np.ndarray
 
 BLOCK_WORDS = 512  # of eight bytes
@@ -57,13 +57,6 @@ class FeatureInfo(BaseModel):
     def of(cls, schema: pa.Schema) -> "FeatureInfo":
         """Read the information back. Raises KeyError when the file is no feature shard."""
         return cls.model_validate_json((schema.metadata or {})[METADATA_KEY])
-
-
-def bytes_per_token(encoding: Encoding, hidden_size: int) -> int:
-    """Bytes of one token's features, before compression."""
-    if encoding == "none":
-        return 0
-    return 2 * hidden_size if encoding == "bf16" else hidden_size + 2
 
 
 def encode(features: Tensor, encoding: Encoding) -> bytes | memoryview:

@@ -1,0 +1,1 @@
+"""What a run will cost, before anything of it is there; and whether this machine has it."""
