@@ -27,6 +27,7 @@ from hass_core.features.writer import Computed, PartsWriter
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, FileRecord, StageFolder, Store
 from hass_core.target_model.capture import Capture, TokenIds, batches_for, capture_features
+from hass_core.target_model.ends import Whose
 from hass_core.target_model.loader import Target
 
 STEP_VERSION = 4  # 4: the target by its identity, row groups by their size
@@ -34,6 +35,7 @@ SAMPLE_CONVERSATIONS, SAMPLE_PARTS = 64, 8
 OTHER_BYTES_PER_TOKEN = 6  # token ids, mask and the rest, before compression
 RESERVE = 1.05
 TIMED_BATCHES = 2
+WHOSE = "target.json"  # which target made them: training may do without its layers
 SPEED_ONLY = {"max_tokens_per_batch"}  # row groups decide in which order conversations are trained on
 
 Spread = Callable[[list[str]], Iterable[str]]
@@ -73,6 +75,7 @@ def extract_features(
     summary = _finish(folder, sum(rows.values()), speed)
     audit = audit_masks(folder, [name for name in rows if folder.record(name).rows], target.tokenizer)
     folder.write_text(AUDIT, audit.model_dump_json(indent=1))
+    folder.write_text(WHOSE, Whose.of(target).model_dump_json(indent=1))
     return folder.finish(summary)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from hass_core.features.reader import Conversation, FeatureDataset
 from hass_core.target_model.capture import batches_for, capture_features
+from hass_core.target_model.known import KnownTarget
 from hass_core.target_model.loader import Target
 
 
@@ -55,6 +56,11 @@ class LiveFeatures:
         return found
 
 
-def with_features(stored: FeatureDataset, target: Target, max_tokens_per_batch: int) -> "FeatureDataset | LiveFeatures":
-    """The dataset to train on: the stored features, or the target's where none are stored."""
-    return stored if stored.holds_features else LiveFeatures(stored, target, max_tokens_per_batch)
+def with_features(
+    stored: FeatureDataset, target: KnownTarget, max_tokens_per_batch: int
+) -> "FeatureDataset | LiveFeatures":
+    """The dataset to train on: the stored features, or the target's where none are stored, which takes its layers."""
+    if stored.holds_features:
+        return stored
+    assert isinstance(target, Target)  # whoever trains without the layers has looked at the encoding
+    return LiveFeatures(stored, target, max_tokens_per_batch)

@@ -43,6 +43,13 @@ class Conversation:
     features: Tensor  # [L, H] bfloat16; for the encoding "bf16" a view of the file's bytes: do not write into it
 
 
+class Answer(NamedTuple):
+    """A conversation's tokens [L] and which of them are the target's [L]."""
+
+    token_ids: Tensor
+    loss_mask: Tensor
+
+
 class _Place(NamedTuple):
     file: str
     row_group: int
@@ -200,6 +207,18 @@ class FeatureDataset:
                 rows = pending.popleft().result()
                 pending.extend(threads.submit(self._rows, run) for run in islice(runs, 1))
                 yield from rows
+
+    def answers(self) -> Iterator[Answer]:
+        """Tokens and masks of all conversations in order, without their features: those columns alone are read."""
+        for (file, number), run in groupby(self._places, key=lambda place: place[:2]):
+            where = f"{self._folder.url}/{file}, row group {number}"
+            with self._folder.open(file) as source, _parquet_named(where), pq.ParquetFile(source) as shard:
+                table = shard.read_row_group(number, columns=["token_ids", "loss_mask"])
+            starts, token_ids = _flat(table["token_ids"])
+            mask_starts, mask = _flat(table["loss_mask"])
+            for place in run:
+                rows = slice(*starts[place.row : place.row + 2]), slice(*mask_starts[place.row : place.row + 2])
+                yield Answer(torch.from_numpy(token_ids[rows[0]].copy()), torch.from_numpy(mask[rows[1]].astype(bool)))
 
     def _rows(self, indices: list[int]) -> list[Conversation]:
         """All of one row group, which the cache may forget meanwhile."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils.hub import cached_file
 
@@ -50,6 +51,17 @@ def weight_files(folder: str, config: PretrainedConfig) -> list[Path]:
         shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
         return [_shard(folder, shard, config) for shard in shards]
     raise TargetError(f"the target {folder} has no weights: neither {' nor '.join(WEIGHT_FILES)} is there")
+
+
+def tensor_files(folder: str, config: PretrainedConfig) -> dict[str, Path]:
+    """The safetensors file of each tensor, by the index; no file is opened but a single one. Raises TargetError."""
+    if index := stored_file(folder, WEIGHT_FILES[1], config):
+        held = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: index.parent / shard for name, shard in held.items()}
+    if (single := stored_file(folder, WEIGHT_FILES[0], config)) is None:
+        raise TargetError(f"the target {folder} has no safetensors; convert it, or train with the whole target")
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
 
 
 def stored_file(folder: str, name: str, config: PretrainedConfig) -> Path | None:

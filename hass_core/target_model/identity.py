@@ -73,13 +73,29 @@ def identify(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], weights: str | None = None
 ) -> TargetIdentity:
     """The identity of a loaded target; `weights` is the digest of its files, else the model's own tensors are read."""
+    return identity_of(model.config, tokenizer, ends, weights or weights_of_model(model))
+
+
+def identity_of(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], weights: str
+) -> TargetIdentity:
+    """The identity of a target whose weights have the digest `weights`."""
     return TargetIdentity(
-        weights=weights or weights_of_model(model),
-        config=config_digest(model.config),
+        weights=weights,
+        config=config_digest(config),
         ends=digest_of(sorted(ends)),
         tokenizer=tokenizer_digest(tokenizer),
         template=template_digest(str(tokenizer.chat_template)),
     )
+
+
+def ends_of(*sources: Any) -> tuple[int, ...]:
+    """All tokens that end an answer, of a model's generation settings, its configuration and its tokenizer."""
+    found: list[int] = []
+    for source in sources:
+        value = getattr(source, "eos_token_id", None)
+        found += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return tuple(sorted(set(found)))
 
 
 def template_digest(template: str) -> str:

@@ -9,13 +9,21 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from hass_core.config import TargetConfig
 from hass_core.errors import HassError, TargetError, TemplateError
 from hass_core.target_model.files import resolve_source, weight_files
-from hass_core.target_model.identity import TargetIdentity, identify, sampled_fingerprint, weights_of_files
+from hass_core.target_model.identity import TargetIdentity, ends_of, identify, sampled_fingerprint, weights_of_files
+from hass_core.target_model.known import KnownTarget
 from hass_core.target_model.soundness import check_config, check_model, check_tokenizer, check_weights
 from hass_core.target_model.source import check_source, portable, target_name
 
@@ -24,7 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True)
-class Target:
+class Target(KnownTarget):
     """A frozen causal language model with all the pipeline asks of it. V vocabulary, H hidden size."""
 
     name: str
@@ -35,9 +43,8 @@ class Target:
     origin: Mapping[str, str] = field(default_factory=dict)  # where it can be loaded again: source, and revision if one
 
     @property
-    def fingerprint(self) -> str:
-        """The digest of its whole identity."""
-        return self.identity.digest
+    def config(self) -> PretrainedConfig:
+        return self.model.config
 
     @property
     def embedding(self) -> Tensor:
@@ -50,17 +57,9 @@ class Target:
         return cast(nn.Linear, self.model.get_output_embeddings()).weight.to(self.device)
 
     @property
-    def device(self) -> torch.device:
-        return self.embedding.device
-
-    @property
     def is_spread(self) -> bool:
         """Whether its layers lie on several devices; its own pass takes care of that."""
         return len({weight.device for weight in self.model.parameters()}) > 1
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embedding.dtype
 
     @property
     def context_tokens(self) -> int:
@@ -78,26 +77,11 @@ class Target:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """All tokens that end an answer, from the generation settings, the model and the tokenizer."""
-        return ends_of(self.model, self.tokenizer)
+        return ends_of(self.model.generation_config, self.model.config, self.tokenizer)
 
-    def record(self) -> dict[str, Any]:
-        """What a draft notes of its target; see `differing`."""
-        noted = {f"target_{name}": value for name, value in self.origin.items()}
-        return {"target": self.name, "target_identity": self.identity.parts(), **noted}
-
-    def differing(self, record: Mapping[str, Any]) -> list[str]:
-        """The parts of its identity in which a draft's record tells of another target; [] where it tells nothing.
-
-        End tokens do not count: they decide which text a draft is trained on, not what it guesses. Drafts trained
-        before identities were kept tell a sample of the weights and the template.
-        """
-        differing = self.identity.differing(record.get("target_identity", {}), but=("ends",))
-        elder = record.get("target_fingerprint")
-        if elder is not None and elder != sampled_fingerprint(self.model):
-            differing.append("weights")
-        if record.get("template_hash", self.identity.template) != self.identity.template:
-            differing.append("template")
-        return differing
+    def sampled_fingerprint(self) -> str | None:
+        """What drafts trained before identities were kept name their target by."""
+        return sampled_fingerprint(self.model)
 
 
 def load_target(config: TargetConfig) -> Target:
@@ -106,19 +90,11 @@ def load_target(config: TargetConfig) -> Target:
     check_source(source)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
-    options["trust_remote_code"] = config.trust_remote_code
+    options = load_options(config)
     transformers_logging.disable_progress_bar()
-    with _failures_named(source):
+    with failures_named(source):
         folder = resolve_source(source)
-        _refuse_adapter(folder)
-        check_config(AutoConfig.from_pretrained(folder, **options), source)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        if not tokenizer.chat_template:
-            raise TemplateError(
-                f"the target {source!r} has no chat template; put a chat_template.jinja into its folder, "
-                "or choose an instruction-tuned model"
-            )
+        _, tokenizer = load_words(folder, source, options)
         placed = SPREAD if config.device == SPREAD and device.type == "cuda" else str(device)
         model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
             folder, dtype=dtype, device_map=placed, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -127,8 +103,34 @@ def load_target(config: TargetConfig) -> Target:
         check_tokenizer(tokenizer, len(model.get_input_embeddings().weight), source)
         weights = weights_of_files(weight_files(folder, model.config))
         target = freeze(model, tokenizer, name=target_name(source), folder=folder, weights=weights)
+    return replace(target, origin=origin_of(config))
+
+
+def origin_of(config: TargetConfig) -> dict[str, str]:
+    """Where a target can be loaded again."""
+    return {"source": portable(config.source)} | ({"revision": config.revision} if config.revision else {})
+
+
+def load_options(config: TargetConfig) -> dict[str, Any]:
+    """What `from_pretrained` is told beside the folder."""
     revision = {"revision": config.revision} if config.revision else {}
-    return replace(target, origin={"source": portable(source), **revision})
+    return {**revision, "trust_remote_code": config.trust_remote_code}
+
+
+def load_words(
+    folder: str, source: str, options: Mapping[str, Any]
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer, fit for drafts to be trained for the target. Raises TargetError or TemplateError."""
+    _refuse_adapter(folder)
+    config = AutoConfig.from_pretrained(folder, **options)
+    check_config(config, source)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    if not tokenizer.chat_template:
+        raise TemplateError(
+            f"the target {source!r} has no chat template; put a chat_template.jinja into its folder, "
+            "or choose an instruction-tuned model"
+        )
+    return config, tokenizer
 
 
 def freeze(
@@ -144,16 +146,8 @@ def freeze(
     """
     model.eval().requires_grad_(False)
     check_model(model, name)
-    return Target(name, folder, model, tokenizer, identify(model, tokenizer, ends_of(model, tokenizer), weights))
-
-
-def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """See `Target.eos_token_ids`."""
-    found: list[int] = []
-    for source in (model.generation_config, model.config, tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        found += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    return tuple(sorted(set(found)))
+    ends = ends_of(model.generation_config, model.config, tokenizer)
+    return Target(name, folder, model, tokenizer, identify(model, tokenizer, ends, weights))
 
 
 def choose_device(name: str) -> torch.device:
@@ -194,7 +188,7 @@ def _refuse_adapter(folder: str) -> None:
 
 
 @contextmanager
-def _failures_named(source: str) -> Iterator[None]:
+def failures_named(source: str) -> Iterator[None]:
     """Whatever a library finds wrong with a target's files becomes a TargetError of one sentence."""
     try:
         yield

@@ -15,6 +15,7 @@ several times cheaper; verification still uses all tokens, so the output does no
 
 from collections.abc import Iterable
 from itertools import islice
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,15 @@ from hass_core.training.batch import Conversation
 
 ROWS_PER_BLOCK = 8192
 MAX_CONVERSATIONS = 5_000  # counts from so many rank the tokens well enough
+
+
+class Answered(Protocol):
+    """What is counted of a conversation: tokens [L], and which of them are answers [L]."""
+
+    @property
+    def token_ids(self) -> Tensor: ...
+    @property
+    def loss_mask(self) -> Tensor: ...
 
 
 def start_least_squares(
@@ -85,13 +95,13 @@ def _accumulate(squares: Tensor, products: Tensor, pending: list[tuple[Tensor, T
 
 
 def frequent_tokens(
-    conversations: Iterable[Conversation], size: int, vocab_size: int, always: tuple[int, ...] = ()
+    conversations: Iterable[Answered], size: int, vocab_size: int, always: tuple[int, ...] = ()
 ) -> Tensor:
     """The `size` most frequent answer tokens in ascending order [D]; `always` (the end tokens) are among them."""
     return ranked_tokens(conversations, vocab_size, always)[:size].sort().values
 
 
-def ranked_tokens(conversations: Iterable[Conversation], vocab_size: int, always: tuple[int, ...] = ()) -> Tensor:
+def ranked_tokens(conversations: Iterable[Answered], vocab_size: int, always: tuple[int, ...] = ()) -> Tensor:
     """All tokens [V], those `always` wanted first, then by how often they occur in answers."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for conversation in islice(conversations, MAX_CONVERSATIONS):

@@ -33,7 +33,7 @@ from hass_core.features.live import LiveFeatures, with_features
 from hass_core.features.reader import Conversation, FeatureDataset
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, StageFolder, Store
-from hass_core.target_model.loader import Target
+from hass_core.target_model.known import KnownTarget
 from hass_core.training.checkpoint import Position, checkpoints, load_checkpoint, load_weights
 from hass_core.training.feed import Dataset, Division, Feed, Prefetcher, micro_batches
 from hass_core.training.loop import Run, train
@@ -53,9 +53,10 @@ MOST_RANKS = 32_768  # tokens whose rank is kept with a draft of the full vocabu
 
 
 def train_draft(
-    config: RunConfig, features: Artifact, store: Store, target: Target, progress: Progress = no_progress
+    config: RunConfig, features: Artifact, store: Store, target: KnownTarget, progress: Progress = no_progress
 ) -> Artifact:
-    """Train a draft for `target` on `features`. See the module's docstring.
+    """Train a draft for `target` on `features`, which may lack its layers where these are stored. See the module's
+    docstring.
 
     Raises DraftMismatch or CorruptFile for unusable features, BadInput for what cannot be trained on or divided among
     the processes, NonFinite when training breaks down.
@@ -103,7 +104,7 @@ def train_draft(
 
 
 def pretrained(
-    config: RunConfig, features: Artifact, store: Store, target: Target, progress: Progress = no_progress
+    config: RunConfig, features: Artifact, store: Store, target: KnownTarget, progress: Progress = no_progress
 ) -> RunConfig:
     """Train by `config.pretraining`, and the settings of the second stage: `config` with that draft as its start."""
     first = config.model_copy(update={"training": config.pretraining, "pretraining": None})
@@ -115,12 +116,12 @@ def pretrained(
     return config.model_copy(update={"draft": draft, "pretraining": None})
 
 
-def metrics_path(config: RunConfig, features: Artifact, store: Store, target: Target) -> Path:
+def metrics_path(config: RunConfig, features: Artifact, store: Store, target: KnownTarget) -> Path:
     """Where metrics.jsonl grows during training."""
     return draft_folder(config, features, store, target).scratch() / METRICS
 
 
-def draft_folder(config: RunConfig, features: Artifact, store: Store, target: Target) -> StageFolder:
+def draft_folder(config: RunConfig, features: Artifact, store: Store, target: KnownTarget) -> StageFolder:
     """The stage's folder: named by the features, all settings that decide the draft, and this code's version.
 
     Raises CorruptFile or DraftMismatch when there is no draft for this target at `draft.warm_start`.
@@ -136,11 +137,11 @@ def draft_folder(config: RunConfig, features: Artifact, store: Store, target: Ta
         "seed": config.seed,
         "version": STEP_VERSION,
     }
-    key |= {} if warm else shape_key(target.model.config, config.draft.family)
+    key |= {} if warm else shape_key(target.config, config.draft.family)
     return store.stage("draft", key)
 
 
-def _deciding(training: TrainingConfig, tree: TreeConfig, target: Target) -> dict[str, Any]:
+def _deciding(training: TrainingConfig, tree: TreeConfig, target: KnownTarget) -> dict[str, Any]:
     """The settings of a training that decide its draft and curves; two of the others only save memory."""
     on_the_way = {
         "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "recompute", "packs_per_micro_batch"
@@ -153,37 +154,37 @@ def _deciding(training: TrainingConfig, tree: TreeConfig, target: Target) -> dic
     }
 
 
-def make_head(config: RunConfig, dataset: FeatureDataset, target: Target) -> DraftHead:
+def make_head(config: RunConfig, dataset: FeatureDataset, target: KnownTarget) -> DraftHead:
     """The target's head, cut to the draft vocabulary."""
     size, rows = config.draft.vocab_size, target.head.shape[0]
     if size is None or size >= rows:
         return DraftHead.from_target(target.head)
-    return DraftHead.from_target(target.head, frequent_tokens(_all(dataset), size, rows, target.eos_token_ids))
+    return DraftHead.from_target(target.head, frequent_tokens(dataset.answers(), size, rows, target.eos_token_ids))
 
 
 def _all(dataset: FeatureDataset | LiveFeatures) -> Iterator[Conversation]:
     return (dataset[i] for i in range(len(dataset)))
 
 
-def make_draft(config: RunConfig, dataset: FeatureDataset | LiveFeatures, target: Target) -> DraftModel:
+def make_draft(config: RunConfig, dataset: FeatureDataset | LiveFeatures, target: KnownTarget) -> DraftModel:
     """A float32 draft at its start: an existing one, the least-squares fit, or random weights."""
     if config.draft.warm_start:
         stored = warm_start(Path(config.draft.warm_start), target, config.draft.family)
         return draft_model(stored, target.embedding)
-    draft = DraftModel(draft_architecture(target.model.config, config.draft.family), target.embedding)
+    draft = DraftModel(draft_architecture(target.config, config.draft.family), target.embedding)
     if config.draft.start == "least_squares":
         start_least_squares(draft, (dataset[i] for i in sample_order(len(dataset), config.seed, dataset.blocks)))
     return draft
 
 
-def start_architecture(config: RunConfig, target: Target) -> DraftArchitecture:
+def start_architecture(config: RunConfig, target: KnownTarget) -> DraftArchitecture:
     """The shape of the draft that these settings train: told by settings and target alone, before answers are made.
 
     Raises TargetError, CorruptFile or DraftMismatch where there is no such draft.
     """
     if config.draft.warm_start:
         return warm_start(Path(config.draft.warm_start), target, config.draft.family).architecture
-    return draft_architecture(target.model.config, config.draft.family)
+    return draft_architecture(target.config, config.draft.family)
 
 
 def make_feed(trainer: Trainer, dataset: Dataset, division: Division) -> Feed:
@@ -213,7 +214,7 @@ def _division(training: TrainingConfig, accelerator: Accelerator) -> Division:
     return Division(training.packs_per_step, training.packs_per_micro_batch, processes, process)
 
 
-def _finish(run: Run, at: Position, target: Target, tokens_per_second: float, dataset: FeatureDataset) -> Artifact:
+def _finish(run: Run, at: Position, target: KnownTarget, tokens_per_second: float, dataset: FeatureDataset) -> Artifact:
     """Publish the best draft and the curves, the manifest last: by the first process, the others wait for it."""
     if run.metrics:
         best = at.best_step or at.step
@@ -227,14 +228,14 @@ def _finish(run: Run, at: Position, target: Target, tokens_per_second: float, da
     return artifact
 
 
-def _written(run: Run, at: Position, best: int, target: Target, dataset: FeatureDataset) -> dict[str, Path]:
+def _written(run: Run, at: Position, best: int, target: KnownTarget, dataset: FeatureDataset) -> dict[str, Path]:
     """The stage's files, written to the scratch folder: the draft of step `best`, and the curves."""
     scratch, trainer = run.folder.scratch(), run.trainer
     extra = {"trained_steps": best, "tokens_seen": at.tokens_seen, "val_tau": at.best_tau}
     extra["trained_tokens"] = int(dataset.lengths.max())  # of the longest conversation
     draft = DraftModel(trainer.draft.architecture, trainer.draft.embedding)
     load_weights(run.folder, best, draft)
-    ranks = ranked_tokens(_all(dataset), target.head.shape[0], target.eos_token_ids)[:MOST_RANKS]
+    ranks = ranked_tokens(dataset.answers(), target.head.shape[0], target.eos_token_ids)[:MOST_RANKS]
     save_draft(scratch / "draft", draft, trainer.head, draft_info(target, extra), ranks)
     names = [CONFIG, WEIGHTS, RANKS if trainer.head.token_ids is None else VOCABULARY]
     return {name: scratch / "draft" / name for name in names} | {METRICS: scratch / METRICS}

@@ -217,3 +217,19 @@ def test_shards_open_in_duckdb(tiny_target, store, rows, encoding):
     query = f"select sum(num_tokens), sum(octet_length(features)) from '{path}'"
     tokens = artifact.summary["tokens"]
     assert duckdb.sql(query).fetchall() == [(tokens, tokens * bytes_per_token(encoding, 48))]
+
+
+def test_answers_are_counted_from_two_columns(store, tiny_target, config, rows, monkeypatch):
+    dataset = FeatureDataset(store, extract_features(config, responses_artifact(store, rows), store, tiny_target))
+    whole = [dataset[i] for i in range(len(dataset))]
+    read, columns = pq.ParquetFile.read_row_group, set()
+
+    def noted(file: pq.ParquetFile, number: int, **options: object) -> object:
+        columns.update(options.get("columns") or ["all"])
+        return read(file, number, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", noted)
+    answers = list(dataset.answers())
+    assert columns == {"token_ids", "loss_mask"}
+    assert [a.token_ids.tolist() for a in answers] == [c.token_ids.tolist() for c in whole]
+    assert [a.loss_mask.tolist() for a in answers] == [c.loss_mask.tolist() for c in whole]

@@ -1,0 +1,165 @@
+"""The two ends of a target, embedding and head, without its layers: all of it that training on stored features needs.
+
+Of a checkpoint in several files only those that hold an end are opened. Which target it is cannot be told from its
+ends: the features tell whose they are (`Whose`), and the ends that they were made with are recognised by their digests.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from hass_core.config import TargetConfig
+from hass_core.errors import TargetError
+from hass_core.target_model.files import resolve_source, tensor_files
+from hass_core.target_model.identity import TargetIdentity, ends_of, identity_of, tensor_digest
+from hass_core.target_model.known import KnownTarget
+from hass_core.target_model.loader import (
+    choose_device,
+    choose_dtype,
+    failures_named,
+    load_options,
+    load_words,
+    origin_of,
+)
+from hass_core.target_model.soundness import check_tokenizer
+from hass_core.target_model.source import check_source, target_name
+
+
+class Whose(BaseModel):
+    """Which target something was made with: its identity's parts, and its ends by their content in bfloat16, which is
+    the same whatever type they were loaded in."""
+
+    model_config = ConfigDict(frozen=True)
+    identity: dict[str, str]
+    embedding: str
+    head: str
+
+    @classmethod
+    def of(cls, target: KnownTarget) -> "Whose":
+        """Of a loaded target."""
+        embedding = tensor_digest(target.embedding.to(torch.bfloat16))
+        tied = target.head.data_ptr() == target.embedding.data_ptr()
+        head = embedding if tied else tensor_digest(target.head.to(torch.bfloat16))
+        return cls(identity=target.identity.parts(), embedding=embedding, head=head)
+
+
+@dataclass(frozen=True)
+class TargetEnds(KnownTarget):
+    """A target without its layers. Fields as `Target` has them."""
+
+    name: str
+    folder: str
+    tokenizer: PreTrainedTokenizerBase
+    identity: TargetIdentity
+    stored_config: PretrainedConfig
+    ends: tuple[Tensor, Tensor]
+    end_tokens: tuple[int, ...]
+    origin: Mapping[str, str]
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.stored_config
+
+    @property
+    def embedding(self) -> Tensor:
+        """Token embeddings [V, H]."""
+        return self.ends[0]
+
+    @property
+    def head(self) -> Tensor:
+        """Output projection [V, H]; the embedding itself where the target ties them."""
+        return self.ends[1]
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end an answer."""
+        return self.end_tokens
+
+    def sampled_fingerprint(self) -> None:
+        """Unknown without the layers: a draft that tells no more of its target is taken for another's."""
+        return None
+
+
+def load_ends(config: TargetConfig, whose: Whose) -> TargetEnds:
+    """The ends of the target that `whose` tells of.
+
+    Raises TargetError where the settings name another target, or one whose files are not safetensors.
+    """
+    source = config.source
+    check_source(source)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    options = load_options(config)
+    with failures_named(source):
+        folder = resolve_source(source)
+        stored, tokenizer = load_words(folder, source, options)
+        tokens = ends_of(_generation_config(folder, stored, config.revision), stored, tokenizer)
+        identity = identity_of(stored, tokenizer, tokens, whose.identity.get("weights", ""))
+        ends = _read(folder, stored, config.trust_remote_code, device, dtype)
+        check_tokenizer(tokenizer, len(ends[0]), source)
+    origin = origin_of(config)
+    known = TargetEnds(target_name(source), folder, tokenizer, identity, stored, ends, tokens, origin)
+    found = Whose.of(known)
+    differing = [name for name, value in found if name != "identity" and value != getattr(whose, name)]
+    differing += identity.differing(whose.identity)
+    if differing:
+        raise TargetError(
+            f"the features were made with another target than {source}: its {', '.join(differing)} differ; name that "
+            "target, or extract the features again"
+        )
+    return known
+
+
+def _generation_config(folder: str, config: PretrainedConfig, revision: str | None) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder, **({"revision": revision} if revision else {}))
+    except OSError:  # it has none: the model makes one of its configuration
+        return GenerationConfig.from_model_config(config)
+
+
+def _read(
+    folder: str, config: PretrainedConfig, trusted: bool, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Embedding and head, one after the other: no more than one of them is in memory twice."""
+    wanted = list(_names(config, trusted))
+    files = tensor_files(folder, config)
+    read: list[Tensor] = []
+    for name, shape in wanted:
+        stored = _stored_name(name, files, folder)
+        with safe_open(files[stored], framework="pt") as file:
+            tensor = file.get_tensor(stored)
+        if tensor.shape != shape:
+            raise TargetError(f"{folder}: {stored} is {list(tensor.shape)}, its configuration says {list(shape)}")
+        read.append(tensor.to(device, dtype))
+    return read[0], read[-1]
+
+
+def _names(config: PretrainedConfig, trusted: bool) -> Iterator[tuple[str, torch.Size]]:
+    """Names and shapes of the embedding and, where it is another tensor, of the head, from a model without memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    head = model.get_output_embeddings()
+    if head is None:
+        raise TargetError(f"{config.model_type} has no output projection; give a causal language model")
+    model.tie_weights()
+    for module in (model.get_input_embeddings(), head)[
+        : 1 if head.weight is model.get_input_embeddings().weight else 2
+    ]:
+        yield next(f"{name}.weight" for name, each in model.named_modules() if each is module), module.weight.shape
+
+
+def _stored_name(name: str, files: dict[str, Path], folder: str) -> str:
+    """The name under which a file holds it: the model's own, or one that differs in its leading parts."""
+    if name in files:
+        return name
+    last = ".".join(name.split(".")[-2:])
+    alike = [stored for stored in files if stored == last or stored.endswith(f".{last}")]
+    if len(alike) != 1:
+        raise TargetError(f"{folder} holds no tensor {name}; fetch it again, or train with the whole target")
+    return alike[0]
