@@ -60,9 +60,15 @@ def replay(
 ) -> list[list[int]]:
     """Accepted drafts of every cycle of every answer; `head` [V, H] is the target's."""
     found = []
-    for first in range(0, len(answers), ANSWERS_AT_ONCE):
-        found += _replay(drafter, answers[first : first + ANSWERS_AT_ONCE], head, sampling)
+    for some in together(answers):
+        noise = RecordedNoise(some, head, sampling)
+        found += replay_together(drafter, some, Sampler(sampling, len(some), len(head), head.device, noise))
     return found
+
+
+def together(answers: Sequence[Recording]) -> list[Sequence[Recording]]:
+    """The answers in batches that are replayed at once."""
+    return [answers[first : first + ANSWERS_AT_ONCE] for first in range(0, len(answers), ANSWERS_AT_ONCE)]
 
 
 class RecordedNoise(Noise):
@@ -99,8 +105,8 @@ def tree_tau(cycles: Sequence[Sequence[int]]) -> float:
     return 1 + sum(counts) / max(1, len(counts))
 
 
-def _replay(drafter: Drafter, answers: Sequence[Recording], head: Tensor, sampling: SamplingConfig) -> list[list[int]]:
-    sampler = Sampler(sampling, len(answers), len(head), head.device, RecordedNoise(answers, head, sampling))
+def replay_together(drafter: Drafter, answers: Sequence[Recording], sampler: Sampler) -> list[list[int]]:
+    """As `replay`, in one batch, with a sampler for as many rows."""
     token_ids = pad_sequence([a.token_ids for a in answers], batch_first=True, padding_value=UNKNOWN)
     features = pad_sequence([a.features for a in answers], batch_first=True)
     lengths = torch.tensor([len(a.token_ids) for a in answers], device=token_ids.device)

@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 
 from hass_core.config import RunConfig, TrainingConfig, TreeConfig
+from hass_core.decoding.calibration import FIELD
 from hass_core.draft_model.architecture import DraftArchitecture
 from hass_core.draft_model.checkpoint import draft_info, draft_model, save_draft, warm_start
 from hass_core.draft_model.family import draft_architecture, shape_key
@@ -42,7 +43,7 @@ from hass_core.training.packing import PackStream, sample_order
 from hass_core.training.sharding import make_accelerator
 from hass_core.training.start import frequent_tokens, ranked_tokens, start_least_squares
 from hass_core.training.step import Trainer, compute_dtype
-from hass_core.training.validation import held_out, recorded_answers
+from hass_core.training.validation import held_out, recorded_answers, validate_sampling
 
 # 4: the target by its identity, a warm start by its content; steps divided by packs_per_step, noise of a pack its own
 STEP_VERSION = 4
@@ -218,27 +219,35 @@ def _finish(run: Run, at: Position, target: KnownTarget, tokens_per_second: floa
     """Publish the best draft and the curves, the manifest last: by the first process, the others wait for it."""
     if run.metrics:
         best = at.best_step or at.step
-        for name, source in _written(run, at, best, target, dataset).items():
+        files, sampled = _written(run, at, best, target, dataset)
+        for name, source in files.items():
             with run.folder.writing(name) as file:
                 file.path.write_bytes(source.read_bytes())
-        run.folder.finish(summarize(run.trainer, run.metrics.records, at, best, tokens_per_second))
+        run.folder.finish(summarize(run.trainer, run.metrics.records, at, best, tokens_per_second) | sampled)
     run.trainer.accelerator.wait_for_everyone()
     artifact = run.folder.artifact()
     assert artifact
     return artifact
 
 
-def _written(run: Run, at: Position, best: int, target: KnownTarget, dataset: FeatureDataset) -> dict[str, Path]:
-    """The stage's files, written to the scratch folder: the draft of step `best`, and the curves."""
+def _written(
+    run: Run, at: Position, best: int, target: KnownTarget, dataset: FeatureDataset
+) -> tuple[dict[str, Path], dict[str, float]]:
+    """The stage's files, written to the scratch folder: the draft of step `best`, and the curves; and what the draft is
+    worth where answers are sampled."""
     scratch, trainer = run.folder.scratch(), run.trainer
-    extra = {"trained_steps": best, "tokens_seen": at.tokens_seen, "val_tau": at.best_tau}
+    extra: dict[str, Any] = {"trained_steps": best, "tokens_seen": at.tokens_seen, "val_tau": at.best_tau}
     extra["trained_tokens"] = int(dataset.lengths.max())  # of the longest conversation
     draft = DraftModel(trainer.draft.architecture, trainer.draft.embedding)
     load_weights(run.folder, best, draft)
+    sampled: dict[str, float] = {}
+    if run.answers:
+        calibration, sampled = validate_sampling(draft, trainer.head, run.answers, run.tree, target.head)
+        extra |= {FIELD: calibration} if calibration else {}
     ranks = ranked_tokens(dataset.answers(), target.head.shape[0], target.eos_token_ids)[:MOST_RANKS]
     save_draft(scratch / "draft", draft, trainer.head, draft_info(target, extra), ranks)
     names = [CONFIG, WEIGHTS, RANKS if trainer.head.token_ids is None else VOCABULARY]
-    return {name: scratch / "draft" / name for name in names} | {METRICS: scratch / METRICS}
+    return {name: scratch / "draft" / name for name in names} | {METRICS: scratch / METRICS}, sampled
 
 
 def summarize(

@@ -16,12 +16,15 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hass_core.config import TreeConfig
+from hass_core.config import SamplingConfig, TreeConfig
+from hass_core.decoding.calibration import FIELD
 from hass_core.decoding.drafter import Drafter
+from hass_core.decoding.races import fitted_calibration
 from hass_core.decoding.replay import Recording, last_answer, replay, tree_tau
 from hass_core.decoding.tree import TreeShape
 from hass_core.draft_model.checkpoint import Draft
@@ -128,7 +131,24 @@ def recorded_answers(conversations: Iterable[Conversation], head: DraftHead, lim
 
 @torch.no_grad()
 def validate_tree(draft: DraftModel, head: DraftHead, answers: list[Recording], tree: TreeConfig) -> dict[str, float]:
-    """`val/tree_tau`: tokens per cycle. The draft runs in the head's type, as it will when it decodes."""
-    model = copy.deepcopy(draft, {id(draft.embedding): draft.embedding}).to(head.weight.dtype)
-    drafter = Drafter(Draft(model, head, {}), TreeShape.of(tree, head.size))
+    """`val/tree_tau`: tokens per cycle."""
+    drafter = Drafter(as_decoded(draft, head, {}), TreeShape.of(tree, head.size))
     return {"val/tree_tau": tree_tau(replay(drafter, answers, head.weight))}
+
+
+def validate_sampling(
+    draft: DraftModel, head: DraftHead, answers: list[Recording], tree: TreeConfig, target_head: Tensor
+) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
+    """What a finished draft is worth where answers are sampled: its fitted calibration, and with it
+    `tree_tau_sampled`, tokens per cycle at temperature 1; `target_head` [V, H]."""
+    calibration = fitted_calibration(as_decoded(draft, head, {}), answers, target_head)
+    info = {FIELD: calibration} if calibration else {}
+    drafter = Drafter(as_decoded(draft, head, info), TreeShape.of(tree, head.size))
+    cycles = replay(drafter, answers, target_head, SamplingConfig(temperature=1.0))
+    return calibration, {"tree_tau_sampled": tree_tau(cycles)}
+
+
+def as_decoded(draft: DraftModel, head: DraftHead, info: dict[str, Any]) -> Draft:
+    """The draft in the head's type, as it will be when it decodes; it shares the embedding."""
+    model = copy.deepcopy(draft, {id(draft.embedding): draft.embedding}).to(head.weight.dtype)
+    return Draft(model, head, info)

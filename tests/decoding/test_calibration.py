@@ -8,10 +8,9 @@ from hass_core.decoding.calibration import USUAL, at_temperature, calibration_of
 
 def test_the_fit_finds_the_weights_that_made_the_winners():
     generator = torch.Generator().manual_seed(0)
-    log_q = [torch.randn(12, generator=generator).mul(2).log_softmax(0) for _ in range(3000)]
-    noise = [-torch.empty(12).exponential_(generator=generator).log() for _ in log_q]
-    chances = [((1.5 * q + g) / 2).softmax(0) for q, g in zip(log_q, noise, strict=True)]
-    winners = [int(torch.multinomial(chance, 1, generator=generator)) for chance in chances]
+    log_q = torch.randn(3000, 12, generator=generator).mul(2).log_softmax(1)
+    noise = -torch.empty(3000, 12).exponential_(generator=generator).log()
+    winners = torch.multinomial(((1.5 * log_q + noise) / 2).softmax(1), 1, generator=generator)[:, 0]
     assert fit(log_q, noise, winners) == pytest.approx((1.5, 2.0), rel=0.15)
 
 

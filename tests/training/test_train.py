@@ -87,6 +87,9 @@ def test_trees_over_held_out_answers_are_counted_at_every_validation(store, tiny
     assert taus
     assert all(1 <= tau <= 4 for tau in taus)
     assert draft.summary["val/tree_tau"] in taus
+    assert 1 <= draft.summary["tree_tau_sampled"] <= 4
+    loaded = load_draft(Path(store.open(draft).local_path("config.json")).parent, tiny_target)
+    assert set(loaded.info["calibration"]) == {"0.6", "0.8", "1.0"}
 
 
 def test_a_finished_draft_is_found_again(store, tiny_target, features):
