@@ -188,7 +188,9 @@ class DraftConfig(Settings):
         "auto = the target's where vLLM and SGLang hold all of it",
     )
     warm_start: str | None = Field(
-        default=None, description="Folder of a draft to continue from; in flows also champion"
+        default=None,
+        description="Draft to continue from: a folder, or shipped (the package's own, for SmolLM2-135M-Instruct); in "
+        "flows also champion; None = start as draft.start says",
     )
 
 

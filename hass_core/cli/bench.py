@@ -47,7 +47,7 @@ def decode(
     """
     given = {"target.source": target, "target.dtype": dtype, "tree.depth": depth, "tree.top_k": top_k}
     chosen = _settings(config, override, given | {"tree.nodes": nodes, "tree.eight_bits": eight_bits})
-    draft = default_draft(draft)
+    draft = default_draft(draft, target)
     if draft and config is None and target is None:
         chosen = with_target_of(draft, chosen, override or [])
     check_source(chosen.target.source)

@@ -49,7 +49,7 @@ def chat(
     """
     tree = validated(TreeConfig, {"depth": depth, "top_k": top_k, "nodes": nodes}, "the draft tree")
     sampling = validated(SamplingConfig, {"temperature": temperature}, "sampling")
-    chosen = default_draft(draft)
+    chosen = default_draft(draft, target)
     source = target_of(chosen, target)
     from hass_core.cli.decoders import build_decoder
     from hass_core.decoding.answers import StopRule

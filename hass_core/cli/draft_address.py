@@ -12,6 +12,7 @@ from typing import Any
 
 from hass_core.cli.common import notes
 from hass_core.config import RunConfig, TargetConfig
+from hass_core.draft_model.shipped import shipped_draft
 from hass_core.errors import BadInput, ConfigError
 from hass_core.json_files import read_object
 from hass_core.target_model.source import DEFAULT, check_source, target_name
@@ -40,8 +41,9 @@ def find_draft(address: str) -> Path:
     return folder
 
 
-def default_draft(given: Path | None) -> Path | None:
-    """`given`, else the champion of this folder's registry, else none: plain decoding. `none` asks for that."""
+def default_draft(given: Path | None, target: str | None = None) -> Path | None:
+    """`given`, else the champion of this folder's registry, else the shipped draft where `target` is its own, else
+    none: plain decoding. `none` asks for that."""
     if given is not None:
         return None if str(given) == PLAIN else given
     if LOCAL_DATABASE.is_file() or os.environ.get("MLFLOW_TRACKING_URI"):
@@ -49,7 +51,10 @@ def default_draft(given: Path | None) -> Path | None:
         if found is not None:
             notes.print(f"[dim]draft: {found.name}, the champion[/]", highlight=False)
             return found.folder
-    notes.print("[dim]no champion here: decoding without a draft; `make retrain` makes one[/]", highlight=False)
+    if target in (None, DEFAULT):
+        notes.print("[dim]draft: the one that comes with the package; no champion is here[/]", highlight=False)
+        return shipped_draft()
+    notes.print("[dim]no champion is here: decoding without a draft; `make retrain` makes one[/]", highlight=False)
     return None
 
 

@@ -9,6 +9,7 @@ from hass_core.cli.common import console, progress_bar, settings, show, show_jso
 from hass_core.cli.draft_address import find_draft
 from hass_core.cli.options import AsJson, ConfigName, Overrides
 from hass_core.config import Stage, load_config, preset_names
+from hass_core.draft_model.shipped import SHIPPED
 from hass_core.evaluation.benchmark_names import check_benchmarks
 
 
@@ -29,7 +30,7 @@ def run(
     Example: hass run draft -c smollm2-cpu -s training.passes=2
     """
     chosen = settings(config, override)
-    if chosen.draft.warm_start and "://" not in chosen.draft.warm_start:
+    if chosen.draft.warm_start not in (None, SHIPPED):
         find_draft(chosen.draft.warm_start)
     from hass_core.data.live import check_local  # imports transformers
 

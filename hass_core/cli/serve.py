@@ -56,7 +56,7 @@ def serve(
     from hass_core.serving.service import Limits, Service
     from hass_core.target_model.loader import load_target
 
-    chosen = default_draft(draft)
+    chosen = default_draft(draft, target)
     loaded = load_target(target_of(chosen, target))
     decoder = build_decoder(loaded, chosen, None if plan else TreeConfig(depth=3, top_k=4, nodes=12))
     limits = Limits(max_new_tokens, max_running, max_waiting, max_body_kb * 1024, max_body_seconds, max_wait)

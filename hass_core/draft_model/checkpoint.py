@@ -113,7 +113,7 @@ def warm_start(folder: Path, target: SharedWeights, family: Family = "auto") -> 
     try:
         stored = read_draft(folder, target)
     except HassError as error:
-        raise type(error)(f"draft.warm_start: {error}") from error
+        raise type(error)(f"draft.warm_start: {error}; draft.warm_start = none trains from the start") from error
     if stored.embedding is not None:
         raise DraftMismatch(
             f"draft.warm_start: the draft in {folder} has an {EMBEDDING} of its own, and training shares the target's; "

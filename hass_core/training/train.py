@@ -29,6 +29,7 @@ from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.identity import draft_identity
 from hass_core.draft_model.layers import DraftModel
+from hass_core.draft_model.shipped import draft_at
 from hass_core.errors import BadInput
 from hass_core.features.live import LiveFeatures, with_features
 from hass_core.features.reader import Conversation, FeatureDataset
@@ -132,7 +133,7 @@ def draft_folder(config: RunConfig, features: Artifact, store: Store, target: Kn
         "features": features.digest,
         "target": target.identity.parts(),
         "draft": config.draft.model_dump(mode="json", exclude={"warm_start", "family"}),
-        "warm_start": draft_identity(warm_start(Path(warm), target)) if warm else None,
+        "warm_start": draft_identity(warm_start(draft_at(warm), target)) if warm else None,
         "training": _deciding(config.training, config.tree, target),
         "pretraining": _deciding(config.pretraining, config.tree, target) if config.pretraining else None,
         "seed": config.seed,
@@ -170,7 +171,7 @@ def _all(dataset: FeatureDataset | LiveFeatures) -> Iterator[Conversation]:
 def make_draft(config: RunConfig, dataset: FeatureDataset | LiveFeatures, target: KnownTarget) -> DraftModel:
     """A float32 draft at its start: an existing one, the least-squares fit, or random weights."""
     if config.draft.warm_start:
-        stored = warm_start(Path(config.draft.warm_start), target, config.draft.family)
+        stored = warm_start(draft_at(config.draft.warm_start), target, config.draft.family)
         return draft_model(stored, target.embedding)
     draft = DraftModel(draft_architecture(target.config, config.draft.family), target.embedding)
     if config.draft.start == "least_squares":
@@ -184,7 +185,7 @@ def start_architecture(config: RunConfig, target: KnownTarget) -> DraftArchitect
     Raises TargetError, CorruptFile or DraftMismatch where there is no such draft.
     """
     if config.draft.warm_start:
-        return warm_start(Path(config.draft.warm_start), target, config.draft.family).architecture
+        return warm_start(draft_at(config.draft.warm_start), target, config.draft.family).architecture
     return draft_architecture(target.config, config.draft.family)
 
 
