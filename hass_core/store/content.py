@@ -30,8 +30,10 @@ def remembered(path: Path, kind: str, find: Callable[[Path], Any]) -> Any:
     Unchanged is: same place, device, inode, size, and times of the last writing and of the last change of any kind,
     which no copying tool can set back.
     """
-    path = path.resolve()
-    name = hashlib.sha256(f"{kind}:{path}".encode()).hexdigest()[:32]
+    place = (
+        path.resolve()
+    )  # for the note alone: a link's own name tells what kind of file it is, a hub's blobs have none
+    name = hashlib.sha256(f"{kind}:{place}".encode()).hexdigest()[:32]
     note, stamp = cache_folder() / "contents" / f"{name}.json", _stamp(path)
     with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or cut off by a crash
         known = json.loads(note.read_text(encoding="utf-8"))
@@ -40,7 +42,7 @@ def remembered(path: Path, kind: str, find: Callable[[Path], Any]) -> Any:
     found = find(path)
     if _stamp(path) == stamp and time.time() - stamp[-1] / 1e9 > SETTLED_SECONDS:
         with suppress(OSError):  # a cache that cannot be written costs time, nothing else
-            _write(note, {"path": str(path), "stamp": stamp, "found": found})
+            _write(note, {"path": str(place), "stamp": stamp, "found": found})
     return found
 
 

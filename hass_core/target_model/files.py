@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from hass_core.errors import TargetError
+from hass_core.json_files import read_object
 from hass_core.store.content import cache_folder, content_of
 from hass_core.target_model.source import gguf_of
 
@@ -47,6 +48,7 @@ def weight_files(folder: str, config: PretrainedConfig) -> list[Path]:
         if (path := stored_file(folder, name, config)) is None:
             continue
         if not name.endswith(".index.json"):
+            _refuse_second_set(Path(folder), name)
             return [path]
         shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
         return [_shard(folder, shard, config) for shard in shards]
@@ -62,6 +64,20 @@ def tensor_files(folder: str, config: PretrainedConfig) -> dict[str, Path]:
         raise TargetError(f"the target {folder} has no safetensors; convert it, or train with the whole target")
     with safe_open(single, framework="pt") as file:
         return dict.fromkeys(file.keys(), single)
+
+
+def _refuse_second_set(folder: Path, name: str) -> None:
+    """Raise TargetError where a folder holds the weights in one file and in shards too: engines differ in which they
+    take."""
+    index = folder / f"{name}.index.json"
+    if not index.is_file():
+        return
+    places = read_object(index, TargetError, "it tells in which file each tensor is").get("weight_map")
+    shards = set(places.values()) if isinstance(places, dict) else set()
+    if any(shard != name and (folder / str(shard)).is_file() for shard in shards):
+        raise TargetError(
+            f"the target {folder} holds weights in {name} and in the files of {index.name}; remove one set"
+        )
 
 
 def stored_file(folder: str, name: str, config: PretrainedConfig) -> Path | None:

@@ -144,16 +144,16 @@ def _engine_content(tokenizer: PreTrainedTokenizerBase) -> Any:
     return {name: part for name, part in content.items() if name not in ("truncation", "padding")}  # of one call
 
 
-def weights_of_files(files: Iterable[Path]) -> str:
-    """Digest of all tensors in safetensors or PyTorch files, however they are divided among files."""
+def tensors_of_files(files: Iterable[Path]) -> dict[str, str]:
+    """Digests of all tensors in safetensors or PyTorch files, by name, however they are divided among files."""
     tensors: dict[str, str] = {}
     for file in files:
         tensors |= remembered(file, "tensors", _tensors_of)
-    return digest_of(tensors)
+    return tensors
 
 
 def weights_of_model(model: PreTrainedModel) -> str:
-    """The same of a model in memory; tensors that it shares are counted once."""
+    """One digest over the tensors of a model in memory; those that it shares are counted once."""
     seen: set[int] = set()
     named: list[tuple[str, Tensor]] = []
     for name, tensor in model.state_dict().items():

@@ -21,12 +21,16 @@ from transformers.utils import logging as transformers_logging
 
 from hass_core.config import TargetConfig
 from hass_core.errors import HassError, TargetError, TemplateError
-from hass_core.target_model.files import resolve_source, weight_files
-from hass_core.target_model.identity import TargetIdentity, ends_of, identify, sampled_fingerprint, weights_of_files
+from hass_core.json_files import read_object
+from hass_core.store import digest_of
+from hass_core.target_model.files import resolve_source, stored_file, weight_files
+from hass_core.target_model.identity import TargetIdentity, ends_of, identify, sampled_fingerprint, tensors_of_files
 from hass_core.target_model.known import KnownTarget
-from hass_core.target_model.soundness import check_config, check_model, check_tokenizer, check_weights
+from hass_core.target_model.soundness import check_config, check_finite, check_model, check_tokenizer, check_weights
 from hass_core.target_model.source import check_source, portable, target_name
+from hass_core.target_model.stored import check_stored, check_tied
 
+GENERATION = "generation_config.json"
 SPREAD = "balanced"  # as accelerate calls it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -101,8 +105,12 @@ def load_target(config: TargetConfig) -> Target:
         )
         check_weights(found, source)
         check_tokenizer(tokenizer, len(model.get_input_embeddings().weight), source)
-        weights = weights_of_files(weight_files(folder, model.config))
-        target = freeze(model, tokenizer, name=target_name(source), folder=folder, weights=weights)
+        files = weight_files(folder, model.config)
+        check_stored(files, source)
+        tensors = tensors_of_files(files)
+        check_tied(tensors, model.config, source)
+        target = freeze(model, tokenizer, name=target_name(source), folder=folder, weights=digest_of(tensors))
+        check_finite(model, source)
     return replace(target, origin=origin_of(config))
 
 
@@ -124,6 +132,7 @@ def load_words(
     _refuse_adapter(folder)
     config = AutoConfig.from_pretrained(folder, **options)
     check_config(config, source)
+    _check_generation(folder, config)
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     if not tokenizer.chat_template:
         raise TemplateError(
@@ -187,6 +196,13 @@ def _refuse_adapter(folder: str) -> None:
         raise TargetError(f"the target {folder} is an adapter; merge it into its base model (peft: merge_and_unload)")
 
 
+def _check_generation(folder: str, config: PretrainedConfig) -> None:
+    """Raise TargetError for generation settings that cannot be read: transformers goes on without them, and without
+    the end tokens that they name."""
+    if file := stored_file(folder, GENERATION, config):
+        read_object(file, TargetError, "it names the tokens that end an answer; fetch the target again")
+
+
 @contextmanager
 def failures_named(source: str) -> Iterator[None]:
     """Whatever a library finds wrong with a target's files becomes a TargetError of one sentence."""
@@ -208,8 +224,8 @@ def _reason(error: BaseException, source: str) -> str:
         return f"it is gated: accept its terms on {page} and set HF_TOKEN to a token of that account"
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes) or 401 in refused:
         return f"{page} does not exist or is private; check the name, and set HF_TOKEN to a token that may read it"
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]) if lines else type(error).__name__
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -68,6 +68,18 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) ->
         )
 
 
+@torch.no_grad()
+def check_finite(model: PreTrainedModel, name: str) -> None:
+    """Raise TargetError for a model that computes NaN or infinite numbers of a few tokens."""
+    embedding = cast(nn.Module, model.get_input_embeddings()).weight
+    tokens = torch.arange(PROBED_TOKENS, device=cast(Tensor, embedding).device)[None]
+    if not (bool(cast(Tensor, embedding).isfinite().all()) and bool(model(input_ids=tokens).logits.isfinite().all())):
+        raise TargetError(
+            f"the target {name} computes NaN or infinite numbers in {str(model.dtype).removeprefix('torch.')}: its "
+            "weights are broken, or too large for this type; fetch it again, or set target.dtype"
+        )
+
+
 def check_model(model: PreTrainedModel, name: str) -> list[LayerShape]:
     """Run a few tokens through a model: what each layer keeps per token.
 

@@ -90,7 +90,52 @@ def _index_without_shards(folder: Path) -> None:
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
 
 
+def shard(folder: Path, changed: float = 0.0, twice: bool = False) -> None:
+    """The same weights in two files and their index, beside the one file; `changed` is added to all."""
+    names = sorted(tensors := load_file(folder / WEIGHTS))
+    parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    for file, part in parts.items():
+        more = names[:1] if twice else []
+        save_file({n: tensors[n] + changed for n in {*part, *more}}, folder / file, metadata={"format": "pt"})
+    places = {name: file for file, part in parts.items() for name in part}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def _one_tensor_twice(folder: Path) -> None:
+    shard(folder, twice=True)
+    (folder / WEIGHTS).unlink()
+
+
+def _as_type(kind: torch.dtype) -> Callable[[Path], None]:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    return lambda folder: edit_weights(folder, lambda t: t.update({name: t[name].to(kind)}))
+
+
+def _not_a_number(folder: Path) -> None:
+    edit_weights(folder, lambda t: t["model.layers.1.mlp.up_proj.weight"][0].fill_(float("nan")))
+
+
 BROKEN = {
+    "a head beside the embedding that it is tied to": (
+        lambda f: edit(f, tie_word_embeddings=True),
+        r"says tie_word_embeddings in its config\.json, and its lm_head\.weight is not its model\.embed_tokens\.weight",
+    ),
+    "fp8 of which the configuration is silent": (_as_type(torch.float8_e4m3fn), "q_proj.weight as F8_E4M3, and its"),
+    "int8 of which the configuration is silent": (
+        _as_type(torch.int8),
+        "q_proj.weight as I8, and its config.json says",
+    ),
+    "weights that are no numbers": (_not_a_number, "computes NaN or infinite numbers in float32"),
+    "one file and shards": (
+        lambda f: shard(f, changed=1.0),
+        "in model.safetensors and in the files of model.safetensors",
+    ),
+    "one tensor in two shards": (_one_tensor_twice, "holds lm_head.weight twice, in model-00001"),
+    "generation settings that are no JSON": (
+        lambda f: (f / "generation_config.json").write_text("{"),
+        r"generation_config\.json is not valid JSON .*: it names the tokens that end an answer",
+    ),
+    "an end token that is none": (lambda f: edit(f, eos_token_id="</s>"), r"field 'eos_token_id': \w+"),
     "a head that is absent and not tied": (
         lambda f: edit_weights(f, lambda t: t.pop("lm_head.weight")),
         r"lacks weights that its configuration asks for: lm_head\.weight;",
@@ -135,6 +180,24 @@ def test_what_is_wrong_with_a_folder_is_told_in_one_sentence(folder, case):
         loaded(folder)
     assert "\n" not in str(told.value)
     assert len(str(told.value)) < 500
+
+
+def test_links_to_files_without_an_ending_are_read_as_what_they_are_called(folder):
+    """As the cache of the hub lays its files out."""
+    whole = loaded(folder).identity
+    blobs = folder.with_name("blobs")
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / f"{number:064x}")
+        path.symlink_to(blobs / f"{number:064x}")
+    assert loaded(folder).identity == whole
+
+
+def test_shards_are_the_same_target(folder):
+    whole = loaded(folder).identity
+    shard(folder)
+    (folder / WEIGHTS).unlink()
+    assert loaded(folder).identity == whole
 
 
 def test_spare_rows_of_the_embedding_are_no_fault(folder):
