@@ -8,7 +8,7 @@ SHIPPED = "shipped"  # as a setting's value
 
 def shipped_draft() -> Path:
     """The folder of the draft for SmolLM2-135M-Instruct."""
-    return Path(str(resources.files("hass_drafts") / "smollm2-135m-instruct"))
+    return Path(str(resources.files("hass_core.presets") / "drafts" / "smollm2-135m-instruct"))
 
 
 def draft_at(name: str) -> Path:
