@@ -152,11 +152,11 @@ class StageFolder:
         self.scratch_path = (Path(self._base) if store.is_local else cache) / SCRATCH
 
     def artifact(self) -> Artifact | None:
-        """The finished stage, or None while it is unfinished."""
-        manifest = self.manifest()
-        return manifest and Artifact(
-            stage=self.stage, digest=self.digest, root=self.store.root, summary=manifest.summary
-        )
+        """The finished stage, or None while it is unfinished. Raises CorruptFile where one of its files is gone."""
+        if (manifest := self.manifest()) is None:
+            return None
+        self._check_there(manifest)
+        return Artifact(stage=self.stage, digest=self.digest, root=self.store.root, summary=manifest.summary)
 
     def manifest(self) -> Manifest | None:
         """The manifest, or None while the stage is unfinished."""
@@ -164,9 +164,19 @@ class StageFolder:
         if text is None:
             return None
         try:
-            return Manifest.model_validate_json(text)
+            manifest = Manifest.model_validate_json(text)
         except ValidationError as error:
             raise CorruptFile(self._corrupt(MANIFEST, "not a manifest")) from error
+        if (manifest.stage, manifest.digest) != (self.stage, self.digest):
+            raise CorruptFile(self._corrupt(MANIFEST, f"of {manifest.stage}/{manifest.digest}: a copied folder"))
+        return manifest
+
+    def _check_there(self, manifest: Manifest) -> None:
+        self.store.fs.invalidate_cache()
+        with self.store.named_failures("read from"):
+            sizes = self._sizes(self._base)
+        if gone := [name for name, record in manifest.files.items() if sizes.get(name) != record.bytes]:
+            raise CorruptFile(self._corrupt(gone[0], "missing or truncated"))
 
     def finished(self) -> dict[str, FileRecord]:
         """Records of the files in place with the recorded size, by name."""

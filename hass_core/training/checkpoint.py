@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hass_core.errors import CorruptFile
 from hass_core.store import StageFolder
 from hass_core.training.optimizer import MovingAverage
 from hass_core.training.sharding import divided_like, whole
@@ -52,7 +53,7 @@ def training_state(model: nn.Module, optimizers: list[Optimizer], average: Movin
 def save_checkpoint(folder: StageFolder, state: dict[str, Tensor], at: Position, records: list[dict[str, Any]]) -> None:
     """Write the file of step `at.step`, with the curves up to it."""
     tensors = {name: value.cpu().contiguous() for name, value in state.items()}
-    notes = {"position": json.dumps(asdict(at)), "records": json.dumps(records)}
+    notes = {"training": folder.digest, "position": json.dumps(asdict(at)), "records": json.dumps(records)}
     with folder.writing(checkpoint_name(at.step), step=at.step) as file:
         save_file(tensors, file.path, metadata=notes)
 
@@ -61,10 +62,16 @@ def load_checkpoint(
     folder: StageFolder, name: str, model: nn.Module, optimizers: list[Optimizer], average: MovingAverage | None
 ) -> tuple[Position, list[dict[str, Any]]]:
     """Put back what `save_checkpoint` wrote: where training was, and its curves. Raises CorruptFile when the file is
-    damaged."""
+    damaged, or of a training by other settings."""
     with safe_open(folder.local_path(name), framework="pt") as file:
+        notes = file.metadata()
+        if notes.get("training", folder.digest) != folder.digest:
+            raise CorruptFile(
+                f"{folder.url}/{name} is a checkpoint of another training, {notes['training']}; remove {folder.url}, "
+                "then run the stage again"
+            )
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-        position, records = (json.loads(file.metadata()[name]) for name in ("position", "records"))
+        position, records = (json.loads(notes[name]) for name in ("position", "records"))
     weights = model.state_dict()
     model.load_state_dict({k: divided_like(v, weights[k]) for k, v in _below("model.", tensors).items()})
     for number, optimizer in enumerate(optimizers):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,6 +186,29 @@ def test_a_broken_record_is_named(store, place):
     (Path(store.root) / "demo" / artifact.digest / place).write_text("{")
     with pytest.raises(CorruptFile, match=place):
         store.open(artifact).local_path("a.txt")
+
+
+def test_a_finished_stage_is_not_taken_for_done_without_its_files(store):
+    folder = store.stage("draft", {"n": 1})
+    folder.write_text("model.safetensors", "weights")
+    artifact = folder.finish({})
+    assert folder.artifact() == artifact
+    path = Path(artifact.url) / "model.safetensors"
+    path.write_text("weigh")
+    with pytest.raises(CorruptFile, match=r"model\.safetensors: missing or truncated; remove .* 'draft' again"):
+        folder.artifact()
+    path.unlink()
+    with pytest.raises(CorruptFile, match="missing or truncated"):
+        store.artifact("draft", artifact.digest)
+
+
+def test_a_copied_folder_is_not_taken_for_another_stage(store):
+    folder = store.stage("draft", {"n": 1})
+    folder.write_text("model.safetensors", "weights")
+    other = store.stage("draft", {"n": 2})
+    shutil.copytree(folder.finish({}).url, other.url)
+    with pytest.raises(CorruptFile, match=rf"manifest\.json: of draft/{folder.digest}: a copied folder"):
+        other.artifact()
 
 
 def test_removing_a_stage_is_told_when_it_is_opened(store):
