@@ -14,7 +14,7 @@ from tasks.finished import find_finished
 from tasks.links import link_to_mlflow, prefect_tags
 from tasks.resources import made_by
 from tasks.told import told
-from tasks.tracking import open_retraining
+from tasks.tracking import connect, open_retraining
 from tasks.warm_start import resolve_warm_start
 
 STEPS = {
@@ -46,6 +46,7 @@ def run_until(last: Stage, run: RunParameters) -> Iterator[Chain]:
     A stage named in `run.deployments` becomes a flow run of that deployment, the others run in this process.
     """
     asked = run.config()
+    connect(asked)  # a server that is away, or may not be told this machine's keys, is named before any work
     prompts.check_ahead(asked, last)
     seconds: dict[str, float] = {}
     collected = told(asked, "prompts", lambda: prompts.collect_prompts(asked), seconds)

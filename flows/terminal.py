@@ -16,11 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from flows.arguments import complain, read
+from flows.prefect_server import check_server
 from hass_core.config import RunConfig
 from hass_core.errors import INTERRUPTED
 from tasks.progress import terminal
 from tasks.summary import stage_table
 from tasks.told import say
+from tasks.tracking import as_told
 
 SERVER_ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
@@ -42,6 +44,7 @@ def main(flow: Flow[..., Any], show: Show | None = None, before: Before = lambda
     try:
         run = read(flow.name.replace("-", "_"), sys.argv[1:])
         config = run.config()  # a wrong setting is told before anything starts
+        check_server()
         for line in () if run.deployments else before(config):
             console.print(line, highlight=False, soft_wrap=True)
         with _quiet_prefect(), _progress(console):
@@ -50,7 +53,7 @@ def main(flow: Flow[..., Any], show: Show | None = None, before: Before = lambda
         print("stopped; the same command continues from what is finished", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        complain(error)
+        complain(as_told(error))
     (show or _show_stage)(console, config, result)
     console.print(f"took {time.monotonic() - started:.0f} s", highlight=False)
 

@@ -51,6 +51,10 @@ class TrackingError(HassError):
     """Runs cannot be recorded, or the model registry does not hold what is asked of it."""
 
 
+class Unreachable(HassError):
+    """A server that the work needs does not answer."""
+
+
 def sentence_of(error: BaseException) -> str | None:
     """What a user is told of a mistake of theirs; None where the program is at fault and a traceback is due."""
     if isinstance(error, HassError):

@@ -16,9 +16,10 @@ from infra.stack.parts import show_logs, show_status, write_parts
 from infra.stack.postgres import start_postgres
 from infra.stack.processes import Processes
 from infra.stack.s3 import start_s3
-from infra.stack.servers import deploy, start_mlflow, start_prefect, start_workers, wait_for_servers
+from infra.stack.servers import deploy, start_exporter, start_mlflow, start_prefect, start_workers, wait_for_servers
 
 ROOT = Path(__file__).parents[2]
+SERVERS = ("prefect", "mlflow", "exporter")  # those with a port that people type
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -31,10 +32,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=ROOT / ".hass" / "stack", help="where everything lies")
     parser.add_argument("--prefect-port", type=int, default=4200, help="of the UI and API; 0: any free one")
     parser.add_argument("--mlflow-port", type=int, default=5000, help="of the UI and API; 0: any free one")
+    parser.add_argument("--exporter-port", type=int, default=9108, help="of the metrics; 0: any free one")
     return parser.parse_args()
 
 
-def start(processes: Processes, folder: Path, prefect_port: int, mlflow_port: int) -> None:
+def start(processes: Processes, folder: Path, ports: dict[str, int]) -> None:
     """Start all parts, each when those it needs answer. Raises StackError naming the part that does not."""
     environment = {
         "PREFECT_HOME": str(folder / "prefect"),
@@ -47,14 +49,15 @@ def start(processes: Processes, folder: Path, prefect_port: int, mlflow_port: in
     }
     postgres = start_postgres(processes, folder)
     environment |= start_s3(processes, folder)
-    environment |= start_mlflow(processes, postgres, environment, mlflow_port)
-    environment |= start_prefect(processes, postgres, environment, prefect_port)
+    environment |= start_mlflow(processes, postgres, environment, ports["mlflow"])
+    environment |= start_prefect(processes, postgres, environment, ports["prefect"])
     wait_for_servers(processes, environment)
     deploy(environment, ROOT)
     pools = start_workers(processes, environment)
+    metrics = start_exporter(processes, environment, ports["exporter"])
     write_environment(folder / "env", environment)
     write_parts(folder, processes.pids)
-    greet(folder, environment, pools)
+    greet(folder, environment, pools, metrics)
 
 
 def write_environment(path: Path, environment: dict[str, str]) -> None:
@@ -64,10 +67,11 @@ def write_environment(path: Path, environment: dict[str, str]) -> None:
     write_private(path, "\n".join(lines) + "\n")
 
 
-def greet(folder: Path, environment: dict[str, str], pools: list[str]) -> None:
+def greet(folder: Path, environment: dict[str, str], pools: list[str], metrics: str) -> None:
     """What runs where, and the next command."""
     print(f"\nPrefect  {environment['PREFECT_API_URL'].removesuffix('/api')}  (workers: {', '.join(pools)})")
     print(f"MLflow   {environment['MLFLOW_TRACKING_URI']}")
+    print(f"Metrics  {metrics}  (for Prometheus)")
     print(f"Logs     {folder}/logs")
     print(f"\nIn another shell:\n  . {shlex.quote(str(folder / 'env'))}")
     print("  prefect deployment run 'retrain/smollm2-cpu' --watch\n\nCtrl-C stops everything.", flush=True)
@@ -84,10 +88,10 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def run(processes: Processes, folder: Path, prefect_port: int, mlflow_port: int) -> None:
+def run(processes: Processes, folder: Path, ports: dict[str, int]) -> None:
     """Start all parts, wait until one ends by itself, and in any case stop the others."""
     try:
-        start(processes, folder, prefect_port, mlflow_port)
+        start(processes, folder, ports)
         print(processes.wait_for_an_end(), file=sys.stderr, flush=True)
     finally:
         for number in SIGNALS:
@@ -114,7 +118,8 @@ def main() -> int:
         signal.signal(number, asked_to_stop)
     try:
         with held(folder):
-            run(processes, folder, claim_port(given.prefect_port, "prefect"), claim_port(given.mlflow_port, "mlflow"))
+            asked = {name: getattr(given, f"{name}_port") for name in SERVERS}
+            run(processes, folder, {name: claim_port(port, name) for name, port in asked.items()})
     except StackError as error:
         print(error, file=sys.stderr, flush=True)
     except KeyboardInterrupt:

@@ -34,6 +34,13 @@ def wait_for_servers(processes: Processes, environment: dict[str, str]) -> None:
     processes.wait_until("prefect", lambda: answers(f"{environment['PREFECT_API_URL']}/health"))
 
 
+def start_exporter(processes: Processes, environment: dict[str, str], port: int) -> str:
+    """Start the page of metrics for Prometheus; its address. It may not be ready yet."""
+    command = [sys.executable, "-m", "infra.exporter", "--port", str(port)]
+    processes.start("exporter", command, environment)
+    return f"http://127.0.0.1:{port}/metrics"
+
+
 def deploy(environment: dict[str, str], root: Path) -> None:
     """Create pools, automations and deployments, as `make deploy` does."""
     command = [sys.executable, "-m", "infra.deploy"]

@@ -10,6 +10,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read while mlflow i
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from tasks.tracking.client import as_default, connect, run_url, ui_command
+from tasks.tracking.outage import as_told
+from tasks.tracking.overview import ChampionRecord, StageRecord, champion_records, last_stages
 from tasks.tracking.registry import (
     CHALLENGER,
     CHAMPION,
@@ -54,11 +56,15 @@ __all__ = [
     "CHALLENGER",
     "CHAMPION",
     "WARM_START",
+    "ChampionRecord",
     "DraftVersion",
+    "StageRecord",
     "StageRun",
     "WatchState",
     "as_default",
+    "as_told",
     "champion",
+    "champion_records",
     "champions",
     "connect",
     "crown",
@@ -72,6 +78,7 @@ __all__ = [
     "is_recorded",
     "is_released",
     "is_running",
+    "last_stages",
     "lineage",
     "log_page",
     "open_retraining",

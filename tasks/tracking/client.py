@@ -24,6 +24,7 @@ from hass_core.config import RunConfig
 from hass_core.errors import TrackingError
 from hass_core.trusted_hosts import VARIABLE, is_trusted
 from tasks.tracking.in_place import follow_the_folder
+from tasks.tracking.outage import outage_in, tell_outages
 from tasks.tracking.view import MODEL_TRAINING, VIEW, add_view, experiment_tags
 
 
@@ -47,6 +48,8 @@ def connect(config: RunConfig) -> MlflowClient:
         client = _client(uri, local_folder(config))
         experiment_id(client, config)
     except MlflowException as error:
+        if told := outage_in(error):
+            raise told from None
         reason = str(error).replace(uri, _shown(uri))  # no cause: its text has the password too
         raise TrackingError(f"cannot use MLflow at {_shown(uri)}: {reason}; start it or change tracking.uri") from None
     return client
@@ -107,6 +110,8 @@ def _client(uri: str, folder: Path) -> MlflowClient:
     if uri.startswith("sqlite:"):
         folder.mkdir(parents=True, exist_ok=True)
         follow_the_folder(uri, folder)
+    if _is_server(uri):
+        tell_outages(_shown(uri))
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

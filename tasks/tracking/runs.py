@@ -23,6 +23,7 @@ from tasks.tracking.client import connect, experiment_id, tracking_uri
 from tasks.tracking.lock import locked
 from tasks.tracking.metrics import Follower, read_metrics
 from tasks.tracking.names import stage_metrics
+from tasks.tracking.outage import outage_in
 
 UNTRACKED = {"name", "store", "tracking", "promotion", "watch", "execution"}  # settings that change no result
 RUNNING, FINISHED = "RUNNING", "FINISHED"
@@ -224,6 +225,8 @@ def _ending(client: MlflowClient, before: Run) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if outage_in(error):
+            raise  # it would be asked in vain, for minutes; whoever continues the run takes it over
         if before.info.status == FINISHED:  # what it holds is still true
             end(FINISHED, before.info.end_time)
         else:

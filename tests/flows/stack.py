@@ -40,9 +40,13 @@ class Stack:
 
     def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         """A long-running prefect command; its output goes to NAME.log."""
+        return self.program(name, "-m", "prefect", *arguments)
+
+    def program(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """A long-running program of Python; its output goes to NAME.log."""
         with (self.home / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [*PREFECT, *arguments],
+                [sys.executable, *arguments],
                 cwd=ROOT,
                 env=self.environment,
                 stdout=log,

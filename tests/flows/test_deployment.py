@@ -5,13 +5,20 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from mlflow import MlflowClient
 
-from tests.flows.stack import ROOT, Stack, end, wait_for
+from hass_core.serving.metrics import Metrics
+from tests.flows.stack import ROOT, Stack, answers, end, free_port, wait_for
+from tests.infra.dashboard import unanswered
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+WATCHED = """
+hass_champion_served_tau{model="hass-draft-tiny"} 2
+hass_champion_expected_tau{model="hass-draft-tiny"} 2
+"""  # what is there once the draft is served and watched; tests/infra/test_exporter.py has it from the exporter
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +136,21 @@ def test_a_stage_runs_on_the_pool_it_needs_and_the_retraining_goes_on_with_it(st
     assert [run.info.status for run in parents] == ["FINISHED"]
     assert parents[0].data.tags["prefect.flow_run_id"] == outer["id"]
     assert len(versions) == 1
+    every_query_of_the_dashboard_is_answered(stack, tiny_preset)
+
+
+def every_query_of_the_dashboard_is_answered(stack: Stack, preset: Path) -> None:
+    """The exporter's page of this stack, and that of `hass serve`, have what infra/grafana asks for."""
+    port = free_port()
+    exporter = stack.program("exporter", "-m", "infra.exporter", "--port", str(port), "--preset", str(preset))
+    try:
+        url = f"http://127.0.0.1:{port}/metrics"
+        wait_for(lambda: answers(url) and 'up{source="store"} 1' in httpx.get(url).text, "the exporter", 120)
+        page = httpx.get(url).text
+    finally:
+        end(exporter)
+    serving = Metrics(lambda: 0, lambda: 0)
+    serving.request("ok")
+    serving._by_depth.labels(depth=1)  # as a first accepted token makes it
+    assert 'hass_flow_runs{state="completed"}' in page
+    assert unanswered([page, WATCHED, serving.text().decode()]) == []

@@ -23,20 +23,19 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(not POSTGRES and not shutil.which("initdb"), reason="PostgreSQL is not installed"),
 ]
+PORTS = ("--prefect-port", "0", "--mlflow-port", "0", "--exporter-port", "0")
 READY = "Ctrl-C stops everything."
 
 
 class RunningStack:
     """The program, its output, its environment for clients, and all processes it started."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *options: str):
         self.folder = folder
         self._output = folder / "output"
         command = [sys.executable, "-m", "infra.stack", "--folder", str(folder)]
         with self._output.open("w") as output:
-            self.process = subprocess.Popen(
-                [*command, "--prefect-port", "0", "--mlflow-port", "0"], cwd=ROOT, stdout=output, stderr=output
-            )
+            self.process = subprocess.Popen([*command, *PORTS, *options], cwd=ROOT, stdout=output, stderr=output)
         wait_for(lambda: READY in self.output or self.process.poll() is not None, "the stack", 300)
         assert self.process.poll() is None, self.output
         shown = subprocess.run(["bash", "-c", f". '{folder}/env'; env -0"], capture_output=True, text=True, check=True)
@@ -139,7 +138,7 @@ def test_when_a_part_dies_it_is_named_and_the_others_are_stopped(folder):
         shown = stack.command("status")
         assert shown.returncode == 0, shown.stdout
         assert {line.split()[0]: line.split()[1] for line in shown.stdout.splitlines()} == {
-            name: "running" for name in ("postgres", "s3", "mlflow", "prefect", "worker-cpu")
+            name: "running" for name in ("postgres", "s3", "mlflow", "prefect", "worker-cpu", "exporter")
         }
         store = next(part for part in stack.parts if "weed" in Path(part.exe()).name)
         os.kill(store.pid, signal.SIGKILL)

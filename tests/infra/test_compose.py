@@ -28,8 +28,8 @@ def compose() -> dict:
 
 def test_compose_holds_every_part_and_waits_for_what_exists(compose):
     services = compose["services"]
-    expected = {"postgres", "s3", "buckets", "prefect", "mlflow", "mlflow-user", "worker-cpu", "worker-gpu", "deploy"}
-    assert expected == set(services)
+    ours = {"worker-cpu", "worker-gpu", "exporter", "mlflow-user", "deploy"}
+    assert {"postgres", "s3", "buckets", "prefect", "mlflow", *ours} == set(services)
     for name, service in services.items():
         assert "image" in service, name
         assert set(service.get("depends_on", {})) <= set(services), name
@@ -42,7 +42,7 @@ def test_compose_holds_every_part_and_waits_for_what_exists(compose):
 
 def test_compose_publishes_on_loopback_only(compose):
     ports = [port for service in compose["services"].values() for port in service.get("ports", [])]
-    assert len(ports) == 2
+    assert len(ports) == 3
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
 

@@ -1,0 +1,84 @@
+"""The Prefect server that a flow in a terminal reports to: that of PREFECT_API_URL, or one that lives with the run.
+
+Looked at before anything starts: Prefect itself waits two minutes in silence for a server that cannot come, and ends
+with a traceback that names neither address nor file.
+"""
+
+import sqlite3
+import sys
+import time
+from contextlib import closing
+from importlib.resources import files
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import prefect
+from prefect.settings import get_current_settings
+from sqlalchemy.engine import make_url
+
+from hass_core.errors import ConfigError, Unreachable
+
+PAUSES_SECONDS = (1, 2, 4, 8, 15)
+AWAY = (502, 503, 504)  # a proxy answers in the server's place
+
+
+def check_server() -> None:
+    """Return when a run can be reported.
+
+    Raises Unreachable naming the address where no server answers for half a minute, and ConfigError naming the database
+    that another version of Prefect has written.
+    """
+    settings = get_current_settings()
+    if settings.api.url:
+        wait_for_server(settings.api.url)
+    else:
+        check_database(settings.server.database.connection_url.get_secret_value())
+
+
+def wait_for_server(url: str, pauses: tuple[float, ...] = PAUSES_SECONDS) -> None:
+    """Return when the server at `url` answers; that it does not is told at the first miss. Raises Unreachable."""
+    parts = urlsplit(url)
+    shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    for pause in pauses:
+        if (why := _why_away(url)) is None:
+            return
+        if pause == pauses[0]:
+            print(f"Prefect at {shown} does not answer ({why}); asking again for {sum(pauses):.0f} s", file=sys.stderr)
+        time.sleep(pause)
+    if (why := _why_away(url)) is not None:
+        raise Unreachable(f"Prefect at {shown} does not answer ({why}): start it, or change or unset PREFECT_API_URL")
+
+
+def _why_away(url: str) -> str | None:
+    """None where a server answers, whatever it says."""
+    try:
+        status = httpx.get(f"{url.rstrip('/')}/health", timeout=10).status_code
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return str(error) or type(error).__name__
+    return f"status {status}" if status in AWAY else None
+
+
+def check_database(url: str) -> None:
+    """Raises ConfigError where the SQLite file at `url` has a revision that this Prefect does not know."""
+    address = make_url(url)
+    if not address.drivername.startswith("sqlite") or not address.database or not Path(address.database).is_file():
+        return
+    with closing(sqlite3.connect(f"file:{address.database}?mode=ro", uri=True)) as database:
+        try:
+            found = database.execute("SELECT version_num FROM alembic_version").fetchone()
+        except sqlite3.OperationalError:  # no such table: a new file
+            return
+        except sqlite3.DatabaseError as error:
+            raise ConfigError(f"{address.database}, Prefect's database, cannot be read: {error}") from error
+    if found and not _is_known(found[0]):
+        raise ConfigError(
+            f"{address.database} was written by another version of Prefect: its revision {found[0]} is not one of "
+            f"Prefect {prefect.__version__}; install the version that wrote it, or name another folder in PREFECT_HOME"
+        )
+
+
+def _is_known(revision: str) -> bool:
+    """Whether a migration names this revision; read as text, for importing Prefect's server takes seconds."""
+    migrations = files("prefect") / "server/database/_migrations/versions/sqlite"
+    return any(revision in file.read_text() for file in migrations.iterdir() if file.name.endswith(".py"))

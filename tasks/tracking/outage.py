@@ -1,0 +1,64 @@
+"""MLflow is away: told at once with its address, asked again for some minutes, and then one sentence.
+
+MLflow's client asks again by itself, but says nothing while it does, and ends with pages of traceback.
+"""
+
+import logging
+import re
+import time
+from collections.abc import Sequence
+
+from mlflow.exceptions import MlflowException
+
+from hass_core.errors import TrackingError
+
+REQUESTS = logging.getLogger("urllib3.connectionpool")
+QUIET_SECONDS = 60.0
+GIVEN_UP = re.compile(r"API request to (?P<scheme>https?://)(?P<host>[^/\s]+)\S* failed with (timeout )?exception")
+ASKED_AGAIN = ("Retrying (", "Retry: ")  # how urllib3 begins its notes on a request that it repeats
+
+
+def tell_outages(address: str) -> None:
+    """From now on, tell once a minute that MLflow at `address` does not answer while requests to it are repeated."""
+    for teller in [known for known in REQUESTS.filters if isinstance(known, _Teller)]:
+        REQUESTS.removeFilter(teller)
+    REQUESTS.addFilter(_Teller(address))
+    REQUESTS.setLevel(logging.DEBUG)  # after a status such as 503 urllib3 notes it no louder; the filter drops the rest
+
+
+def outage_in(error: BaseException) -> TrackingError | None:
+    """One sentence for an error that MLflow's client raises when it has given up asking; None for any other."""
+    found = GIVEN_UP.match(str(error)) if isinstance(error, MlflowException) else None
+    if found is None:
+        return None
+    address = found["scheme"] + found["host"].rpartition("@")[2]
+    return TrackingError(f"MLflow at {address} does not answer: start it or change tracking.uri; what is done is kept")
+
+
+def as_told(error: Exception) -> Exception:
+    """The sentence where the error says that MLflow has not answered, else the error itself."""
+    return outage_in(error) or error
+
+
+class _Teller(logging.Filter):
+    """Turns urllib3's notes on repeated requests to MLflow into one sentence, and drops those of no interest."""
+
+    def __init__(self, address: str):
+        super().__init__()
+        self._address, self._told = address, -QUIET_SECONDS
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not str(record.msg).startswith(ASKED_AGAIN) or not _is_for_mlflow(record.args):
+            return record.levelno >= logging.WARNING
+        now = time.monotonic()
+        if now - self._told < QUIET_SECONDS:
+            return False
+        self._told = now
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+        record.msg, record.args = "MLflow at %s does not answer; it is asked again for some minutes", (self._address,)
+        return True
+
+
+def _is_for_mlflow(arguments: object) -> bool:
+    """The last argument of urllib3's note is the path."""
+    return isinstance(arguments, Sequence) and bool(arguments) and "/mlflow" in str(arguments[-1])
