@@ -25,10 +25,10 @@ install: $(VENV)/.installed  ## create .venv and install everything into it
 retrain: $(VENV)/.installed  ## retrain the draft of PRESET, with SET's changes
 	@$(BIN)/python -m flows.retrain $(PRESET) $(SET)
 
-test: $(VENV)/.installed  ## run the tests
-	@$(BIN)/python -m pytest
+test: $(VENV)/.installed  ## run the tests, a file at a time on each core, four at most
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test-recovery: $(VENV)/.installed  ## kill workers, servers and stores under real runs (10 minutes)
+test-recovery: $(VENV)/.installed  ## kill workers, servers and stores under real runs (15 minutes)
 	@$(BIN)/python -m pytest -m recovery
 
 lint: $(VENV)/.installed  ## check style

@@ -40,10 +40,10 @@ def wait_for_server(url: str, pauses: tuple[float, ...] = PAUSES_SECONDS) -> Non
     """Return when the server at `url` answers; that it does not is told at the first miss. Raises Unreachable."""
     parts = urlsplit(url)
     shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-    for pause in pauses:
+    for number, pause in enumerate(pauses):
         if (why := _why_away(url)) is None:
             return
-        if pause == pauses[0]:
+        if number == 0:
             print(f"Prefect at {shown} does not answer ({why}); asking again for {sum(pauses):.0f} s", file=sys.stderr)
         time.sleep(pause)
     if (why := _why_away(url)) is not None:

@@ -104,6 +104,10 @@ class PipelineMetrics:
 
     def read_store(self, config: RunConfig) -> None:
         """Sizes of what the store holds, unfinished results apart."""
+        for stage in STORED:
+            for finished in ("true", "false"):
+                self._bytes.labels(stage, finished).set(0)
+                self._folders.labels(stage, finished).set(0)
         for entry in entries(Store(config.store), STORED):
             finished = str(entry.finished).lower()
             self._bytes.labels(entry.stage, finished).inc(entry.bytes)

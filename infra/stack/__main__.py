@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import infra.stack
+from infra.stack.backup import back_up, check_copy, restore_buckets, restore_databases
 from infra.stack.machine import StackError, claim_port, write_private
 from infra.stack.parts import show_logs, show_status, write_parts
 from infra.stack.postgres import start_postgres
@@ -26,7 +27,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m infra.stack", description=infra.stack.__doc__)
-    parser.add_argument("action", nargs="?", choices=("start", "status", "logs"), default="start")
+    parser.add_argument("action", nargs="?", choices=("start", "status", "logs", "backup"), default="start")
+    parser.add_argument("--copy", type=Path, help="of backup: the new folder to write; of start: begin with that copy")
     parser.add_argument("--part", help="of logs: one process, such as worker-cpu; default: all")
     parser.add_argument("--lines", type=int, default=20, help="of logs: so many of each, from the end")
     parser.add_argument("--folder", type=Path, default=ROOT / ".hass" / "stack", help="where everything lies")
@@ -36,8 +38,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def start(processes: Processes, folder: Path, ports: dict[str, int]) -> None:
-    """Start all parts, each when those it needs answer. Raises StackError naming the part that does not."""
+def start(processes: Processes, folder: Path, ports: dict[str, int], copy: Path | None) -> None:
+    """Start all parts, each when those it needs answer, with the state of `copy` where one is named.
+
+    Raises StackError naming the part that does not start.
+    """
     environment = {
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -49,6 +54,9 @@ def start(processes: Processes, folder: Path, ports: dict[str, int]) -> None:
     }
     postgres = start_postgres(processes, folder)
     environment |= start_s3(processes, folder)
+    if copy:
+        restore_databases(copy, postgres)
+        restore_buckets(copy, environment)
     environment |= start_mlflow(processes, postgres, environment, ports["mlflow"])
     environment |= start_prefect(processes, postgres, environment, ports["prefect"])
     wait_for_servers(processes, environment)
@@ -88,10 +96,10 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def run(processes: Processes, folder: Path, ports: dict[str, int]) -> None:
+def run(processes: Processes, folder: Path, ports: dict[str, int], copy: Path | None) -> None:
     """Start all parts, wait until one ends by itself, and in any case stop the others."""
     try:
-        start(processes, folder, ports)
+        start(processes, folder, ports, copy)
         print(processes.wait_for_an_end(), file=sys.stderr, flush=True)
     finally:
         for number in SIGNALS:
@@ -105,6 +113,18 @@ def asked_to_stop(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def copied(folder: Path, copy: Path | None) -> int:
+    """Copy the running stack; the exit status."""
+    try:
+        if copy is None:
+            raise StackError("say where to: backup --copy FOLDER")
+        back_up(folder, copy.resolve())
+    except StackError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
 def main() -> int:
     """Run the stack; the exit status: 0 when it was asked to stop, 1 when it could not start or a part ended."""
     given = arguments()
@@ -113,13 +133,18 @@ def main() -> int:
         return show_status(folder)
     if given.action == "logs":
         return show_logs(folder, given.part, given.lines)
-    processes = Processes(folder / "logs", ROOT)
+    if given.action == "backup":
+        return copied(folder, given.copy)
     for number in SIGNALS:
         signal.signal(number, asked_to_stop)
     try:
+        if given.copy:
+            check_copy(given.copy, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        processes = Processes(folder / "logs", ROOT)
         with held(folder):
             asked = {name: getattr(given, f"{name}_port") for name in SERVERS}
-            run(processes, folder, {name: claim_port(port, name) for name, port in asked.items()})
+            run(processes, folder, {name: claim_port(port, name) for name, port in asked.items()}, given.copy)
     except StackError as error:
         print(error, file=sys.stderr, flush=True)
     except KeyboardInterrupt:

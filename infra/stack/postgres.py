@@ -54,7 +54,7 @@ class Postgres:
 
 def start_postgres(processes: Processes, folder: Path) -> Postgres:
     """Start the server on folder/postgres, made at the first start. Raises StackError where it is not installed."""
-    initdb = program("initdb", HINT, *_debian_folders())
+    initdb = postgres_program("initdb")
     user = _other_user(folder)
     data, postgres = folder / "postgres", Postgres(free_port(), folder / "postgres.password")
     if not (data / "PG_VERSION").exists():
@@ -67,9 +67,9 @@ def start_postgres(processes: Processes, folder: Path) -> Postgres:
     return postgres
 
 
-def _debian_folders() -> list[str]:
-    """Where Debian keeps programs that are not on PATH, the newest version first."""
-    return [str(path) for path in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
+def postgres_program(name: str) -> str:
+    """The path of a program of PostgreSQL: Debian keeps them off PATH, a folder for each version. Raises StackError."""
+    return program(name, HINT, *(str(path) for path in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)))
 
 
 def _other_user(folder: Path) -> str | None:

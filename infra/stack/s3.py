@@ -10,10 +10,10 @@ from typing import Any
 
 import s3fs
 
+from infra.buckets import BUCKETS
 from infra.stack.machine import answers, free_port, program, write_private
 from infra.stack.processes import Processes
 
-BUCKETS = ("hass", "mlflow")
 ACTIONS = ("Read", "Write", "List", "Tagging")
 REGION = "us-east-1"
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import s3fs
@@ -104,7 +105,8 @@ def versions(stack: RunningStack) -> list:
     return MlflowClient(stack.environment["MLFLOW_TRACKING_URI"]).search_model_versions("name = 'hass-draft-tiny'")
 
 
-def test_a_retraining_goes_through_the_stack_and_is_there_after_a_restart(shared_preset, folder):
+def test_a_retraining_goes_through_the_stack_and_is_there_after_a_restart_and_a_loss(shared_preset, folder, tmp_path):
+    copy = tmp_path / "copy"
     stack = RunningStack(folder)
     try:
         run = f'run={{"preset": "{shared_preset}"}}'
@@ -120,6 +122,9 @@ def test_a_retraining_goes_through_the_stack_and_is_there_after_a_restart(shared
         assert {Path(name).name for name in stages} >= {"prompts", "responses", "features", "draft", "evaluation"}
         kept = stack.dump("mlflow") + stack.dump("prefect") + done.stdout
         assert not [secret for secret in stack.secrets if secret in kept]
+        done = stack.command("backup", "--copy", str(copy))
+        assert done.returncode == 0, done.stderr
+        assert "exists already" in stack.command("backup", "--copy", str(copy)).stderr
     finally:
         stack.end()
     assert stack.process.returncode == 0, stack.output
@@ -130,6 +135,33 @@ def test_a_retraining_goes_through_the_stack_and_is_there_after_a_restart(shared
         assert files_of(again).exists("hass/store/draft")
     finally:
         again.end(signal.SIGTERM)
+
+    shutil.rmtree(folder)
+    folder.mkdir(mode=0o755)
+    a_retraining_continues_from(copy, folder, shared_preset)
+
+
+def a_retraining_continues_from(copy: Path, folder: Path, preset: Path) -> None:
+    """All is lost but the copy: a stack from it trains on the features of before, against the champion of before."""
+    stack = RunningStack(folder, "--copy", str(copy))
+    try:
+        files = files_of(stack)
+        before = {name: files.info(name)["LastModified"] for name in files.find("hass/store/features")}
+        assert before
+        run = f'run={{"preset": "{preset}", "training": {{"passes": 5}}}}'
+        done = stack.run(*PREFECT, "deployment", "run", "retrain/smollm2-cpu", "-p", run, "--watch")
+        assert done.returncode == 0, done.stdout + done.stderr + (stack.folder / "logs/worker-cpu.log").read_text()
+        files.invalidate_cache()
+        assert {name: files.info(name)["LastModified"] for name in files.find("hass/store/features")} == before
+        assert sorted(version.version for version in versions(stack)) == ["1", "2"]
+        judged = next(version for version in versions(stack) if version.version == "2")
+        assert "version 1" in judged.description
+        completed = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
+        assert httpx.post(f"{stack.environment['PREFECT_API_URL']}/flow_runs/count", json=completed).json() == 2
+        again = [sys.executable, "-m", "infra.stack", "--folder", str(folder), "--copy", str(copy)]
+        assert "restoring would mix two" in subprocess.run(again, cwd=ROOT, capture_output=True, text=True).stderr
+    finally:
+        stack.end()
 
 
 def test_when_a_part_dies_it_is_named_and_the_others_are_stopped(folder):

@@ -1,0 +1,43 @@
+"""Copy the buckets of store and MLflow to a folder, or back: `python -m infra.buckets save FOLDER`, `… load FOLDER`.
+
+Reads AWS_ENDPOINT_URL and AWS keys from the environment, as a worker does; one of its keys is enough.
+"""
+
+import argparse
+from pathlib import Path
+
+import s3fs
+
+BUCKETS = ("hass", "mlflow")
+
+
+def save(folder: Path) -> int:
+    """Copy every file of the buckets below `folder`; how many."""
+    files = s3fs.S3FileSystem(skip_instance_cache=True)
+    names = [name for bucket in BUCKETS for name in files.find(bucket)]
+    if names:
+        files.get(names, [str(folder / name) for name in names])
+    return len(names)
+
+
+def load(folder: Path) -> int:
+    """Copy what `save` wrote back into the buckets, which exist; how many files."""
+    files = s3fs.S3FileSystem(skip_instance_cache=True)
+    paths = sorted(path for bucket in BUCKETS for path in (folder / bucket).rglob("*") if path.is_file())
+    if paths:
+        files.put([str(path) for path in paths], [path.relative_to(folder).as_posix() for path in paths])
+    return len(paths)
+
+
+def main() -> None:
+    """Copy, and say how many files."""
+    parser = argparse.ArgumentParser(prog="python -m infra.buckets", description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=("save", "load"))
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args()
+    copied = (save if given.action == "save" else load)(given.folder)
+    print(f"{copied} files of {', '.join(BUCKETS)}")
+
+
+if __name__ == "__main__":
+    main()
