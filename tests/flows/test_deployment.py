@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,12 +11,14 @@ import httpx
 import pytest
 import yaml
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from hass_core.serving.metrics import Metrics
 from tests.flows.stack import ROOT, Stack, answers, end, free_port, wait_for
 from tests.infra.dashboard import unanswered
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+CLONED = "0.0.0+clone"
 WATCHED = """
 hass_champion_served_tau{model="hass-draft-tiny"} 2
 hass_champion_expected_tau{model="hass-draft-tiny"} 2
@@ -22,12 +26,36 @@ hass_champion_expected_tau{model="hass-draft-tiny"} 2
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory) -> Iterator[Stack]:
-    stack = Stack(tmp_path_factory.mktemp("stack"))
+def repository(tmp_path_factory) -> Path:
+    """A git repository whose one commit is this working tree, of a version that only it has."""
+    folder = tmp_path_factory.mktemp("repository") / "hass"
+    listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    version = folder / "hass_core" / "__init__.py"
+    version.write_text(version.read_text() + f'\n__version__ = "{CLONED}"\n')
+    as_somebody = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (["init", "-q"], ["add", "-A"], [*as_somebody, "commit", "-qm", "all"]):
+        subprocess.run(["git", "-C", str(folder), *command], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory, repository) -> Iterator[Stack]:
+    """Deployments whose runs clone the repository at its commit."""
+    code = {"HASS_CODE_REPOSITORY": repository.as_uri(), "HASS_CODE_COMMIT": commit_of(repository)}
+    stack = Stack(tmp_path_factory.mktemp("stack"), **code)
     try:
         yield stack
     finally:
         stack.stop()
+
+
+def commit_of(repository: Path) -> str:
+    head = ["git", "-C", str(repository), "rev-parse", "HEAD"]
+    return subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def run_retraining(stack: Stack, preset: Path, *options: str, overrides: tuple[str, ...] = ()):
@@ -47,6 +75,14 @@ def records(preset: Path) -> tuple[list, list]:
 def manifests(preset: Path) -> dict[str, int]:
     """Time of completion of every finished stage."""
     return {path.parts[-3]: path.stat().st_mtime_ns for path in (preset.parent / ".hass/store").rglob("manifest.json")}
+
+
+def the_code_was_the_clones(preset: Path, repository: Path, run: Run) -> None:
+    """The run and every stage name the commit that was asked for, and no other version of the code was at work."""
+    assert run.data.tags["mlflow.source.git.commit"] == commit_of(repository)
+    for path in (preset.parent / ".hass/store").rglob("manifest.json"):
+        made_by = json.loads(path.read_text())["provenance"]
+        assert (made_by["hass"], made_by["commit"]) == (CLONED, commit_of(repository)), path
 
 
 def test_the_form_has_bounds_and_descriptions_and_the_schedule_is_weekly(stack):
@@ -96,7 +132,7 @@ def test_a_wrong_parameter_is_refused_before_the_run_starts(stack):
     assert "passes" in done.stdout + done.stderr
 
 
-def test_a_killed_flow_is_completed_by_the_same_command_and_nothing_is_done_twice(stack, tiny_preset):
+def test_a_killed_flow_is_completed_by_the_same_command_and_nothing_is_done_twice(stack, repository, tiny_preset):
     long_training = ("training.passes=60", "training.checkpoint_every_steps=2")
     run_retraining(stack, tiny_preset, overrides=long_training)
     draft = tiny_preset.parent / ".hass/store/draft"
@@ -116,6 +152,7 @@ def test_a_killed_flow_is_completed_by_the_same_command_and_nothing_is_done_twic
     assert [run.info.status for run in parents] == ["FINISHED"]
     assert parents[0].data.tags["prefect.flow_run_url"].startswith("http://127.0.0.1")
     assert len(versions) == 1
+    the_code_was_the_clones(tiny_preset, repository, parents[0])
 
 
 def test_a_stage_runs_on_the_pool_it_needs_and_the_retraining_goes_on_with_it(stack, tiny_preset):
