@@ -54,12 +54,12 @@ class Verdict(BaseModel):
     def markdown(self) -> str:
         """The verdict for people."""
         lines = [f"## Version {self.challenger}: {self.title}", ""]
-        lines += [f"- {reason}" for reason in self.reasons]
+        lines += [f"- {md(reason)}" for reason in self.reasons]
         if gains := self.gains():
-            lines += ["", f"| | tokens/s over those of {self.opponent} |", "|---|---|"]
+            lines += ["", f"| | tokens/s over those of {md(self.opponent)} |", "|---|---|"]
             lines += [f"| {md(name)} | {_shown(gain)} |" for name, gain in gains.items()]
         if self.measured:
-            lines += ["", self.measured]
+            lines += ["", md(self.measured)]
         return "\n".join(lines) + "\n"
 
     def gains(self) -> dict[str, Estimate]:

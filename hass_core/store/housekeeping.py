@@ -60,12 +60,17 @@ def entries(store: Store, stages: Iterable[str]) -> list[Entry]:
     with store.named_failures("read from"):
         store.fs.invalidate_cache()
         for stage in stages:
-            files = store.fs.find(f"{_base(store)}/{stage}", detail=True)
+            base = f"{_base(store)}/{stage}"
+            files = store.fs.find(base, detail=True)
             folders: dict[str, list[tuple[str, dict[str, object]]]] = {}
             for path, info in files.items():
-                digest, _, name = path.removeprefix(f"{_base(store)}/{stage}/").partition("/")
+                digest, _, name = path.removeprefix(f"{base}/").partition("/")
                 folders.setdefault(digest, []).append((name, info))
-            found += [_entry(store, stage, digest, content) for digest, content in folders.items()]
+            finished = [digest for digest, content in folders.items() if MANIFEST in dict(content)]
+            manifests = {digest: f"{base}/{digest}/{MANIFEST}" for digest in finished}
+            texts = store.fs.cat(list(manifests.values())) if manifests else {}  # S3 is asked for many at once
+            for digest, content in folders.items():
+                found.append(_entry(stage, digest, content, texts.get(manifests.get(digest))))
     return sorted(found, key=lambda entry: entry.changed, reverse=True)
 
 
@@ -121,12 +126,12 @@ def _registered(store: Store) -> set[str]:
         raise StoreError(f"a note in {store.root}/{REGISTERED} is broken: {error}; mend it before you prune") from error
 
 
-def _entry(store: Store, stage: str, digest: str, content: list[tuple[str, dict[str, object]]]) -> Entry:
+def _entry(stage: str, digest: str, content: list[tuple[str, dict[str, object]]], manifest_text: bytes | None) -> Entry:
     size = sum(int(str(info["size"])) for _, info in content)
     changed = max(_time_of(info) for _, info in content)
-    if MANIFEST not in {name for name, _ in content}:
+    if manifest_text is None:
         return Entry(stage, digest, size, changed, finished=False)
-    manifest = Manifest.model_validate_json(store.fs.cat_file(f"{_base(store)}/{stage}/{digest}/{MANIFEST}"))
+    manifest = Manifest.model_validate_json(manifest_text)
     sources = frozenset(value for value in manifest.key.values() if isinstance(value, str))
     return Entry(stage, digest, size, changed, sources)
 

@@ -1,9 +1,11 @@
-"""How the pipeline behaves under load: queued runs, many shards at once, a tracking store with a long history.
+"""How the pipeline behaves under load: queued runs, many shards at once, a tracking store with a long history, a store
+with many results, and many clients of `hass serve`.
 
-    python -m infra.evidence.load OUT.json [--deployed 50] [--shards 200] [--runs 2000]
+    python -m infra.evidence.load OUT.json [--deployed 50] [--shards 200] [--runs 2000] [--folders 10000] [--clients 64]
 
-Starts a Prefect server and a worker of its own on loopback and stops them; MLflow is SQLite in a temporary folder.
-While runs are queued and shards are mapped, a probe asks the server every half second what the UI asks it.
+Starts servers and a worker of its own on loopback and stops them; MLflow is SQLite, and the store a disk and an S3
+server, in a temporary folder. While runs are queued and shards are mapped, a probe asks the server every half second
+what the UI asks it; while clients are answered, another asks for /health.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,16 +28,20 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from hass_core.config import RunConfig, parse_config
-from hass_core.store import Artifact
+from hass_core.store import Artifact, Store, digest_of
+from hass_core.store.housekeeping import entries, removable
 from hass_core.store.provenance import provenance
+from hass_core.store.store import MANIFEST
 from tasks import tracking
 from tasks.tracking.registry import version_of
-from tests.flows.stack import ROOT, Stack, wait_for
+from tests.flows.stack import ROOT, Stack, answers, end, free_port, wait_for
+from tests.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, seaweedfs
 
 AT_ONCE = 4  # flow processes, each of which takes a core while it starts
 STAGES = ("prompts", "responses", "features", "draft", "evaluation")
 TAGS = {"hass.commit": "0" * 40}
 SHARD_SECONDS = 2.0
+PARTS = {"deployed": 50, "shards": 200, "runs": 2000, "folders": 10_000, "clients": 64}
 
 
 def deployed_runs(stack: Stack, count: int) -> dict[str, Any]:
@@ -173,6 +180,90 @@ def _times(config: RunConfig, client: MlflowClient, name: str) -> dict[str, floa
     }
 
 
+def store_folders(home: Path, count: int) -> dict[str, Any]:
+    """Times of what is asked of a store with so many results, on a disk and on an S3 server."""
+    found: dict[str, Any] = {"folders": count, "disk": _store_times(Store(home / "many"), count)}
+    (home / "weed").mkdir()
+    with seaweedfs(home / "weed") as port:
+        keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_DEFAULT_REGION": "us-east-1"}
+        os.environ |= keys | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+        store = Store(f"s3://{BUCKET}/store", cache=home / "cache")
+        store.fs.mkdir(BUCKET)
+        found["s3"] = _store_times(store, count)
+    return found
+
+
+def _store_times(store: Store, count: int) -> dict[str, float]:
+    """Seconds of each request; the results are made from one, by its manifest alone."""
+    one = store.stage("draft", {"of": "load"}).finish({"steps": 1})
+    text = store.open(one).read_text(MANIFEST)
+    base = store.fs._strip_protocol(store.root)
+    digests = [digest_of(number) for number in range(count - 1)]
+    files = {f"{base}/draft/{digest}/{MANIFEST}": text.replace(one.digest, digest).encode() for digest in digests}
+    for path in files if store.is_local else ():
+        store.fs.makedirs(path.rpartition("/")[0])
+    started = time.perf_counter()
+    store.fs.pipe(files)
+    filled = time.perf_counter() - started
+    held = entries(store, STAGES)
+    return {
+        "seconds_to_fill": filled,
+        "hass_store_ls": best(lambda: entries(store, STAGES)),
+        "what_prune_removes": best(lambda: removable(store, held, 3)),
+        "find_a_result": best(lambda: store.artifact("draft", digests[-1])),
+        "begin_a_stage": best(lambda: store.stage("draft", {"of": "load"}).artifact()),
+    }
+
+
+def served_clients(home: Path, count: int, new_tokens: int = 32) -> dict[str, Any]:
+    """So many clients ask `hass serve` (SmolLM2-135M-Instruct, plain decoding) at once, each for one answer."""
+    port, answered = free_port(), list[float]()
+    command = [sys.executable, "-m", "hass_core.cli", "serve", "--port", str(port)]
+    with (home / "serve.log").open("wb") as log:
+        server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    url, healthy = f"http://127.0.0.1:{port}", threading.Event()
+    try:
+        wait_for(lambda: answers(f"{url}/health"), "hass serve", 300)
+        health = threading.Thread(target=_ask_health, args=(url, healthy, answered))
+        health.start()
+        started = time.perf_counter()
+        with ThreadPoolExecutor(count) as pool:
+            done = list(pool.map(lambda number: _ask(url, number, new_tokens), range(count)))
+        total = time.perf_counter() - started
+        healthy.set()
+        health.join()
+    finally:
+        end(server)
+    seconds = sorted(took for _, took, _ in done)
+    tokens = sum(made for _, _, made in done)
+    return {
+        "clients": count,
+        "statuses": {
+            str(status): sum(told == status for told, _, _ in done) for status in {told for told, _, _ in done}
+        },
+        "tokens": tokens,
+        "tokens_per_second": tokens / total,
+        "seconds_in_all": total,
+        "seconds_of_an_answer_median": statistics.median(seconds),
+        "seconds_of_an_answer_max": seconds[-1],
+        "seconds_of_health_max": max(answered),
+    }
+
+
+def _ask(url: str, number: int, new_tokens: int) -> tuple[int, float, int]:
+    """(status, seconds, tokens made) of one client's answer."""
+    body = {"messages": [{"role": "user", "content": f"Count from {number}."}], "max_tokens": new_tokens}
+    started = time.perf_counter()
+    answer = httpx.post(f"{url}/v1/chat/completions", json={"model": "any", **body}, timeout=600)
+    made = answer.json()["usage"]["completion_tokens"] if answer.is_success else 0
+    return answer.status_code, time.perf_counter() - started, made
+
+
+def _ask_health(url: str, stopped: threading.Event, times: list[float]) -> None:
+    while not stopped.wait(0.5):
+        times.append(timed(lambda: httpx.get(f"{url}/health", timeout=60)))
+
+
 def _entered(manager: Any) -> None:
     with manager:
         pass
@@ -198,7 +289,7 @@ def main() -> None:
     """Measure what was asked for, and write it with commit and machine."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     options.add_argument("out", type=Path)
-    for name, count in (("deployed", 50), ("shards", 200), ("runs", 2000)):
+    for name, count in PARTS.items():
         options.add_argument(f"--{name}", type=int, default=count, help="0 = leave this part out")
     asked = options.parse_args()
     found: dict[str, Any] = {"provenance": provenance(), "cores": os.cpu_count()}
@@ -206,6 +297,10 @@ def main() -> None:
         home = Path(name)
         if asked.runs:
             found["tracking"] = tracking_history(home, asked.runs)
+        if asked.folders:
+            found["store"] = store_folders(home, asked.folders)
+        if asked.clients:
+            found["served"] = served_clients(home, asked.clients)
         if asked.deployed or asked.shards:
             stack = Stack(home)
             try:

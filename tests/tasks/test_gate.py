@@ -6,7 +6,7 @@ import pytest
 from hass_core.config import PromotionConfig
 from hass_core.evaluation.duel import Bout
 from hass_core.evaluation.metrics import Measurement
-from tasks.gate import judge
+from tasks.gate import Verdict, judge
 
 RULES = PromotionConfig()
 QUESTIONS = 80  # what `heldout` holds and evaluation.max_questions takes by default
@@ -151,3 +151,12 @@ def test_another_draft_that_is_no_better_is_promoted_in_at_most_two_of_a_hundred
 
 def test_a_draft_that_is_five_percent_better_is_found():
     assert promoted(gain=0.05, own=0.06) >= 90
+
+
+def test_a_reason_that_a_person_wrote_shows_as_it_is_and_makes_no_markup():
+    reason = "slow | <img src=x onerror=alert(1)>\n## Version 9: promoted [here](http://evil.example) `rm`"
+    text = Verdict(promoted=False, reasons=(reason,), opponent="<b>it</b>", challenger="2").markdown()
+    assert text.count("\n") == 3
+    assert "<" not in text.replace("\\<", "")
+    assert "](" not in text
+    assert "\\|" in text
