@@ -5,6 +5,10 @@ PRESET ?= smollm2-cpu
 SET    ?=
 # Options of `make stack`, such as --folder DIR --prefect-port 0
 STACK  ?=
+# A new folder for a copy of the stack: make stack-backup COPY=DIR, then make stack STACK='--folder NEW --copy DIR'
+COPY   ?=
+# Which of the recovery tests, as pytest's -k takes it; all where it is empty
+RECOVERY ?=
 # A package index for torch, such as https://download.pytorch.org/whl/cpu (saves 3 GB on a machine without a GPU)
 TORCH_INDEX ?=
 
@@ -14,7 +18,7 @@ PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := infra/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install retrain test test-recovery lint types ui deploy stack stack-status stack-logs stack-test constraints clean
+.PHONY: help install retrain test test-recovery lint types ui deploy stack stack-status stack-logs stack-backup stack-test constraints clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +33,7 @@ test: $(VENV)/.installed  ## run the tests, a file at a time on each core, four 
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-recovery: $(VENV)/.installed  ## kill workers, servers and stores under real runs (15 minutes)
-	@$(BIN)/python -m pytest -m recovery
+	@$(BIN)/python -m pytest -m recovery -k '$(RECOVERY)'
 
 lint: $(VENV)/.installed  ## check style
 	@$(BIN)/ruff check .
@@ -54,8 +58,11 @@ stack-status: $(VENV)/.installed  ## what of the stack runs, and where its logs 
 stack-logs: $(VENV)/.installed  ## the end of each log of the stack (STACK='--part worker-cpu --lines 100')
 	@$(BIN)/python -m infra.stack logs $(STACK)
 
-stack-test: $(VENV)/.installed  ## a retraining through that stack (2 minutes)
-	@$(BIN)/python -m pytest -m recovery tests/flows/test_local_stack.py
+stack-backup: $(VENV)/.installed  ## copy all that the running stack knows to the new folder COPY
+	@$(BIN)/python -m infra.stack backup --copy '$(COPY)' $(STACK)
+
+stack-test: $(VENV)/.installed  ## retrainings through that stack, a loss and a restoration, and compose.yaml's services
+	@$(BIN)/python -m pytest -m recovery tests/flows/test_local_stack.py tests/infra/test_compose.py
 
 constraints: $(VENV)/.installed  ## write the installed versions to infra/constraints.txt
 	@{ echo "# Versions that passed the tests together. Made by \`make constraints\`."; \

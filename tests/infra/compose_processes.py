@@ -172,6 +172,8 @@ def main() -> int:
         stderr=subprocess.STDOUT,
         text=True,
     )
+    services.start("exporter")
+    services._wait("exporter", "service_healthy")
     if done.returncode:
         print(services.log("prefect"), services.log("worker-cpu"), sep="\n")
     print(done.stdout)
