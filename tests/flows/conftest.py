@@ -43,6 +43,12 @@ lossless_questions = 2
 """
 
 
+@pytest.fixture(scope="session")
+def prefect_home(tmp_path_factory) -> Path:
+    """One Prefect database for all flows that run without a server: making its tables takes seconds."""
+    return tmp_path_factory.mktemp("prefect")
+
+
 @pytest.fixture
 def tiny_preset(tiny_target, tmp_path) -> Path:
     """A settings file; everything it names lies beside it."""

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -90,6 +91,10 @@ class Stack:
         """What a long-running command has printed."""
         path = self.home / f"{name}.log"
         return path.read_text(errors="replace")[-8000:] if path.exists() else ""
+
+    def api_get(self, path: str) -> dict[str, Any]:
+        """What the server tells of something."""
+        return httpx.get(f"{self.api}/{path}", timeout=30).raise_for_status().json()
 
     def api_patch(self, path: str, change: dict) -> None:
         """Change something on the server as its UI does; a server on SQLite is busy now and then."""

@@ -86,7 +86,7 @@ def the_code_was_the_clones(preset: Path, repository: Path, run: Run) -> None:
 
 
 def test_the_form_has_bounds_and_descriptions_and_the_schedule_is_weekly(stack):
-    found = json.loads(stack.prefect("deployment", "inspect", "retrain/smollm2-cpu", "-o", "json").stdout)
+    found = stack.api_get("deployments/name/retrain/smollm2-cpu")
     assert found["schedules"][0]["schedule"]["cron"] == "0 3 * * 0"
     training = found["parameter_openapi_schema"]["definitions"]["TrainingChanges"]["properties"]
     assert training["passes"]["description"]
@@ -104,14 +104,15 @@ def test_the_schedule_makes_runs_ahead_of_time(stack):
 
 def test_deploying_again_keeps_what_an_operator_set(stack):
     def as_it_is() -> str:
-        names = "retrain/smollm2-cpu", "retrain/gpu", "promote-draft/smollm2-cpu"
-        shown = [stack.prefect("deployment", "inspect", name, "-o", "json").stdout for name in names]
-        shown += [stack.prefect("work-pool", "inspect", name, "-o", "json").stdout for name in ("cpu", "gpu")]
-        return re.sub(r'"(updated|last_polled)": .*', "", "".join(shown))
+        places = [
+            f"deployments/name/{name}" for name in ("retrain/smollm2-cpu", "retrain/gpu", "promote-draft/smollm2-cpu")
+        ]
+        shown = [stack.api_get(place) for place in (*places, "work_pools/cpu", "work_pools/gpu")]
+        return re.sub(r'"(updated|last_polled|status)": [^,]*,', "", json.dumps(shown, sort_keys=True))
 
-    weekly = json.loads(stack.prefect("deployment", "inspect", "retrain/smollm2-cpu", "-o", "json").stdout)
+    weekly = stack.api_get("deployments/name/retrain/smollm2-cpu")
     schedule = weekly["schedules"][0]["id"]
-    stack.prefect("work-pool", "set-concurrency-limit", "gpu", "4")
+    stack.api_patch("work_pools/gpu", {"concurrency_limit": 4})
     stack.api_patch(f"deployments/{weekly['id']}", {"paused": True, "concurrency_limit": 3})
     stack.api_patch(f"deployments/{weekly['id']}/schedules/{schedule}", {"active": False})
     before = as_it_is()

@@ -3,8 +3,10 @@
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from hass_core.config import load_config
+from hass_core.features.reader import shard_names
+from hass_core.store import Artifact, Store
+from hass_core.store.housekeeping import entries
 from tasks.tracking.runs import UNTRACKED, flatten
 from tests.flows import names
 from tests.flows.stack import ROOT, end, wait_for
@@ -23,12 +28,6 @@ SECRETS = {
     "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-secret-4712",
     "PREFECT_API_AUTH_STRING": "admin:planted-prefect-secret-4713",
 }
-
-
-@pytest.fixture(scope="module")
-def prefect_home(tmp_path_factory) -> Path:
-    """One Prefect database for all tests: making its tables takes seconds."""
-    return tmp_path_factory.mktemp("prefect")
 
 
 @pytest.fixture
@@ -66,10 +65,10 @@ def files_with(text: str, folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
 
-def test_a_retraining_ends_with_report_and_version_and_the_next_reuses_what_it_can(
+def test_a_retraining_ends_with_report_and_version_a_repeat_as_nothing_new_and_the_next_reuses_what_it_can(
     environment, tiny_preset, prefect_home
 ):
-    first = retrain(environment, tiny_preset)
+    first = retrain(environment, tiny_preset, "execution.workers=2")
     assert first.returncode == 0, first.stdout + first.stderr
     assert re.search(r"speed-up .*\[.*\] ×", first.stdout)
     assert "lossless" in first.stdout
@@ -84,6 +83,15 @@ def test_a_retraining_ends_with_report_and_version_and_the_next_reuses_what_it_c
     assert "There was no champion to compare with: it is the first." in page
     before = finished_stages(tiny_preset)
     assert stages(before) == ["draft", "evaluation", "features", "prompts", "responses"]
+    the_shards_were_tasks(tiny_preset, prefect_home)
+
+    database = f"sqlite:///{tiny_preset.parent}/.hass/mlflow.db"
+    recorded = record_of(database)
+    again = retrain(environment, tiny_preset)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "nothing new: hass-draft-tiny version 1, the champion, was made of the same prompts" in again.stdout
+    assert record_of(database) == recorded
+    assert finished_stages(tiny_preset) == before
 
     second = retrain(environment, tiny_preset, "training.passes=5")
     assert second.returncode == 0, second.stdout + second.stderr
@@ -99,7 +107,7 @@ def test_a_retraining_ends_with_report_and_version_and_the_next_reuses_what_it_c
     assert {path: after[path] for path in before} == before
     assert stages(after.keys() - before.keys()) == ["draft", "duel", "evaluation"]
 
-    client = MlflowClient(f"sqlite:///{tiny_preset.parent}/.hass/mlflow.db")
+    client = MlflowClient(database)
     experiment = client.get_experiment_by_name("hass")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
@@ -133,15 +141,15 @@ def record_of(database: str) -> list[object]:
     return [[run.to_dictionary() for run in runs], [dict(version) for version in versions]]
 
 
-def test_a_repeat_ends_as_nothing_new_and_leaves_the_record_as_it_is(environment, tiny_preset):
-    first = retrain(environment, tiny_preset)
-    assert first.returncode == 0, first.stdout + first.stderr
-    database = f"sqlite:///{tiny_preset.parent}/.hass/mlflow.db"
-    before = record_of(database)
-    second = retrain(environment, tiny_preset)
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert "nothing new: hass-draft-tiny version 1, the champion, was made of the same prompts" in second.stdout
-    assert record_of(database) == before
+def the_shards_were_tasks(preset: Path, prefect_home: Path) -> None:
+    """`execution.workers` above 1: each shard of the features is a task of its own."""
+    store = Store(preset.parent / ".hass/store")
+    features = next(entry for entry in entries(store, ["features"]))
+    parts = shard_names(store.open(Artifact(stage="features", digest=features.digest, root=store.root)))
+    with closing(sqlite3.connect(prefect_home / "prefect.db")) as database:
+        tasks = {name for (name,) in database.execute("select name from task_run")}
+    assert len(parts) > 1
+    assert {f"extract {part}" for part in parts} <= tasks
 
 
 def names_are_those_of_the_readme(client: MlflowClient, runs: list[Run]) -> None:
