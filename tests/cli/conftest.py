@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,21 +60,53 @@ class Told:
     loaded_torch: bool
 
 
-def command(folder: Path, line: str, stdin: str = "") -> Told:
-    """Run `hass …` or `flows.NAME …` as a user would, in `folder`."""
+def command(folder: Path, line: str, stdin: str = "", with_torch: bool = False) -> Told:
+    """Run `hass …` or `flows.NAME …` as a user would, in `folder`; `with_torch`: it may find torch loaded already."""
     program, *arguments = line.split()
-    module = ["-m", program] if program.startswith("flows.") else ["-m", "hass_core.cli"]
+    if program == "hass":
+        return Told(**forks(folder, with_torch).ask(arguments, stdin))
+    environment = environment_in(folder) | {"PYTHONPATH": f"{folder / 'site'}{os.pathsep}{ROOT}"}
+    environment["TORCH_NOTE"] = str(folder / "torch")
+    (folder / "torch").unlink(missing_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-m", program, *arguments],
+        cwd=folder, env=environment, input=stdin, capture_output=True, text=True,
+    )  # fmt: skip
+    return Told(done.returncode, done.stdout, done.stderr, (folder / "torch").read_text() == "True")
+
+
+class Forks:
+    """A process that has loaded `hass` and forks for each command; it ends when this one does."""
+
+    def __init__(self, folder: Path, with_torch: bool):
+        program = [sys.executable, str(Path(__file__).with_name("forks.py")), *(["torch"] if with_torch else [])]
+        environment = environment_in(folder) | {"PYTHONPATH": str(ROOT)}
+        self._process = subprocess.Popen(
+            program, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, arguments: list[str], stdin: str) -> dict[str, Any]:
+        """What a command with these arguments left behind."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(json.dumps({"arguments": arguments, "stdin": stdin}) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+@cache
+def forks(folder: Path, with_torch: bool) -> Forks:
+    """One for all commands in a folder."""
+    return Forks(folder, with_torch)
+
+
+def environment_in(folder: Path) -> dict[str, str]:
+    """What a command finds."""
     environment = os.environ | {
-        "PYTHONPATH": f"{folder / 'site'}{os.pathsep}{ROOT}",
-        "TORCH_NOTE": str(folder / "torch"),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "HASS_CACHE": str(folder / "cache"),
         "PREFECT_HOME": str(folder / "prefect"),
     }
     environment.pop("HASS_API_KEY", None)
-    (folder / "torch").unlink(missing_ok=True)
-    done = subprocess.run(
-        [sys.executable, *module, *arguments], cwd=folder, env=environment, input=stdin, capture_output=True, text=True
-    )
-    return Told(done.returncode, done.stdout, done.stderr, (folder / "torch").read_text() == "True")
+    return environment

@@ -148,14 +148,14 @@ def test_a_bad_command_line_is_told_before_torch_loads(bad, line, says):
 @pytest.mark.slow
 @pytest.mark.parametrize(("line", "says"), lines(WITH_TORCH))
 def test_a_file_that_is_not_what_it_should_be_is_told_in_one_sentence(bad, line, says):
-    assert_one_sentence(command(bad, line), says)
+    assert_one_sentence(command(bad, line, with_torch=True), says)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
 def test_a_gpu_that_is_not_there_is_told(bad):
     line = "hass run prompts -s target.source=target -s target.device=cuda -s store=s"
-    assert_one_sentence(command(bad, line), "no GPU")
+    assert_one_sentence(command(bad, line, with_torch=True), "no GPU")
 
 
 VALUES = st.recursive(
