@@ -35,9 +35,13 @@ class Stack:
             **environment,
         }
         self._processes: list[subprocess.Popen[bytes]] = []
-        self.server = self.start_server()
-        self.deploy()
-        self.worker = self.start_worker()
+        try:
+            self.server = self.start_server()
+            self.deploy()
+            self.worker = self.start_worker()
+        except BaseException:
+            self.stop()
+            raise
 
     def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         """A long-running prefect command; its output goes to NAME.log."""
