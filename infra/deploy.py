@@ -2,7 +2,7 @@
 
 May be repeated, and a second time changes nothing. What is absent is created; deployments and automations that are ours
 follow prefect.yaml and automations.yaml. What an operator set stays: pools with their templates and limits, the
-concurrency limit of a deployment, a paused deployment, a schedule switched off.
+concurrency limit and job variables of a deployment, a paused deployment, a schedule switched off.
 
 Where the workers find the code is the environment's choice when this runs:
 
@@ -106,10 +106,21 @@ async def restore(client: PrefectClient, before: DeploymentResponse) -> None:
     now = after.global_concurrency_limit
     if limit and now and limit.limit != now.limit:
         await client.update_deployment(before.id, DeploymentUpdate(concurrency_limit=limit.limit))
+    kept = with_job_variables(before.job_variables or {}, after.job_variables or {})
+    if kept != after.job_variables:
+        await client.update_deployment(before.id, DeploymentUpdate(job_variables=kept))
     inactive = {schedule.slug for schedule in before.schedules if not schedule.active}
     for schedule in after.schedules:
         if schedule.slug in inactive and schedule.active:
             await client.update_deployment_schedule(before.id, schedule.id, active=False)
+
+
+def with_job_variables(set_before: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """Both, ours where they differ; of the environment each variable by itself."""
+    both = set_before | ours
+    if "env" in ours and "env" in set_before:
+        both["env"] = set_before["env"] | ours["env"]
+    return both
 
 
 async def main() -> None:

@@ -114,15 +114,22 @@ def test_deploying_again_keeps_what_an_operator_set(stack):
     schedule = weekly["schedules"][0]["id"]
     stack.api_patch("work_pools/gpu", {"concurrency_limit": 4})
     stack.api_patch(f"deployments/{weekly['id']}", {"paused": True, "concurrency_limit": 3})
+    heartbeat = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}  # Prefect's own is longer than the automation waits
+    theirs = {"stream_output": False, "env": {"OMP_NUM_THREADS": "2"}}
+    stack.api_patch(f"deployments/{weekly['id']}", {"job_variables": theirs})
     stack.api_patch(f"deployments/{weekly['id']}/schedules/{schedule}", {"active": False})
-    before = as_it_is()
-    assert '"paused": true' in before
     try:
+        stack.deploy()
+        variables = stack.api_get(f"deployments/{weekly['id']}")["job_variables"]
+        assert variables == {"stream_output": False, "env": {"OMP_NUM_THREADS": "2", **heartbeat}}
+        before = as_it_is()
+        assert '"paused": true' in before
         ours = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
         assert stack.deploy().splitlines() == [f"{len(ours)} deployments are up to date"]
         assert as_it_is() == before
     finally:
         stack.api_patch(f"deployments/{weekly['id']}", {"paused": False, "concurrency_limit": 1})
+        stack.api_patch(f"deployments/{weekly['id']}", {"job_variables": {"env": heartbeat}})
 
 
 def test_a_wrong_parameter_is_refused_before_the_run_starts(stack):

@@ -29,7 +29,7 @@ LONG = ("training.passes=400", "training.checkpoint_every_steps=20", "training.v
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory) -> Iterator[Stack]:
-    stack = Stack(tmp_path_factory.mktemp("stack"), PREFECT_FLOWS_HEARTBEAT_FREQUENCY="30")
+    stack = Stack(tmp_path_factory.mktemp("stack"))
     try:
         yield stack
     finally:
