@@ -32,8 +32,8 @@ def check_server() -> None:
     settings = get_current_settings()
     if settings.api.url:
         wait_for_server(settings.api.url)
-    else:
-        check_database(settings.server.database.connection_url.get_secret_value())
+    elif database := settings.server.database.connection_url:
+        check_database(database.get_secret_value())
 
 
 def wait_for_server(url: str, pauses: tuple[float, ...] = PAUSES_SECONDS) -> None:

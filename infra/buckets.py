@@ -31,7 +31,7 @@ def load(folder: Path) -> int:
 
 def main() -> None:
     """Copy, and say how many files."""
-    parser = argparse.ArgumentParser(prog="python -m infra.buckets", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m infra.buckets", description=__doc__)
     parser.add_argument("action", choices=("save", "load"))
     parser.add_argument("folder", type=Path)
     given = parser.parse_args()

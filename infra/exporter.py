@@ -125,7 +125,7 @@ def refresh_all(metrics: PipelineMetrics, config: RunConfig, with_store: bool) -
 
 def main(arguments: Iterable[str] | None = None) -> None:
     """Serve the page, and ask all sources again and again, until stopped."""
-    parser = argparse.ArgumentParser(prog="python -m infra.exporter", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m infra.exporter", description=__doc__)
     parser.add_argument("--address", default="127.0.0.1", help="where to listen")
     parser.add_argument("--port", type=int, default=9108)
     parser.add_argument("--seconds", type=float, default=30, help="between two readings of Prefect and MLflow")
