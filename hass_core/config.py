@@ -15,7 +15,7 @@ from hass_core.loop_config import Engine as Engine
 from hass_core.loop_config import ExecutionConfig, PromotionConfig, TrackingConfig, WatchConfig
 from hass_core.presets import preset_names as preset_names
 from hass_core.presets import read_settings
-from hass_core.settings import Address, Command, Pattern, Settings, apply_override, validated
+from hass_core.settings import Address, Command, Name, Pattern, Settings, apply_override, validated
 
 LEAST_TEMPERATURE = 1e-5  # logits of a thousand, divided by it, are still far from float32's limit
 
@@ -54,12 +54,12 @@ class PromptsConfig(Settings):
     """Where the questions come from."""
 
     builtin: bool = Field(default=True, description="Use the project's own training prompts")
-    files: tuple[str, ...] = Field(
+    files: tuple[Name, ...] = Field(
         default=(),
         description="JSONL, JSON or Parquet files, folders of them or patterns (s3://bucket/traffic/2026-*/): "
         "conversations in messages, ShareGPT or Alpaca form, or logs of OpenAI-style requests",
     )
-    datasets: tuple[str, ...] = Field(
+    datasets: tuple[Name, ...] = Field(
         default=(), description="Hugging Face data sets or folders, as NAME, NAME:SPLIT or NAME@REVISION:SPLIT"
     )
     newest: int | None = Field(
@@ -333,7 +333,7 @@ class EvaluationConfig(Settings):
     )
     bootstrap_resamples: int = Field(default=2000, ge=100, description="Resamples behind each interval")
     lossless_questions: int = Field(default=8, ge=1, description="Questions compared token by token in fp32")
-    seed: int = Field(default=0, description="Seed of sampling and of the bootstrap")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of sampling and of the bootstrap")
 
 
 Stage = Literal["prompts", "responses", "features", "draft", "evaluation"]  # in their order
@@ -343,7 +343,7 @@ class RunConfig(Settings):
     """One retraining, whole."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)  # as much as torch takes
     store: str = Field(
         default_factory=lambda: os.environ.get("HASS_STORE", ".hass/store"),
         min_length=1,

@@ -10,7 +10,15 @@ from typing import Annotated, Any, ClassVar, TypeVar, get_args
 from urllib.parse import urlsplit
 
 import regex
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -89,6 +97,7 @@ def _command(line: str, info: ValidationInfo) -> str:
     return line
 
 
+Name = Annotated[str, StringConstraints(min_length=1)]  # an empty path would be the folder one is in
 Address = Annotated[str, AfterValidator(_address)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Command = Annotated[str, AfterValidator(_command)]

@@ -29,7 +29,7 @@ Target = Annotated[
 def decode(
     draft: DraftDefault = None,
     plan: Annotated[bool, typer.Option("--plan", help="Choose the tree by measuring; plain where none wins")] = False,
-    rows: Annotated[int, typer.Option(min=1, help="Prompts decoded at once")] = 1,
+    rows: Annotated[int, typer.Option(min=1, max=4096, help="Prompts decoded at once")] = 1,
     questions: Annotated[int, typer.Option(min=1, help="Prompts decoded")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens an answer may have")] = 128,
     target: Target = None,

@@ -10,7 +10,7 @@ from hass_core.cli.common import console, progress_bar, show_json
 from hass_core.cli.draft_address import target_of
 from hass_core.cli.options import AsJson, Draft, TargetSource
 from hass_core.config import Engine, EvaluationConfig, SamplingConfig
-from hass_core.errors import FINDINGS
+from hass_core.errors import FINDINGS, BadInput
 from hass_core.evaluation.benchmark_names import check_benchmarks
 from hass_core.settings import validated
 
@@ -57,7 +57,7 @@ def acceptance(
     limit: Annotated[int, typer.Option(min=1, help="Ask this many, spread over the categories")] = 40,
     max_new_tokens: Annotated[int, typer.Option(min=8, help="Tokens an answer may have")] = 64,
     temperature: Annotated[float, typer.Option(help="Sampling temperature as served")] = 0.0,
-    trained_tokens: Annotated[int | None, typer.Option(help="Longest conversation of training")] = None,
+    trained_tokens: Annotated[int | None, typer.Option(min=1, help="Longest conversation of training")] = None,
     trained_template: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="File with the chat template of training")
     ] = None,
@@ -70,6 +70,7 @@ def acceptance(
     asked_of = validated(EvaluationConfig, {"benchmarks": (questions,), "max_questions": limit}, "the questions")
     validated(SamplingConfig, {"temperature": temperature}, "sampling")
     check_benchmarks(asked_of.benchmarks)
+    template = _text(trained_template) if trained_template else None
     from hass_core.cli.acceptance_report import show_diagnosis
     from hass_core.diagnosis.acceptance import diagnose
     from hass_core.diagnosis.variants import Settings
@@ -78,13 +79,19 @@ def acceptance(
 
     asked = load_benchmarks(asked_of)
     loaded = load_target(target_of(folder, target))
-    template = trained_template.read_text() if trained_template else None
     settings = Settings(temperature, max_new_tokens, trained_tokens, template)
     with progress_bar("acceptance") as progress:
         diagnosis = diagnose(folder, loaded, asked, settings, progress)
     if as_json:
         return show_json(diagnosis)
     show_diagnosis(console, diagnosis)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise BadInput(f"{file} is no text of UTF-8; give the file with the chat template") from None
 
 
 @app.command()

@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 def plan(
     draft: Draft,
     target: TargetSource = None,
-    rows: Annotated[int, typer.Option(min=1, help="Prompts decoded at once")] = 1,
+    rows: Annotated[int, typer.Option(min=1, max=4096, help="Prompts decoded at once")] = 1,
     temperature: Annotated[float, typer.Option(min=0, max=5, help="0 = greedy")] = 0.0,
     eight_bits: Annotated[bool, typer.Option("--eight-bits", help="Draft with weights in fp8")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan as JSON", callback=out_file)] = None,

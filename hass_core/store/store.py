@@ -52,7 +52,7 @@ class Store:
         if "://" not in text:
             text = str(Path(text).expanduser().resolve())
         self.root = text.rstrip("/")
-        self.fs, self._base = fsspec.core.url_to_fs(self.root)
+        self.fs, self._base = _file_system(text)
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.is_s3 = self.root.startswith("s3://")
         self.cache = cache or cache_folder()
@@ -111,6 +111,17 @@ class Store:
             check = "path and its permissions" if self.is_local else "address, the credentials and AWS_ENDPOINT_URL"
             reason = f"{error}" or type(error).__name__
             raise StoreError(f"cannot {what} the store {self.root}: {reason}; check the {check}") from error
+
+
+def _file_system(address: str) -> tuple[Any, str]:
+    """The file system and the path in it of a store's address. Raises StoreError for an address that names no place."""
+    scheme, remote, place = address.partition("://")
+    if remote and not place.strip("/"):
+        raise StoreError(f"the store {address} names no place; give it as {scheme}://BUCKET/PREFIX")
+    try:
+        return fsspec.core.url_to_fs(address.rstrip("/"))
+    except (ValueError, ImportError) as error:  # no such scheme, or its package is missing
+        raise StoreError(f"the store {address} cannot be used: {error}; give a folder or s3://BUCKET/PREFIX") from error
 
 
 def store_at(url: str, stage: str) -> tuple[Store, Artifact]:

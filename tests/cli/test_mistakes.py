@@ -38,6 +38,13 @@ hass run draft -s target.source=empty                        | empty/config.json
 hass run draft -s target.source=missing.gguf                 | GGUF file missing.gguf does not exist
 hass run draft -s target.source=package:no-such-thing        | the package no-such-thing is not installed
 hass run draft -s store=                                     | store = ''
+hass run prompts -s prompts.files=[""]                       | prompts.files.0 = ''
+hass run prompts -s prompts.datasets=[""]                    | prompts.datasets.0 = ''
+hass run prompts -s seed=99999999999999999999                | seed = 99999999999999999999
+hass run prompts -s store=nowhere://x                        | the store nowhere://x cannot be used
+hass run prompts -s store=s3://                              | names no place; give it as s3://BUCKET/PREFIX
+hass run responses -s responses.server_url=localhost:8000    | no address; give it as http://HOST:PORT
+hass run responses -s responses.server_url=http://me@h/v1    | holds the name of a user
 hass run draft -s store=file/below                           | cannot write to the store
 hass run draft -s draft.warm_start=missing                   | the draft missing is missing
 hass run draft -s evaluation.temperatures=[1e-300]           | cannot be computed with
@@ -72,6 +79,7 @@ hass serve --api-key-file missing                            | missing is missin
 hass serve --api-key-file key                                | cannot be sent in a header
 hass serve file                                              | the draft file is a file
 hass plan missing                                            | the draft missing is missing
+hass plan draft --rows 99999999999999                        | '--rows'
 hass plan draft --rows 0                                     | '--rows'
 hass plan draft -o missing/plan.json                         | there is no folder missing
 hass export draft --engine tensorrt -o out                   | 'tensorrt' is not one of 'vllm', 'sglang', 'eagle'
@@ -87,6 +95,8 @@ hass doctor data nowhere                                     | give one of the f
 hass doctor data store/features/0123                         | has no manifest.json
 hass doctor acceptance draft --temperature -1                | temperature = -1
 hass doctor acceptance draft --questions missing             | no benchmark 'missing': neither a file
+hass doctor acceptance draft --trained-template latin.toml   | latin.toml is no text of UTF-8
+hass doctor acceptance draft --trained-tokens 0              | '--trained-tokens'
 hass doctor acceptance draft --trained-template missing      | '--trained-template'
 hass bench decode --rows 0                                   | '--rows'
 hass bench decode --depth 17                                 | tree.depth = 17
