@@ -136,7 +136,7 @@ def as_toml(settings: Settings) -> tuple[str, list[str]]:
     lines: list[str] = []
     for table, values in sorted(tables.items()):
         lines += ["", f"[{table}]"] if table else []
-        lines += [f"{name} = {_toml_value(value)}" for name, value in values.items()]
+        lines += [f"{name} = {toml_value(value)}" for name, value in values.items()]
     return "\n".join(lines).strip() + "\n", cleared
 
 
@@ -161,12 +161,12 @@ def _sections(settings: Settings, defaults: dict[str, Any]) -> Iterator[tuple[st
         yield name, values[name], defaults[name] or type(section)().model_dump(mode="json")
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
     """A value of settings; strings and lists are written as in JSON, tables inline."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{name} = {_toml_value(inner)}" for name, inner in value.items()) + "}"
+        return "{" + ", ".join(f"{name} = {toml_value(inner)}" for name, inner in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
 
 

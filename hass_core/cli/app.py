@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hass_core import __version__
-from hass_core.cli import bench, chat, doctor, drafts, evaluate, forecast, plan, run, serve, store
+from hass_core.cli import bench, chat, doctor, drafts, evaluate, forecast, init, plan, run, serve, store
 from hass_core.cli.common import complain, notes
 from hass_core.errors import INTERRUPTED, USER_ERROR, sentence_of
 
@@ -19,6 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+init.register(app)
 run.register(app)
 chat.register(app)
 serve.register(app)

@@ -24,7 +24,7 @@ def test_help_lists_the_verbs_and_the_exit_statuses(bad):
         assert told.status == 0
         words = " ".join(told.out.split())
         assert "Exit status: 0 done, 1 findings (doctor), 2 a mistake" in words
-        for verb in ("run", "chat", "serve", "evaluate", "plan", "export", "import", "doctor", "bench", "presets"):
+        for verb in ("init", "run", "chat", "serve", "evaluate", "plan", "export", "import", "doctor", "bench", "presets"):
             assert f" {verb} " in words
 
 
@@ -47,6 +47,21 @@ def test_a_finished_stage_is_told_as_json_and_nothing_else(bad):
     prompts = json.loads(told.out)["prompts"]
     assert prompts["url"].endswith(f"/json/prompts/{prompts['digest']}")
     assert (bad / "json" / "prompts" / prompts["digest"] / "manifest.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_settings_file_for_any_model_is_whole_and_says_what_it_costs(bad):
+    told = command(bad, "hass init target --prompts asked.jsonl -o mine.toml")
+    assert told.status == 0, told.error
+    assert "make retrain PRESET=mine.toml" in told.out
+    text, settings = (bad / "mine.toml").read_text(), load_config(bad / "mine.toml")
+    assert settings.target.source == str(bad / "target")
+    assert settings.prompts.files == (str(bad / "asked.jsonl"),)
+    assert settings.draft.warm_start is None
+    assert "# Times the training data is seen\npasses = 3" in text
+    assert "trained parameters, beside the target's embedding and head" in text
+    again = command(bad, "hass init target -o mine.toml")
+    assert (again.status, "is there already" in again.error) == (2, True)
 
 
 @pytest.mark.slow

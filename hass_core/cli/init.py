@@ -1,0 +1,116 @@
+"""`hass init`: settings for a model of one's own, as a commented file with what a run will cost."""
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hass_core.cli.common import show
+from hass_core.cli.options import out_file, target_there
+from hass_core.config import RunConfig, load_config, parse_config
+from hass_core.errors import BadInput
+from hass_core.settings import toml_value
+from hass_core.target_model.source import portable, target_name
+
+SMALL = 2e9  # parameters: below, a preset of SmolLM2's fits, above one of Llama's
+ENGINES_ASKED = ("vllm", "sglang", "eagle")
+WIDTH = 116
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb of this file."""
+    app.command()(init)
+
+
+def init(
+    model: Annotated[str, typer.Argument(help="Hugging Face id, folder, GGUF or package:NAME", callback=target_there)],
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompts", "-p", help="Your prompts or logs: files, folders, patterns")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write; default: the model's name", callback=out_file)
+    ] = None,
+) -> None:
+    """Write a commented settings file for any model: sized for this machine, with a forecast of memory, disk and time.
+
+    Example: hass init Qwen/Qwen3-8B --prompts logs.jsonl
+    """
+    name = target_name(model)
+    out = out or Path(f"{name}.toml")
+    if out.exists():
+        raise BadInput(f"{out} is there already; name another file with --out")
+    values = _values(model, name, prompts or [])
+    out.write_text(_text(model, out, values), encoding="utf-8")
+    load_config(out)  # what was written is what is read
+    show(f"wrote {out}. To look at what it costs: hass forecast {out}")
+    show(f"To start it: make retrain PRESET={out}")
+
+
+def _values(model: str, name: str, prompts: list[str]) -> dict[str, Any]:
+    """Settings for the model's size and this machine."""
+    from hass_core.forecast.ready import present_gpus
+    from hass_core.forecast.shape import shape_of
+    from hass_core.presets import read_settings
+
+    engines = _engines(model)
+    try:
+        parameters = shape_of(model).target
+    except BadInput:  # a GGUF: small enough to be tried here
+        parameters = 0
+    gpu = bool(present_gpus())
+    values = read_settings("llama-3.1-8b" if parameters >= SMALL else "smollm2-gpu" if gpu else "smollm2-cpu")
+    own = {"name": name, "target": {"source": portable(model)}}
+    values = own | {section: dict(rest) for section, rest in values.items() if section not in own}
+    given = [file if "://" in file else str(Path(file).expanduser().absolute()) for file in prompts]
+    values["prompts"] = {"builtin": not given, "files": given} | values["prompts"]
+    draft = {key: value for key, value in values.pop("draft", {}).items() if key != "warm_start"}
+    if not gpu and parameters < SMALL:
+        values["training"] |= {"passes": 3, "lr_peak": 1e-3}
+    return values | ({"draft": draft} if draft else {}) | {"promotion": {"engines": engines}}
+
+
+def _engines(model: str) -> list[str]:
+    """The engines that will hold a draft of this target's shape. Raises TargetError where the target is not known."""
+    from transformers import AutoConfig
+
+    from hass_core.draft_model.engines import ENGINES, unheld
+    from hass_core.draft_model.family import draft_architecture
+    from hass_core.presets import recorded_shapes
+    from hass_core.target_model.files import resolve_source
+    from hass_core.target_model.loader import failures_named
+
+    with failures_named(model):
+        recorded = recorded_shapes().get(model)
+        if recorded:
+            kind = recorded["config"]
+            config = AutoConfig.for_model(**kind)
+        else:
+            config = AutoConfig.from_pretrained(resolve_source(model))
+    draft = draft_architecture(config)
+    return [name for name in ENGINES_ASKED if not any(True for _ in unheld(ENGINES[name], draft))]
+
+
+def _text(model: str, out: Path, values: dict[str, Any]) -> str:
+    """The file: a head with the forecast, then the tables, each setting with its description."""
+    from hass_core.forecast.ready import announcement
+
+    head = [f"Settings of a retraining for {model}, by `hass init`. Any line may be changed or left out."]
+    head += ["All settings there are: docs/settings.md.", "", f"Forecast (`hass forecast {out}` says more):"]
+    head += [f"  {line}" for line in announcement(parse_config(json.loads(json.dumps(values))))]
+    lines = ["#" if not line else f"# {line}" for line in head] + [f"name = {toml_value(values['name'])}"]
+    for section, settings in values.items():
+        if isinstance(settings, dict):
+            lines += ["", f"[{section}]", *_settings(section, settings)]
+    return "\n".join(lines) + "\n"
+
+
+def _settings(section: str, settings: dict[str, Any]) -> list[str]:
+    kind: Any = RunConfig.model_fields[section].annotation
+    lines = []
+    for name, value in settings.items():
+        about = kind.model_fields[name].description
+        lines += textwrap.wrap(about or "", WIDTH, initial_indent="# ", subsequent_indent="# ")
+        lines.append(f"{name} = {toml_value(value)}")
+    return lines
