@@ -1,4 +1,4 @@
-"""Every measured quantity, defined once: its name, unit, meaning and formula. README, report and tracking use METRICS.
+"""Every measured quantity, defined once: its name, unit, meaning and formula. Documents and tracking use METRICS.
 
 A measurement is one question answered by one method at one temperature. A cycle is one verification by the target:
 it accepts a ≥ 0 draft tokens and adds one token of the target's own. Plain decoding has a = 0 in every cycle.

@@ -14,7 +14,7 @@ target distribution is ever stored. PyTorch, compiled, passes over the same logi
                               ▼                   `_gradient`, one program: one piece of one row, all n steps
     stats [R, P, 2 + 3n] ─► lse, top K, terms ─► s becomes its gradient
 
-Measured (H100): 12.1 of a step's 41.2 ms (README, training); beside PyTorch's own alone it is not on record.
+Measured (H100): 12.1 of a step's 41.2 ms (docs/results.md); beside PyTorch's own alone it is not on record.
 
 Shapes: R rows, n steps, D vocabulary, K top tokens, P pieces of a row.
 """

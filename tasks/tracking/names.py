@@ -1,4 +1,4 @@
-"""Which numbers of a stage become metrics, and their names. README, "MLflow", lists every name; a test compares."""
+"""Which numbers of a stage become metrics, and their names. docs/mlflow.md lists every name; a test compares."""
 
 from hass_core.store import Artifact
 

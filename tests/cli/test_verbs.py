@@ -24,7 +24,19 @@ def test_help_lists_the_verbs_and_the_exit_statuses(bad):
         assert told.status == 0
         words = " ".join(told.out.split())
         assert "Exit status: 0 done, 1 findings (doctor), 2 a mistake" in words
-        for verb in ("init", "run", "chat", "serve", "evaluate", "plan", "export", "import", "doctor", "bench", "presets"):
+        for verb in (
+            "init",
+            "run",
+            "chat",
+            "serve",
+            "evaluate",
+            "plan",
+            "export",
+            "import",
+            "doctor",
+            "bench",
+            "presets",
+        ):
             assert f" {verb} " in words
 
 

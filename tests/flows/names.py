@@ -1,4 +1,4 @@
-"""The names of metrics and tags that README and docs/retraining.md promise, as patterns.
+"""The names of metrics and tags that docs/mlflow.md promises, as patterns.
 
 They are compared with those that MLflow holds.
 """
@@ -11,29 +11,27 @@ from tests.flows.stack import ROOT
 
 def promised_metrics() -> set[str]:
     """First columns of the tables of metrics."""
-    evaluation, mlflow = _section("## Metrics", "## By hand").split("### In MLflow")
-    return {f"evaluation/{name}" for name in _names(evaluation)} | _names(mlflow.split("Parameters are")[0])
+    evaluation, others = _page().partition("Tags, of runs")[0].split("## Names")
+    return {f"evaluation/{name}" for name in _names(evaluation)} | _names(others)
 
 
 def promised_tags() -> set[str]:
-    """First columns of the tables of tags."""
-    loop = (ROOT / "docs/retraining.md").read_text()
-    return _names(_section("| tag | meaning |", "## By hand")) | _names(loop[loop.index("| tag | meaning |") :])
+    """First column of the table of tags."""
+    return _names(_page().partition("Tags, of runs")[2])
 
 
 def unlisted(held: Iterable[str], promised: set[str]) -> set[str]:
-    """Names that MLflow holds and README does not list."""
+    """Names that MLflow holds and the page does not list."""
     return {name for name in held if not any(_is(name, pattern) for pattern in promised)}
 
 
 def missing(held: Iterable[str], promised: set[str]) -> set[str]:
-    """Names that README lists and MLflow does not hold."""
+    """Names that the page lists and MLflow does not hold."""
     return {pattern for pattern in promised if not any(_is(name, pattern) for name in held)}
 
 
-def _section(start: str, end: str) -> str:
-    text = (ROOT / "README.md").read_text()
-    return text[text.index(start) : text.index(end)]
+def _page() -> str:
+    return (ROOT / "docs/mlflow.md").read_text()
 
 
 def _names(table: str) -> set[str]:

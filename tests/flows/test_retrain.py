@@ -114,7 +114,7 @@ def test_a_retraining_ends_with_report_and_version_a_repeat_as_nothing_new_and_t
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert [run.info.status for run in runs] == ["FINISHED"] * 12
     assert len(parents) == 2
-    names_are_those_of_the_readme(client, runs)
+    names_are_those_of_the_documents(client, runs)
     model = client.get_logged_model(client.get_model_version("hass-draft-tiny", "1").tags["hass.logged_model"])
     assert {"evaluation/speedup", "evaluation/tau_macro"} <= {metric.key for metric in model.metrics or []}
     assert (model.params or {})["training.passes"] == "4.0"
@@ -152,7 +152,7 @@ def the_shards_were_tasks(preset: Path, prefect_home: Path) -> None:
     assert {f"extract {part}" for part in parts} <= tasks
 
 
-def names_are_those_of_the_readme(client: MlflowClient, runs: list[Run]) -> None:
+def names_are_those_of_the_documents(client: MlflowClient, runs: list[Run]) -> None:
     """Metrics, parameters and tags, both ways; the tags of a rollback, an export and a server are not there yet."""
     metrics = {name for run in runs for name in run.data.metrics}
     assert names.unlisted(metrics, names.promised_metrics()) == set()
