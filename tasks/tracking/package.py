@@ -1,6 +1,7 @@
 """Pack a draft as an MLflow model: a Hugging Face style folder plus a few lines of code, no pickle."""
 
 import json
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def log_draft_model(
         path=str(scratch / "model"),
         python_model=str(Path(__file__).with_name("served_draft.py")),
         artifacts={"draft": str(folder)},
-        code_paths=[str(Path(hass_core.__file__).parent)],
+        code_paths=[str(_code(scratch))],
         signature=SIGNATURE,
         input_example=INPUT_EXAMPLE,
         pip_requirements=requirements(config),
@@ -81,6 +82,13 @@ def log_draft_model(
     _log_metrics(client, run_id, logged.model_id, evaluation)
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     return client.finalize_logged_model(logged.model_id, "READY")
+
+
+def _code(scratch: Path) -> Path:
+    """The package that decodes, without the draft that comes with it."""
+    source = Path(hass_core.__file__).parent
+    left_out = shutil.ignore_patterns("__pycache__", "drafts")
+    return shutil.copytree(source, scratch / source.name, ignore=left_out)
 
 
 def requirements(config: RunConfig) -> list[str]:
