@@ -1,6 +1,7 @@
 """`hass chat`: talk to the target through a draft and watch how many tokens each cycle brings."""
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -97,11 +98,12 @@ class Talk:
         return HELP
 
     def _answer(self, said: str) -> None:
-        from hass_core.data.templates import encode_prompt
+        from hass_core.data.rendering import render, tokenize
         from hass_core.decoding.text import AnswerText
 
         self.history.append({"role": "user", "content": said})
-        prompt = encode_prompt(self.target.tokenizer, self.history)
+        asked = render(self.target.tokenizer, self.history, add_generation_prompt=True, day=datetime.now())
+        prompt = tokenize(self.target.tokenizer, asked)
         decoder = self.drafting if self.with_draft else self.plain
         text = AnswerText(lambda ids: str(self.target.tokenizer.decode(ids, skip_special_tokens=True)))
         shown = Shown()

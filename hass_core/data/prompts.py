@@ -28,6 +28,7 @@ from hass_core.data.holdout import (
 from hass_core.data.live import BUILTIN, Sources, conversations_of, newest_of, resolve
 from hass_core.data.masking import Mask
 from hass_core.data.quality import diversity, metric_name, prompt_problem
+from hass_core.data.rendering import day_told
 from hass_core.data.selection import Selection
 from hass_core.data.self_written import rounds_of_texts
 from hass_core.data.sources import Skipped
@@ -112,6 +113,7 @@ def _key(
         "dtype": str(target.dtype) if writes else None,
         "seed": config.seed if writes else None,
         **({"draws": DRAWS_VERSION} if writes else {}),
+        **day_told(target.tokenizer),  # and so in the keys of all that comes of these prompts
         "version": STEP_VERSION,
     }
 

@@ -1,6 +1,8 @@
 """What a target's chat template and tokenizer make of messages: text, token ids, and text again."""
 
+import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -9,6 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]  # role, content; and what `hass_core.data.messages` adds
 Tools = Sequence[Mapping[str, Any]]
+
+
+CALL_FOR_DAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+TODAY = datetime(2024, 7, 26)  # told to templates that ask for the day; Llama 3's falls back on it too
 
 
 class SkippedConversation(Exception):
@@ -24,12 +30,21 @@ def render(
     messages: Sequence[Message],
     add_generation_prompt: bool = False,
     tools: Tools = (),
+    day: datetime = TODAY,
 ) -> str:
-    """The template's text. Raises SkippedConversation when the template refuses these messages."""
+    """The template's text. Raises SkippedConversation when the template refuses these messages.
+
+    `day` is what a template is told that asks for it (`strftime_now`): a fixed one, so that answers, features and
+    questions of one pipeline are rendered alike whenever a stage runs. Who answers people gives their day.
+    """
     given: Any = [dict(tool) for tool in tools] or None
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tools=given, tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages),
+            tools=given,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=_dated(tokenizer, day, given),
         )
     except RecursionError as error:
         raise SkippedConversation("nested too deep for the template") from error
@@ -37,6 +52,21 @@ def render(
         raise SkippedConversation(f"the template refuses: {error}") from error
     assert isinstance(text, str)
     return text
+
+
+def day_told(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """For the key of a stage: the day, where the template asks for it."""
+    return {"today": TODAY.date().isoformat()} if "strftime_now" in str(tokenizer.chat_template) else {}
+
+
+def _dated(tokenizer: PreTrainedTokenizerBase, day: datetime, tools: Any) -> str | None:
+    """The template with a certain day's text in place of its calls for the present one; None where it has none.
+
+    transformers lets no function of ours into a template, so the calls are replaced.
+    """
+    if not day_told(tokenizer):
+        return None
+    return CALL_FOR_DAY.sub(lambda call: repr(day.strftime(call[2])), tokenizer.get_chat_template(tools=tools))
 
 
 @lru_cache(maxsize=16)

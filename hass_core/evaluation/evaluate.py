@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from hass_core.config import EvaluationConfig, RunConfig, TargetConfig, TreeConfig
+from hass_core.data.rendering import day_told
 from hass_core.draft_model.accounting import read_draft
 from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS, read_config
 from hass_core.draft_model.identity import draft_identity
@@ -219,6 +220,7 @@ def measured_by(
         "dtype": str(target.dtype),
         "torch": torch.__version__,
         **({"draws": DRAWS_VERSION} if any(config.temperatures) else {}),
+        **day_told(target.tokenizer),
         "version": STEP_VERSION,
     }
 

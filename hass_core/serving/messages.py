@@ -5,6 +5,7 @@ a mark in place of everything that was said: a mark that does not come out would
 """
 
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ def prompt_of_messages(tokenizer: PreTrainedTokenizerBase, messages: list[Messag
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
     try:
-        return render(tokenizer, messages, add_generation_prompt=True)
+        return render(tokenizer, messages, add_generation_prompt=True, day=datetime.now())
     except SkippedConversation as problem:
         raise BadInput(f"the chat template cannot render these messages: {problem.reason}") from None
 
