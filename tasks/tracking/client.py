@@ -111,7 +111,7 @@ def _client(uri: str, folder: Path) -> MlflowClient:
         folder.mkdir(parents=True, exist_ok=True)
         follow_the_folder(uri, folder)
     if _is_server(uri):
-        tell_outages(_shown(uri))
+        tell_outages(_base(uri))
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

@@ -86,7 +86,7 @@ def why_not() -> str | None:
 
 
 @pytest.mark.recovery
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_the_services_own_commands_run_a_retraining(tiny_preset):
     lines = tiny_preset.read_text().splitlines(keepends=True)

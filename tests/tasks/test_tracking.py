@@ -198,7 +198,7 @@ def test_an_unreachable_server_is_named_without_its_password(store, monkeypatch)
     config = parse_config({"store": store.root})
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ann:hunter2@127.0.0.1:9")
-    with pytest.raises(TrackingError, match=r"cannot use MLflow at http://ann:\*\*\*@127.0.0.1:9") as raised:
+    with pytest.raises(TrackingError, match=r"^MLflow at http://127\.0\.0\.1:9 does not answer") as raised:
         connect(config)
     assert "hunter2" not in str(raised.value)
 
