@@ -80,6 +80,7 @@ class Sampler:
 
         Logits [B, n, D] are a draft's, for `token_ids` [D] or for the whole vocabulary. `path` [B, n, P] are the tokens
         between the certain ones and each place, NO_TOKEN among them; `calibrated` the sharpness and the width.
+        Top-k, top-p and min-p cut the target's distribution alone: cutting the draft's too loses (docs/results.md).
         """
         logits = self._penalized(logits, path, token_ids)
         if self._greedy:
