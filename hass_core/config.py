@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from hass_core.draft_config import CHAMPION as CHAMPION
+from hass_core.draft_config import DraftConfig, settle
 from hass_core.loop_config import Engine as Engine
 from hass_core.loop_config import ExecutionConfig, PromotionConfig, TrackingConfig, WatchConfig
 from hass_core.presets import preset_names as preset_names
@@ -166,34 +168,6 @@ class FeaturesConfig(Settings):
         return encoding
 
 
-CHAMPION = "champion"  # the alias of the draft in use
-
-
-class DraftConfig(Settings):
-    """The draft model's own choices; all else follows the target."""
-
-    removed: ClassVar[dict[str, str]] = {
-        "fc_bias": "is gone: vLLM cannot serve such a draft; one that has the bias keeps it where it is loaded",
-    }
-
-    vocab_size: int | None = Field(
-        default=None, ge=16, description="Draft only among this many most frequent tokens; None = the full vocabulary"
-    )
-    start: Literal["random", "least_squares"] = Field(
-        default="least_squares", description="least_squares fits fc to the features in closed form before training"
-    )
-    family: Literal["auto", "target", "llama"] = Field(
-        default="auto",
-        description="Shape of the layer: the target's own, or Llama's, which every engine builds; "
-        "auto = the target's where vLLM and SGLang hold all of it",
-    )
-    warm_start: str | None = Field(
-        default=None,
-        description="Draft to continue from: a folder, or shipped (the package's own, for SmolLM2-135M-Instruct); in "
-        "flows also champion; None = start as draft.start says",
-    )
-
-
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -210,11 +184,16 @@ class TrainingConfig(Settings):
     step_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
         default=None, description="Weight of each step's loss; None = all 1"
     )
-    detach_features: bool = Field(default=True, description="Stop gradients between steps, as HASS does")
+    detach_features: bool = Field(
+        default=True,
+        description="Stop gradients between steps, as HASS does; an eagle3 draft needs them and keeps them by default",
+    )
     top_k: int = Field(default=10, ge=1, le=1024, description="K of the Top-K loss")
     top_k_weight: float = Field(default=1.0, ge=0, description="Weight of the Top-K loss; 0 = EAGLE-2's objective")
     soft_ce_weight: float = Field(default=0.1, ge=0, description="Weight of the soft cross-entropy")
-    regression_weight: float = Field(default=1.0, ge=0, description="Weight of the smooth-L1 feature regression")
+    regression_weight: float = Field(
+        default=1.0, ge=0, description="Weight of the smooth-L1 feature regression; 0 with eagle3"
+    )
     acceptance_weight: float = Field(
         default=0.0, ge=0, description="Weight of -log of the share that rejection sampling accepts at temperature 1"
     )
@@ -365,6 +344,14 @@ class RunConfig(Settings):
     watch: WatchConfig = WatchConfig()
     tracking: TrackingConfig = TrackingConfig()
     execution: ExecutionConfig = ExecutionConfig()
+
+    @model_validator(mode="after")
+    def _settled(self) -> "RunConfig":
+        for name in ("training", "pretraining"):
+            training = getattr(self, name)
+            if training and (changed := settle(self.draft, training)):
+                object.__setattr__(self, name, training.model_copy(update=changed))
+        return self
 
 
 def load_config(source: str | Path = "smollm2-cpu", overrides: Iterable[str] = ()) -> RunConfig:

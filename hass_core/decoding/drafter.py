@@ -7,6 +7,7 @@ Shapes: B batch, R new rows, T rows of one pass, K children and frontier nodes, 
 nodes, C tree rows in the cache, d head size.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from hass_core import kernels
 from hass_core.decoding.calibration import at_temperature, calibration_of
+from hass_core.decoding.ends import ends_of
 from hass_core.decoding.sampler import NO_TOKEN, Sampler
 from hass_core.decoding.tree import ROOT, Pool, Tree, TreeShape, assemble, best, static_scores
 from hass_core.draft_model.checkpoint import Draft
@@ -115,19 +117,20 @@ class Level(NamedTuple):
 
 
 class DraftRunner:
-    """Rows in, estimated features out, with the weights that `model` has now: a CPU copies them, and so do 8 bits.
+    """Rows in, states out, with the weights that `model` has now: a CPU copies them, and so do 8 bits.
 
-    It computes what `DraftModel.forward` does, over a cache.
+    It computes what `DraftModel.forward` does, over a cache. A state is the estimated next feature, or what stands for
+    it.
     """
 
     def __init__(self, model: DraftModel, eight_bits: bool = False):
         architecture, activation = model.architecture, model.layer.mlp.activation
-        self.device, self.dtype = model.fc.weight.device, model.fc.weight.dtype
+        self.device, self.dtype = model.embedding.device, model.dtype
         shape, cuda = LayerShape(architecture.num_key_value_heads, architecture.head_dim), self.device.type == "cuda"
         heads = architecture.num_attention_heads
         self._block = DecoderBlock(heads, shape, architecture.rms_norm_eps, activation, cuda)
-        self._fc = Linear(model.fc.weight, model.fc.bias, eight_bits)
-        self._weights = LayerWeights.of(model.layer, eight_bits)
+        self._ends = ends_of(model, eight_bits)
+        self._weights = replace(LayerWeights.of(model.layer, eight_bits), input_norm=None)
         self._silu = architecture.hidden_act == "silu"  # the kernels know no other activation
         self.embedding = model.embedding
         self.rope = RopeTable(model.rotary, self.device, self.dtype)
@@ -151,7 +154,7 @@ class DraftRunner:
         offset: int = 0,
         fixed: FixedShapes | None = None,
     ) -> Tensor:
-        """Estimated next features [B, T, H] of `inputs` [B, T, 2H], at positions with the `rotation` of `rope`.
+        """States [B, T, H] of `inputs` [B, T, 2H], at positions with the `rotation` of `rope`.
 
         They are written `offset` slots after the live lengths, and see what
         `hass_core.target_model.kv_cache.attention_of` says.
@@ -163,10 +166,17 @@ class DraftRunner:
             return attention(qkv, *rotation, *cache.layers[0])
 
         lasting = fixed is not None and fixed.lasting
-        if lasting and self._silu and few_rows(inputs, inputs.shape[0] * inputs.shape[1]):
-            u = self._fc.of_few_rows(inputs)
-            return block.by_kernels(u, u, weights, attend, next_norm=None)[0]
-        return block(self._fc(inputs), weights, attend, lasting)
+        by_kernels = lasting and self._silu and few_rows(inputs, inputs.shape[0] * inputs.shape[1])
+        residual, attending = self._ends.enter(inputs, by_kernels)
+        if by_kernels:
+            out = block.by_kernels(residual, attending, weights, attend, next_norm=None)[0]
+        else:
+            out = block(residual, weights, attend, lasting, attending)
+        return self._ends.leave(out)
+
+    def read(self, states: Tensor) -> Tensor:
+        """What the head takes of states [..., H]."""
+        return self._ends.read(states)
 
 
 class Drafter:
@@ -235,7 +245,8 @@ class Drafter:
         self, lengths: Tensor, sampler: Sampler, features: Tensor, ahead: int, path: Tensor | None = None
     ) -> Children:
         """The K likeliest draws after features [B, n, H], at positions `ahead` of the roots' [B]; see `path_of`."""
-        logits, calibrated = self._product.of_few_rows(features), at_temperature(self.calibration, sampler.temperature)
+        logits = self._product.of_few_rows(self._runner.read(features))
+        calibrated = at_temperature(self.calibration, sampler.temperature)
         top_k, ids = self.shape.top_k, self._head.token_ids
         scores, token_ids = sampler.guess(logits, lengths, ahead, top_k, ids, path, calibrated)
         return Children(scores if self._by_rank is None else self._by_rank.expand(scores.shape), token_ids)

@@ -16,7 +16,7 @@ from hass_core.diagnosis.chain import Asked, Cycle, chain_cycles, tau
 from hass_core.draft_model.architecture import rope_parameters
 from hass_core.draft_model.checkpoint import Draft, load_draft
 from hass_core.draft_model.head import DraftHead
-from hass_core.draft_model.layers import DraftModel
+from hass_core.draft_model.layers import build_draft
 from hass_core.errors import BadInput
 from hass_core.evaluation.benchmarks import Question
 from hass_core.evaluation.lossless import in_float32
@@ -75,7 +75,7 @@ def rope_cause(case: Case) -> Cause | None:
     here, there = ours.rope_parameters, rope_parameters(case.target.model.config.get_text_config().to_dict())
     if here == there:
         return None
-    mended = DraftModel(ours.model_copy(update={"rope_parameters": there}), case.draft.model.embedding)
+    mended = build_draft(ours.model_copy(update={"rope_parameters": there}), case.draft.model.embedding)
     mended.load_state_dict(case.draft.model.state_dict())
     mended.to(case.target.device, case.target.dtype).eval().requires_grad_(False)
     cycles = case.measure(replace(case.draft, model=mended))
@@ -88,10 +88,13 @@ def vocabulary_cause(case: Case) -> Cause | None:
     """A trimmed draft vocabulary, against the whole head."""
     if case.draft.head.token_ids is None:
         return None
-    whole = replace(case.draft, head=DraftHead.from_target(case.target.head))
-    cycles = case.measure(whole)
     what = f"the draft knows {case.draft.head.size} of {case.target.head.shape[0]} tokens"
     mend = "raise draft.vocab_size and weigh the gain against the slower head, or choose the tokens from text like this"
+    if case.draft.model.architecture.own_head:  # it has no rows for the others
+        return Cause(
+            "vocabulary", None, f"{what} by a head of its own; what that costs only another training tells", mend
+        )
+    cycles = case.measure(replace(case.draft, head=DraftHead.from_target(case.target.head)))
     return from_variant("vocabulary", what, mend, case.base, cycles)
 
 

@@ -22,6 +22,8 @@ from hass_core.draft_model.architecture import (
     contradicting_ropes,
 )
 from hass_core.draft_model.config_fields import refused_fields
+from hass_core.draft_model.eagle3 import Eagle3Architecture, is_eagle3
+from hass_core.draft_model.eagle3_files import EAGLE3_FIELDS, TargetEnd, eagle3_files
 from hass_core.draft_model.files import (
     CONFIG,
     RANKS,
@@ -34,13 +36,12 @@ from hass_core.draft_model.files import (
 from hass_core.draft_model.record import check_record
 from hass_core.errors import DraftMismatch
 
-FUSION = "fc.weight"  # every draft has it, no other model
+FUSION = "fc.weight"  # every draft of the first architecture has it, no other model
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 FREQUENCIES = "layers.0.self_attn.rotary_emb.inv_freq"
 PREFIX = "model."
 MLP = ("gate", "up", "down")
 MLP_BIASES = tuple(f"layers.0.mlp.{part}_proj.bias" for part in MLP)
-EAGLE3_NAMES = ("d2t", "t2d", "midlayer.", "layers.0.hidden_norm.", "fc_norm.", "input_norm.", "mask_hidden")
 HASS_NORMS = {  # of a variant that was only ever released as checkpoints
     *("embed_layernorm.weight", "embedding_layernorm.weight", "hidden_layernorm.weight", "lm_head_layernorm.weight"),
     *("hidden_states_layernorm.weight", "layers.0.input_layernorm.weight"),
@@ -53,7 +54,7 @@ WHY_NOT = {
 LINEAR = ("fc", *(f"layers.0.self_attn.{part}_proj" for part in "qkvo"), *(f"layers.0.mlp.{part}_proj" for part in MLP))
 
 
-class SharedWeights(Protocol):
+class SharedWeights(TargetEnd, Protocol):
     """What of a target a draft shares: see `Target`."""
 
     @property
@@ -100,17 +101,23 @@ def account(folder: Path, config: dict[str, Any], stored: dict[str, Tensor], tar
     refuse_other_models(folder, config, tensors)
     _compare_sizes(folder, config, target)
     record, rows = check_record(config), target.head.shape[0]
-    vocabulary, ranks = (_token_ids(folder / name, rows) for name in (VOCABULARY, RANKS))
-    _compare_vocabularies(folder, record.draft_vocab_size, vocabulary, rows)
-    needed = _without_zero_biases(tensors)
-    architecture = DraftArchitecture.from_config_json(config, needed)
-    broken_claims, tensors = [*_claims(config, tensors)], needed
+    listed, ranks = (_token_ids(folder / name, rows) for name in (VOCABULARY, RANKS))
+    if is_eagle3(config, tensors):
+        sorted_out = eagle3_files(config, tensors, target)
+        kind, tensors, vocabulary = Eagle3Architecture, sorted_out.tensors, sorted_out.token_ids
+        claims, told = sorted_out.objections, {k: v for k, v in config.items() if k not in EAGLE3_FIELDS}
+    else:
+        kind, vocabulary, claims, told = DraftArchitecture, listed, [*_claims(config, tensors)], config
+        tensors = _without_zero_biases(tensors)
+        _compare_vocabularies(folder, record.draft_vocab_size, vocabulary, rows)
+    architecture = kind.from_config_json(config, tensors)
     embedding = _own_embedding(folder, tensors.pop(EMBEDDING, None), target.embedding)
     objections = [
-        *_unknown(config, tensors, architecture, target),
+        *_unknown(told, tensors, architecture, target),
         *_missing(tensors, architecture),
         *_wrong(tensors, architecture, embedding),
-        *broken_claims,
+        *claims,
+        *_structure(config),
         *_tied(config, embedding),
         *_not_computable(architecture),
     ]
@@ -121,32 +128,9 @@ def account(folder: Path, config: dict[str, Any], stored: dict[str, Tensor], tar
 
 
 def refuse_other_models(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Raise DraftMismatch for an EAGLE-3 draft, or what is no draft at all."""
-    if signs := sorted(_eagle3_signs(config, tensors)):
-        raise DraftMismatch(
-            f"{folder} is an EAGLE-3 draft (it has {', '.join(signs[:4])}), another architecture than the EAGLE, "
-            "EAGLE-2 and HASS drafts that are read here; name one of those, or train a draft for this target"
-        )
-    if FUSION not in tensors:
+    """Raise DraftMismatch for what is no draft at all."""
+    if FUSION not in tensors and not is_eagle3(config, tensors):
         raise DraftMismatch(f"{folder} holds no draft: it has no {FUSION}. Name a draft's folder, not the target's")
-
-
-def _eagle3_signs(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
-    yield from (name for name in tensors if name.removeprefix(PREFIX).startswith(EAGLE3_NAMES))
-    yield from (name for name in named_classes(config) if "eagle3" in name.lower())
-    yield from (name for name in ("eagle_config", "eagle_aux_hidden_state_layer_ids") if name in config)
-    if config.get("speculators_model_type") == "eagle3":
-        yield "speculators_model_type eagle3"
-    hidden = config.get("hidden_size")
-    for name, tensor in tensors.items():
-        if name == FUSION and tensor.ndim == 2 and isinstance(hidden, int) and tensor.shape[1] == 3 * hidden:
-            yield f"an {FUSION} over three features"
-
-
-def named_classes(config: dict[str, Any]) -> list[str]:
-    """The model classes that config.json names: a list, as most tools write it, or one string."""
-    found = config.get("architectures") or ()
-    return [str(name) for name in (found if isinstance(found, (list, tuple)) else (found,))]
 
 
 def _flat(folder: Path, stored: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -288,6 +272,9 @@ def _claims(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]
     for setting, names in claims.items():
         if config.get(setting) and (missing := [name for name in names if name not in tensors]):
             yield f'{CONFIG} says "{setting}", but the tensors lack {", ".join(missing)}'
+
+
+def _structure(config: dict[str, Any]) -> Iterator[str]:
     if contradiction := contradicting_ropes(config):
         yield f"{CONFIG} tells two rotary embeddings: {contradiction}; keep the one it was trained with"
     if (layers := config.get("num_hidden_layers", 1)) != 1:

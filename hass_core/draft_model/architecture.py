@@ -134,6 +134,12 @@ class DraftArchitecture(BaseModel):
             )
         return read
 
+    @property
+    def own_head(self) -> bool:
+        """Whether a head of the draft's own reads what it returns. If not, that is an estimate of the target's next
+        feature, and the target's head reads it."""
+        return False
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the draft, no others. Names are flat (`fc.weight`, `layers.0.…`): vLLM and
         SGLang put `model.` in front themselves."""

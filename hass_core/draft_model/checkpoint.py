@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hass_core.draft_config import DraftConfig
 from hass_core.draft_model.accounting import EMBEDDING, SharedWeights, StoredDraft, read_draft
 from hass_core.draft_model.architecture import O_BIAS, QK_NORMS, QKV_BIASES
-from hass_core.draft_model.family import Family
+from hass_core.draft_model.eagle3 import Eagle3Architecture
+from hass_core.draft_model.eagle3_files import offsets_of
 from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS
 from hass_core.draft_model.head import DraftHead
-from hass_core.draft_model.layers import DraftModel
+from hass_core.draft_model.layers import DraftModel, build_draft
 from hass_core.errors import DraftMismatch, HassError
 
 
@@ -66,19 +68,27 @@ def draft_info(target: DraftedTarget, extra: dict[str, Any] | None = None) -> di
 
 def save_draft(
     folder: Path, draft: DraftModel, head: DraftHead, extra: dict[str, Any], ranks: Tensor | None = None
-) -> None:
-    """Write the draft into `folder`; `extra` (see `draft_info`) becomes the `hass` section of config.json."""
+) -> list[str]:
+    """Write the draft into `folder` and return the names of its files; `extra` (see `draft_info`) becomes the `hass`
+    section of config.json. `head` is the one over the tokens that are drafted."""
     folder.mkdir(parents=True, exist_ok=True)
+    architecture, token_ids = draft.architecture, head.token_ids
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in draft.state_dict().items()}
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    section = {"target_model_type": draft.architecture.target_model_type, "draft_vocab_size": head.size, **extra}
-    config = {**draft.architecture.to_config_json(), "torch_dtype": dtype, "hass": section}
+    section = {"target_model_type": architecture.target_model_type, "draft_vocab_size": head.size, **extra}
+    dtype = str(draft.dtype).removeprefix("torch.")
+    lists: dict[str, Tensor] = {}
+    if token_ids is None:
+        lists = {} if ranks is None else {RANKS: ranks}
+    elif architecture.own_head:
+        tensors |= offsets_of(token_ids, architecture.vocab_size)
+    else:
+        lists = {VOCABULARY: token_ids}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    if head.token_ids is not None:
-        (folder / VOCABULARY).write_text(json.dumps(head.token_ids.tolist()))
-    elif ranks is not None:
-        (folder / RANKS).write_text(json.dumps(ranks.tolist()))
+    for name, ids in lists.items():
+        (folder / name).write_text(json.dumps(ids.tolist()))
+    config = {**architecture.to_config_json(), "torch_dtype": dtype, "hass": section}
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
+    return [CONFIG, WEIGHTS, *lists]
 
 
 def load_draft(folder: Path, target: DraftedTarget, check: bool = True) -> Draft:
@@ -92,23 +102,23 @@ def load_draft(folder: Path, target: DraftedTarget, check: bool = True) -> Draft
         raise DraftMismatch(f"the draft in {folder} {difference}; train a draft for this target")
     model = draft_model(stored, target.embedding).to(target.device, target.dtype).eval().requires_grad_(False)
     ranks = stored.ranks if stored.vocabulary is None else None
-    return Draft(model, DraftHead.from_target(target.head, stored.vocabulary), stored.info, ranks)
+    return Draft(model, model.head(DraftHead.from_target(target.head, stored.vocabulary)), stored.info, ranks)
 
 
 def draft_model(stored: StoredDraft, embedding: Tensor) -> DraftModel:
     """The model with a stored draft's weights, in float32; it shares the target's `embedding` [V, H] unless the draft
     has its own."""
     own = stored.embedding
-    model = DraftModel(stored.architecture, embedding if own is None else own.to(embedding.device, embedding.dtype))
+    model = build_draft(stored.architecture, embedding if own is None else own.to(embedding.device, embedding.dtype))
     model.load_state_dict(stored.weights)
     return model
 
 
-def warm_start(folder: Path, target: SharedWeights, family: Family = "auto") -> StoredDraft:
+def warm_start(folder: Path, target: SharedWeights, wanted: DraftConfig | None = None) -> StoredDraft:
     """The draft that a training continues from; it keeps its own architecture, rotary embedding and biases.
 
     Raises CorruptFile or DraftMismatch as `read_draft` does, and DraftMismatch where the draft has its own embedding
-    (training shares the target's) or is not of the `family` asked for.
+    (training shares the target's) or is another than the `wanted` settings ask for.
     """
     try:
         stored = read_draft(folder, target)
@@ -119,13 +129,41 @@ def warm_start(folder: Path, target: SharedWeights, family: Family = "auto") -> 
             f"draft.warm_start: the draft in {folder} has an {EMBEDDING} of its own, and training shares the target's; "
             "start from a draft without one (a folded fc.bias: from the draft before `hass import --fold-bias`)"
         )
+    if wanted:
+        _refuse_other_than(wanted, stored)
+    return stored
+
+
+def _refuse_other_than(wanted: DraftConfig, stored: StoredDraft) -> None:
+    _refuse_other_architecture(stored, wanted)
     not_llama = {*QKV_BIASES, O_BIAS, *QK_NORMS} & stored.weights.keys()
-    if family == "llama" and not_llama:
+    if wanted.family == "llama" and not_llama:
         raise DraftMismatch(
             f'draft.warm_start: the draft in {stored.folder} is not of draft.family = "llama": it has '
             f"{', '.join(sorted(not_llama))}; leave draft.family out, or train from the start"
         )
-    return stored
+
+
+def _refuse_other_architecture(stored: StoredDraft, wanted: DraftConfig) -> None:
+    found = stored.architecture
+    kind = "eagle3" if isinstance(found, Eagle3Architecture) else "eagle"
+    if kind != wanted.architecture:
+        raise DraftMismatch(
+            f'draft.warm_start: the draft in {stored.folder} is of draft.architecture = "{kind}", the settings say '
+            f'"{wanted.architecture}"; say the same, or train from the start'
+        )
+    if not isinstance(found, Eagle3Architecture):
+        return
+    if wanted.vocab_size not in (None, found.draft_vocab_size):
+        raise DraftMismatch(
+            f"draft.warm_start: the draft in {stored.folder} drafts {found.draft_vocab_size} tokens by a head of its "
+            f"own, draft.vocab_size is {wanted.vocab_size}; leave it out, or train from the start"
+        )
+    if wanted.norm_output and not found.norm_output:
+        raise DraftMismatch(
+            f"draft.warm_start: the draft in {stored.folder} was trained without draft.norm_output; leave it out, or "
+            "train from the start"
+        )
 
 
 def origin_difference(info: dict[str, Any], target: DraftedTarget) -> str | None:

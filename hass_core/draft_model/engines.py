@@ -101,6 +101,9 @@ SERVING = (ENGINES["vllm"], ENGINES["sglang"])  # a draft that no setting says o
 
 def unheld(engine: Engine, draft: DraftArchitecture) -> Iterator[str]:
     """What of a draft the engine has no place for: tensors by name, settings with their value."""
+    if draft.own_head:
+        yield "the eagle3 layout, which is not exported yet"
+        return
     if draft.qk_norm:
         yield f"{', '.join(QK_NORMS)} (norms on queries and keys)"
     if draft.o_bias and not engine.o_bias:

@@ -1,18 +1,31 @@
-"""Which shape a new draft has (`draft.family`): the target's own, or the Llama layer that every engine builds."""
+"""Which shape a new draft has (`draft.architecture`, `draft.family`): the target's own, or the Llama layer that every
+engine builds."""
 
 from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
+from hass_core.draft_config import DraftConfig
 from hass_core.draft_model.architecture import DraftArchitecture, partial_rotary, rope_parameters
+from hass_core.draft_model.eagle3 import Eagle3Architecture
 from hass_core.draft_model.engines import SERVING, unheld, unheld_rope
 from hass_core.errors import TargetError
 
 Family = Literal["auto", "target", "llama"]
 
 
+def new_architecture(target: PretrainedConfig, draft: DraftConfig, draft_vocab_size: int) -> DraftArchitecture:
+    """The architecture of a new draft by its settings; `draft_vocab_size` rows has a head of its own.
+
+    Raises TargetError as `draft_architecture`.
+    """
+    if draft.architecture == "eagle3":
+        return Eagle3Architecture.of(_llama(target), draft_vocab_size, draft.norm_output)
+    return draft_architecture(target, draft.family)
+
+
 def draft_architecture(target: PretrainedConfig, family: Family = "auto") -> DraftArchitecture:
-    """The architecture of a new draft for a target of this configuration.
+    """The first architecture for a target of this configuration.
 
     `target`: the shape of the target's layers; raises TargetError where that is none a draft can have. `llama`: their
     sizes without biases and norms on the attention, a SiLU, whole heads rotated, by the target's rope where vLLM and
@@ -41,10 +54,12 @@ def _llama(target: PretrainedConfig) -> DraftArchitecture:
     return bare
 
 
-def shape_key(target: PretrainedConfig, family: Family) -> dict[str, Any]:
+def shape_key(target: PretrainedConfig, draft: DraftConfig) -> dict[str, Any]:
     """What a draft stage's key says of the shape. Nothing where it is the one that every target had before there was a
     choice, so that those drafts keep their names."""
-    made = draft_architecture(target, family)
+    if draft.architecture == "eagle3":
+        return {"architecture": "eagle3", "norm_output": draft.norm_output}
+    made = draft_architecture(target, draft.family)
     try:
         own = DraftArchitecture.from_target_config(target)
     except TargetError:

@@ -1,4 +1,4 @@
-"""The draft's output head: the target's own, frozen, or only its rows of the draft vocabulary."""
+"""A draft's output head: the target's, frozen, or only its rows of the draft vocabulary; or a weight of the draft."""
 
 import torch
 import torch.nn.functional as F
@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 
 class DraftHead(nn.Module):
-    """Rows of the target's output projection. `weight` [D, H]; `token_ids` [D] names the target's token of each row,
-    None when all V rows are there in order."""
+    """Rows of the target's output projection, or such of the draft's own. `weight` [D, H]; `token_ids` [D] names the
+    target's token of each row, None when all V rows are there in order."""
 
     weight: Tensor
     token_ids: Tensor | None
@@ -28,6 +28,10 @@ class DraftHead(nn.Module):
         drafted = torch.zeros(len(target_head), dtype=torch.bool, device=target_head.device)
         drafted[token_ids] = True
         return cls(target_head[token_ids].contiguous(), token_ids, drafted)
+
+    def with_weight(self, weight: Tensor) -> "DraftHead":
+        """A head of other numbers [D, H] over the same tokens."""
+        return DraftHead(weight, self.token_ids, self._drafted)
 
     @property
     def size(self) -> int:

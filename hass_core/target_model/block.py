@@ -121,13 +121,16 @@ class DecoderBlock:
         """Query heads of one key-value head."""
         return self.heads // self.shape.num_key_value_heads
 
-    def __call__(self, x: Tensor, weights: LayerWeights, attend: Attend, lasting: bool = False) -> Tensor:
-        """The layer's output [B, T, H]. What is `lasting` is worth compiling for."""
+    def __call__(
+        self, x: Tensor, weights: LayerWeights, attend: Attend, lasting: bool = False, attending: Tensor | None = None
+    ) -> Tensor:
+        """The layer's output [B, T, H]. What is `lasting` is worth compiling for. A draft's attention may take other
+        rows than x, `attending` [B, T, I]."""
         before, after = self.before, self.after
         if self._compiled and lasting:
             count = x.shape[0] * x.shape[1]
             before, after = self._compiled[0].for_tokens(count), self._compiled[1].for_tokens(count)
-        return after(x, attend(before(x, weights)), weights)
+        return after(x, attend(before(x if attending is None else attending, weights)), weights)
 
     def by_kernels(
         self, x: Tensor, normed: Any, weights: LayerWeights, attend: Attend, next_norm: Tensor | None

@@ -36,6 +36,16 @@ class KnownTarget(ABC):
         """Output projection [V, H]; takes the hidden state after the final norm."""
 
     @property
+    def num_layers(self) -> int:
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    @property
+    def final_norm(self) -> tuple[Tensor, float] | None:
+        """Weight [H] and epsilon of the RMSNorm before the head; None where it is not here, or not known to be a plain
+        one."""
+        return None
+
+    @property
     @abstractmethod
     def eos_token_ids(self) -> tuple[int, ...]:
         """All tokens that end an answer."""

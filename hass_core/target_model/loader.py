@@ -32,6 +32,7 @@ from hass_core.target_model.stored import check_stored, check_tied
 
 GENERATION = "generation_config.json"
 SPREAD = "balanced"  # as accelerate calls it
+PLAIN_NORMS = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,6 +60,12 @@ class Target(KnownTarget):
     def head(self) -> Tensor:
         """Output projection [V, H]; takes the hidden state after the final norm."""
         return cast(nn.Linear, self.model.get_output_embeddings()).weight.to(self.device)
+
+    @property
+    def final_norm(self) -> tuple[Tensor, float] | None:
+        if self.model.config.model_type not in PLAIN_NORMS:
+            return None
+        return cast(Any, self.model).model.norm.weight, float(self.model.config.rms_norm_eps)
 
     @property
     def is_spread(self) -> bool:

@@ -7,8 +7,9 @@ chain's j-th forward pass for all anchors at once:
     step 1   input (f_r, x_{r+1}) at position r;          sees the verified rows up to r
     step j   input (f̂_{r+j-1}, x_{r+j}) at position r+j-1; sees the same rows and its own chain's steps 2..j
 
-f̂ is the output of step j - 1 at the same anchor, without gradient (HASS) or with it. Keys and values of the verified
-rows are computed once, so a step costs one causal attention whatever its number.
+f̂ is the output of step j - 1 at the same anchor, without gradient (HASS) or with it; of a draft that estimates no
+feature, the state that stands for one. Keys and values of the verified rows are computed once, so a step costs one
+causal attention whatever its number.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,10 +38,12 @@ class Alignment(nn.Module):
         self.detach_features = detach_features
         self.recompute = recompute
 
-    def forward(self, batch: Batch, features: Tensor) -> list[Tensor]:
-        """For each step j = 1..n the estimates of f_{r+j} at all anchors r, [Q, H].
+    def forward(self, batch: Batch, features: Tensor, with_head: bool = False) -> list[Tensor]:
+        """For each step j = 1..n what a head reads of the estimates of f_{r+j} at all anchors r, [Q, H].
 
-        `features` [N, H] are the input features of all rows: the batch's, perhaps with noise.
+        `features` [N, H] are the input features of all rows: the batch's, perhaps with noise. `with_head`: after those
+        comes the weight [D, H] of the draft's own head, where it has one, so that its gradient, too, goes through
+        whatever accelerate wraps around this.
         """
         output, keys, values = self._maybe_again(self._first, batch, features)
         outputs, own = [output], []
@@ -50,7 +53,7 @@ class Alignment(nn.Module):
                 output, *new = self._maybe_again(self._later, batch, step, outputs[-1], keys, values, *own)
             outputs.append(output)
             own += new
-        return outputs
+        return [*map(self.draft.read, outputs), *(self.draft.own_head() if with_head else ())]
 
     def _maybe_again(self, step: Callable[..., tuple[Tensor, ...]], *inputs: Any) -> tuple[Tensor, ...]:
         """A step's results. With `recompute` nothing else of it is kept, and the backward pass runs it again: of all
@@ -63,18 +66,18 @@ class Alignment(nn.Module):
     def _first(self, batch: Batch, features: Tensor) -> tuple[Tensor, ...]:
         """Step 1: its estimates [Q, H], and keys and values [KV, N, d] of the verified rows."""
         next_rows = (torch.arange(len(features), device=features.device) + 1).clamp(max=len(batch.token_ids) - 1)
-        u, queries, keys, values = self._enter(batch.token_ids[next_rows], features, batch.position_ids)
+        residual, queries, keys, values = self._enter(batch.token_ids[next_rows], features, batch.position_ids)
         attended = attend(queries[:, batch.anchors], keys, values, [], [], batch.documents)
-        return self._output(u[batch.anchors], attended), keys, values
+        return self._output(residual[batch.anchors], attended), keys, values
 
     def _later(
         self, batch: Batch, step: int, previous: Tensor, keys: Tensor, values: Tensor, *own: Tensor
     ) -> tuple[Tensor, ...]:
         """Step `step`: its estimates [Q, H], and its own key and value [KV, Q, d]. `own` holds those of the steps
         before it: key, value, key, …"""
-        u, queries, key, value = self._enter(*self._chain_inputs(batch, step, previous))
+        residual, queries, key, value = self._enter(*self._chain_inputs(batch, step, previous))
         attended = attend(queries, keys, values, [*own[::2], key], [*own[1::2], value], batch.documents)
-        return self._output(u, attended), key, value
+        return self._output(residual, attended), key, value
 
     def _own_of(self, batch: Batch, outputs: list[Tensor], step: int) -> tuple[Tensor, ...]:
         """The own key and value [KV, Q, d] of a step, from the estimates of all steps."""
@@ -92,12 +95,12 @@ class Alignment(nn.Module):
         self._output = compiled(self._output, any_shape=True)
 
     def _enter(self, token_ids: Tensor, features: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
-        """u [R, H], queries [A, R, d], keys and values [KV, R, d] of R rows."""
+        """What the layer adds to [R, H], queries [A, R, d], keys and values [KV, R, d] of R rows."""
         return tuple(x[0] for x in self.draft.enter(token_ids[None], features[None], position_ids[None]))
 
-    def _output(self, u: Tensor, attended: Tensor) -> Tensor:
-        """The features [R, H] that R rows estimate."""
-        return self.draft.output(u[None], attended[None])[0]
+    def _output(self, residual: Tensor, attended: Tensor) -> Tensor:
+        """The features [R, H] that R rows estimate, or the states that stand for them."""
+        return self.draft.output(residual[None], attended[None])[0]
 
 
 class OwnAgain:

@@ -154,7 +154,8 @@ class Pace:
 
 def _training_record(run: Run, at: Position, window: Window, norm: float) -> dict[str, Any]:
     parts, config = window.mean(), run.trainer.config
-    recorded = PARTS if run.trainer.objective.samples else set(PARTS) - {"sampling"}
+    there = {"sampling": run.trainer.objective.samples, "regression": not run.trainer.draft.architecture.own_head}
+    recorded = {name for name in PARTS if there.get(name, True)}
     return {
         "train/loss": window.loss(run.trainer.objective),
         **{f"train/{name}": float(parts[:, i].sum()) for i, name in enumerate(PARTS[:-1]) if name in recorded},

@@ -10,12 +10,13 @@ and, where their weights ask for it, terms for decoding that samples (sampling_l
 each averaged over the supervised tokens of the whole optimizer step, on all devices and micro-batches. The n steps'
 losses are summed.
 
-The head is frozen, so a chunk needs no graph: with S = Σ_{v in K} q(v) the gradient by the draft's logits is
+A chunk needs no graph: with S = Σ_{v in K} q(v) the gradient by the draft's logits is
 
     soft CE      p - q                 Top-K      S·p - q·1_K
 
-and times the head's weight it is the gradient of the draft's features. So [tokens × vocabulary] never exists for more
-than one chunk, and the target's logits are computed once for all n steps.
+and times the head's weight it is the gradient of what the head reads of the draft. So [tokens × vocabulary] never
+exists for more than one chunk, and the target's logits are computed once for all n steps. The head is the target's,
+frozen; a draft with a head of its own (eagle3) trains that, and its gradient is the sum of the chunks' products.
 
 With a trimmed draft vocabulary q is the target's distribution restricted to it and renormalised. Where the answer's own
 next token is outside, that restriction says little, and no draft can be right: such rows keep the regression only.
@@ -82,12 +83,16 @@ def distill(
 ) -> tuple[Tensor, list[Tensor]]:
     """Parts [n, 5] (see PARTS) of this micro-batch's share of the mean, and the loss's gradient for each output.
 
-    `outputs` are n estimates [Q, H]; `counts` [n] the supervised tokens of the whole optimizer step. Summed over all
+    `outputs` are n estimates [Q, H], and after them the weight [D, H] that reads them where that is not `head`, the
+    target's over the same tokens; `counts` [n] the supervised tokens of the whole optimizer step. Summed over all
     micro-batches and devices the parts are means over tokens, and so is the gradient. A distribution term of weight 0
     is not computed, and reported as 0.
     """
-    device, steps = outputs[0].device, len(outputs)
-    estimates = [output.detach() for output in outputs]
+    device, steps = outputs[0].device, len(objective.step_weights)
+    estimates = [output.detach() for output in outputs[:steps]]
+    own = [weight.detach().to(head.weight.dtype) for weight in outputs[steps:]]
+    reading = head.with_weight(own[0]) if own else head
+    by_head = [torch.zeros_like(weight, dtype=_precise(weight)) for weight in outputs[steps:]]
     share = batch.supervised / counts.clamp(min=1)[:, None]  # [n, P]
     # a tensor made from Python's numbers would be copied from the host, which a CUDA graph cannot
     weights = torch.stack([weight * own for weight, own in zip(objective.step_weights, share, strict=True)])
@@ -101,19 +106,22 @@ def distill(
         rows = slice(first, first + rows_per_chunk)
         anchors, features = batch.target_anchors[:, rows], batch.features[batch.targets[rows]]
         chosen = torch.stack([output[own] for output, own in zip(estimates, anchors, strict=True)])
-        chunk_parts, by_estimate = _chunk(chosen, features, informative[rows], head, objective)
+        chunk_parts, by_estimate, by_logit = _chunk(chosen, features, informative[rows], head, reading, objective)
         parts += (chunk_parts * share[:, rows, None]).sum(1)
         _add_rows(gradients, anchors, (by_estimate * weights[:, rows, None]).to(chosen.dtype))
-        del chosen, by_estimate  # they would lie beside the next chunk's logits
-    return parts, gradients
+        for total in by_head:
+            read = chosen * (weights[:, rows] * informative[rows])[..., None]
+            total += by_logit.flatten(0, 1).mT @ read.to(by_logit.dtype).flatten(0, 1)
+        del chosen, by_estimate, by_logit  # they would lie beside the next chunk's logits
+    return parts, [*gradients, *by_head]
 
 
 def _chunk(
-    estimates: Tensor, features: Tensor, informative: Tensor, head: DraftHead, objective: Objective
-) -> tuple[Tensor, Tensor]:
-    """Parts [n, R, 5] and gradients [n, R, H] of one chunk of estimates [n, R, H]; rows whose next token is not in the
-    draft vocabulary are not `informative` [R]."""
-    teacher, logits = head.logits(features), head.logits(estimates)
+    estimates: Tensor, features: Tensor, informative: Tensor, head: DraftHead, reading: DraftHead, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Parts [n, R, 5], gradients by one chunk of estimates [n, R, H] and by their logits [n, R, D]; rows whose next
+    token is not in the draft vocabulary are not `informative` [R], and count by their estimates only."""
+    teacher, logits = head.logits(features), reading.logits(estimates)
     sampling, by_sampling = _sampling(teacher, logits, objective)
     total, top, right, by_logit = _terms(teacher, logits, objective)
     by_logit = by_logit if by_sampling is None else by_logit + by_sampling
@@ -121,9 +129,10 @@ def _chunk(
     known = informative.to(total.dtype)
     error = estimates.to(total.dtype) - features.to(total.dtype)
     regression = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none").mean(-1)
-    by_feature = (by_logit @ head.weight).to(error.dtype) * known[:, None]
+    by_feature = (by_logit @ reading.weight).to(error.dtype) * known[:, None]
     gradient = by_feature + error.clamp(-1, 1) * (objective.regression / error.shape[-1])
-    return torch.stack([regression, *(part * known for part in (soft, top, sampling, right))], dim=-1), gradient
+    parts = torch.stack([regression, *(part * known for part in (soft, top, sampling, right))], dim=-1)
+    return parts, gradient, by_logit
 
 
 def _add_rows(gradients: list[Tensor], anchors: Tensor, added: Tensor) -> None:

@@ -8,10 +8,11 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from hass_core.config import TrainingConfig
+from hass_core.draft_model.eagle3 import LM_HEAD
 
 
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]:
-    """AdamW for everything, or Muon for the matrices and AdamW for the rest.
+    """AdamW for everything, or Muon for the matrices and AdamW for the rest, to which a draft's own head belongs.
 
     Muon's updates are scaled to AdamW's usual size, so one learning rate serves both.
     """
@@ -19,8 +20,10 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]
     others = [p for p in model.parameters() if p.dim() != 2]
     if config.optimizer == "adamw":
         return [_adamw(matrices, others, config)]
+    heads = [p for name, p in model.named_parameters() if name == LM_HEAD]
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and name != LM_HEAD]
     muon = Muon(matrices, lr=config.lr_peak, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, _adamw([], others, config)]
+    return [muon, _adamw(heads, others, config)]
 
 
 def _adamw(decayed: list[nn.Parameter], plain: list[nn.Parameter], config: TrainingConfig) -> AdamW:

@@ -9,6 +9,10 @@ zero: the untrained draft is exactly the fitted linear map, and training only ad
 (The fit is the same whichever way the error is measured: every output is its own regression, so weighting the outputs,
 by the head for instance, has the same minimiser.)
 
+An **eagle3** draft has no fusion layer, and what its layer returns is read through a norm by a head of its own. That
+head starts as the target's, and the norm at the features' mean scale: what the layer adds to a feature is then read as
+the target would.
+
 **The vocabulary** is the tokens that the target's answers use most. Drafting scores only these, which makes the head
 several times cheaper; verification still uses all tokens, so the output does not change.
 """
@@ -20,7 +24,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hass_core.draft_model.layers import DraftModel
+from hass_core.draft_model.head import DraftHead
+from hass_core.draft_model.layers import DraftModel, Eagle3Model
 from hass_core.training.batch import Conversation
 
 ROWS_PER_BLOCK = 8192
@@ -57,6 +62,22 @@ def start_least_squares(
         if draft.layer.self_attn.o_proj.bias is not None:
             draft.layer.self_attn.o_proj.bias.zero_()
         draft.layer.mlp.down_proj.weight.zero_()
+
+
+def start_from_target(
+    draft: Eagle3Model, head: DraftHead, conversations: Iterable[Conversation], max_rows: int = 4096
+) -> None:
+    """Give the draft the target's rows `head` and their scale, from up to about `max_rows` features. Changes `draft` in
+    place."""
+    squares, count = 0.0, 0
+    for conversation in conversations:
+        rows = conversation.features.float()
+        squares, count = squares + float(rows.square().sum()), count + rows.numel()
+        if count >= max_rows * rows.shape[1]:
+            break
+    with torch.no_grad():
+        draft.lm_head.weight.copy_(head.weight)
+        draft.norm.weight.fill_((squares / count) ** 0.5 if count else 1.0)
 
 
 def _moments(draft: DraftModel, conversations: Iterable[Conversation], max_rows: int) -> tuple[Tensor, Tensor, int]:

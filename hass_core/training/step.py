@@ -102,7 +102,7 @@ class Trainer:
 
     def backward_eagerly(self, batch: Batch, counts: Tensor) -> Tensor:
         with torch.autocast(batch.features.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            outputs = self.wrapped(batch, batch.inputs.to(self.dtype))
+            outputs = self.wrapped(batch, batch.inputs.to(self.dtype), with_head=True)
         parts, gradients = distill(outputs, batch, self.head, self.objective, counts)
         torch.autograd.backward(outputs, gradients)
         return parts

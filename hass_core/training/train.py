@@ -1,7 +1,8 @@
 """The draft stage: features in, a trained draft out.
 
     config.json, model.safetensors                       the draft with the best val/tau
-    draft_vocab.json or token_ranks.json                 the tokens it drafts, or may be confined to
+    draft_vocab.json or token_ranks.json                 the tokens it drafts, or may be confined to; an eagle3
+                                                         draft's stand with its weights
     metrics.jsonl                                        the curves (metrics.py)
     checkpoint-*.safetensors                             training states to resume from
 
@@ -24,11 +25,11 @@ from hass_core.config import RunConfig, TrainingConfig, TreeConfig
 from hass_core.decoding.calibration import FIELD
 from hass_core.draft_model.architecture import DraftArchitecture
 from hass_core.draft_model.checkpoint import draft_info, draft_model, save_draft, warm_start
-from hass_core.draft_model.family import draft_architecture, shape_key
-from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS
+from hass_core.draft_model.family import new_architecture, shape_key
+from hass_core.draft_model.files import WEIGHTS
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.identity import draft_identity
-from hass_core.draft_model.layers import DraftModel
+from hass_core.draft_model.layers import DraftModel, Eagle3Model, build_draft
 from hass_core.draft_model.shipped import draft_at
 from hass_core.errors import BadInput
 from hass_core.features.live import LiveFeatures, with_features
@@ -42,7 +43,7 @@ from hass_core.training.loop import Run, train
 from hass_core.training.metrics import MetricsFile
 from hass_core.training.packing import PackStream, sample_order
 from hass_core.training.sharding import make_accelerator
-from hass_core.training.start import frequent_tokens, ranked_tokens, start_least_squares
+from hass_core.training.start import frequent_tokens, ranked_tokens, start_from_target, start_least_squares
 from hass_core.training.step import Trainer, compute_dtype
 from hass_core.training.validation import held_out, recorded_answers, validate_sampling
 
@@ -75,7 +76,8 @@ def train_draft(
     if len(dataset) == 0:
         raise BadInput(f"{features.url} holds no training conversation; generate more responses")
     torch.manual_seed(config.seed)
-    head, draft = make_head(config, stored, target), make_draft(config, dataset, target)
+    head = make_head(config, stored, target)
+    draft = make_draft(config, dataset, target, head)
     trainer = Trainer.of(config.training, config.seed, accelerator, draft, head, capture=dataset is stored)
     validation = with_features(
         FeatureDataset(store, features, "validation"), target, config.features.max_tokens_per_batch
@@ -132,14 +134,14 @@ def draft_folder(config: RunConfig, features: Artifact, store: Store, target: Kn
     key = {
         "features": features.digest,
         "target": target.identity.parts(),
-        "draft": config.draft.model_dump(mode="json", exclude={"warm_start", "family"}),
+        "draft": config.draft.model_dump(mode="json", include={"vocab_size", "start"}),  # its shape: below
         "warm_start": draft_identity(warm_start(draft_at(warm), target)) if warm else None,
         "training": _deciding(config.training, config.tree, target),
         "pretraining": _deciding(config.pretraining, config.tree, target) if config.pretraining else None,
         "seed": config.seed,
         "version": STEP_VERSION,
     }
-    key |= {} if warm else shape_key(target.config, config.draft.family)
+    key |= {} if warm else shape_key(target.config, config.draft)
     return store.stage("draft", key)
 
 
@@ -157,8 +159,10 @@ def _deciding(training: TrainingConfig, tree: TreeConfig, target: KnownTarget) -
 
 
 def make_head(config: RunConfig, dataset: FeatureDataset, target: KnownTarget) -> DraftHead:
-    """The target's head, cut to the draft vocabulary."""
+    """The target's head, cut to the draft vocabulary: that of the draft to continue where it has a head of its own."""
     size, rows = config.draft.vocab_size, target.head.shape[0]
+    if config.draft.warm_start and config.draft.architecture == "eagle3":
+        return DraftHead.from_target(target.head, warm_start(draft_at(config.draft.warm_start), target).vocabulary)
     if size is None or size >= rows:
         return DraftHead.from_target(target.head)
     return DraftHead.from_target(target.head, frequent_tokens(dataset.answers(), size, rows, target.eos_token_ids))
@@ -168,14 +172,19 @@ def _all(dataset: FeatureDataset | LiveFeatures) -> Iterator[Conversation]:
     return (dataset[i] for i in range(len(dataset)))
 
 
-def make_draft(config: RunConfig, dataset: FeatureDataset | LiveFeatures, target: KnownTarget) -> DraftModel:
-    """A float32 draft at its start: an existing one, the least-squares fit, or random weights."""
+def make_draft(
+    config: RunConfig, dataset: FeatureDataset | LiveFeatures, target: KnownTarget, head: DraftHead
+) -> DraftModel:
+    """A float32 draft at its start: an existing one, the least-squares fit, or random weights; a head of its own starts
+    as the target's, whose rows of the draft vocabulary are `head`."""
     if config.draft.warm_start:
-        stored = warm_start(draft_at(config.draft.warm_start), target, config.draft.family)
-        return draft_model(stored, target.embedding)
-    draft = DraftModel(draft_architecture(target.config, config.draft.family), target.embedding)
-    if config.draft.start == "least_squares":
-        start_least_squares(draft, (dataset[i] for i in sample_order(len(dataset), config.seed, dataset.blocks)))
+        return draft_model(warm_start(draft_at(config.draft.warm_start), target, config.draft), target.embedding)
+    draft = build_draft(new_architecture(target.config, config.draft, head.size), target.embedding)
+    conversations = (dataset[i] for i in sample_order(len(dataset), config.seed, dataset.blocks))
+    if isinstance(draft, Eagle3Model):
+        start_from_target(draft, head, conversations)
+    elif config.draft.start == "least_squares":
+        start_least_squares(draft, conversations)
     return draft
 
 
@@ -185,8 +194,9 @@ def start_architecture(config: RunConfig, target: KnownTarget) -> DraftArchitect
     Raises TargetError, CorruptFile or DraftMismatch where there is no such draft.
     """
     if config.draft.warm_start:
-        return warm_start(draft_at(config.draft.warm_start), target, config.draft.family).architecture
-    return draft_architecture(target.config, config.draft.family)
+        return warm_start(draft_at(config.draft.warm_start), target, config.draft).architecture
+    size, rows = config.draft.vocab_size, target.head.shape[0]
+    return new_architecture(target.config, config.draft, min(size or rows, rows))
 
 
 def make_feed(trainer: Trainer, dataset: Dataset, division: Division) -> Feed:
@@ -239,15 +249,14 @@ def _written(
     scratch, trainer = run.folder.scratch(), run.trainer
     extra: dict[str, Any] = {"trained_steps": best, "tokens_seen": at.tokens_seen, "val_tau": at.best_tau}
     extra["trained_tokens"] = int(dataset.lengths.max())  # of the longest conversation
-    draft = DraftModel(trainer.draft.architecture, trainer.draft.embedding)
+    draft = build_draft(trainer.draft.architecture, trainer.draft.embedding)
     load_weights(run.folder, best, draft)
     sampled: dict[str, float] = {}
     if run.answers:
         calibration, sampled = validate_sampling(draft, trainer.head, run.answers, run.tree, target.head)
         extra |= {FIELD: calibration} if calibration else {}
     ranks = ranked_tokens(dataset.answers(), target.head.shape[0], target.eos_token_ids)[:MOST_RANKS]
-    save_draft(scratch / "draft", draft, trainer.head, draft_info(target, extra), ranks)
-    names = [CONFIG, WEIGHTS, RANKS if trainer.head.token_ids is None else VOCABULARY]
+    names = save_draft(scratch / "draft", draft, trainer.head, draft_info(target, extra), ranks)
     return {name: scratch / "draft" / name for name in names} | {METRICS: scratch / METRICS}, sampled
 
 

@@ -80,12 +80,13 @@ def validate(
     for part in held:
         batch = part.batch
         with torch.autocast(batch.features.device.type, dtype, enabled=dtype != torch.float32):
-            outputs = runner(batch, batch.features.to(alignment.draft.fc.weight.dtype))
-        hits = _hits(outputs, part, head)
+            outputs = runner(batch, batch.features.to(alignment.draft.dtype))
+        hits = _hits(outputs, part, alignment.draft.head(head))
         right += hits.sum(1)
         chains += _chains(hits, batch)
         trained = replace(batch, target_anchors=batch.target_anchors[:steps], supervised=batch.supervised[:steps])
-        parts = parts + distill(outputs[:steps], trained, head, objective, counts[:steps])[0]
+        read = [*outputs[:steps], *alignment.draft.own_head()]
+        parts = parts + distill(read, trained, head, objective, counts[:steps])[0]
     assert isinstance(parts, Tensor)
     accuracy, chain = (right / counts.clamp(min=1)).tolist(), (chains / counts[0].clamp(min=1)).tolist()
     return {
@@ -151,4 +152,4 @@ def validate_sampling(
 def as_decoded(draft: DraftModel, head: DraftHead, info: dict[str, Any]) -> Draft:
     """The draft in the head's type, as it will be when it decodes; it shares the embedding."""
     model = copy.deepcopy(draft, {id(draft.embedding): draft.embedding}).to(head.weight.dtype)
-    return Draft(model, head, info)
+    return Draft(model, model.head(head), info)

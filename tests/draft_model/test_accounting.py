@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from hass_core.draft_config import DraftConfig
 from hass_core.draft_model.accounting import read_draft
 from hass_core.draft_model.architecture import DraftArchitecture
 from hass_core.draft_model.checkpoint import draft_model, load_draft, warm_start
@@ -262,7 +263,7 @@ def test_a_warm_start_keeps_the_drafts_own_architecture(write, architecture, tin
     stored = warm_start(folder, tiny_target)
     assert draft_model(stored, tiny_target.embedding).architecture == shape
     with pytest.raises(DraftMismatch, match=r'not of draft\.family = "llama": it has .*q_proj\.bias'):
-        warm_start(folder, tiny_target, "llama")
+        warm_start(folder, tiny_target, DraftConfig(family="llama"))
     with pytest.raises(CorruptFile, match=r"draft\.warm_start: .* is missing"):
         warm_start(folder / "nowhere", tiny_target)
 

@@ -1,0 +1,83 @@
+"""The draft's own settings (`draft.…`), and what its architecture decides of the training's."""
+
+from typing import ClassVar, Literal, Protocol
+
+from pydantic import Field, model_validator
+
+from hass_core.settings import Settings
+
+CHAMPION = "champion"  # the alias of the draft in use
+
+
+class DraftConfig(Settings):
+    """The draft model's own choices; all else follows the target."""
+
+    removed: ClassVar[dict[str, str]] = {
+        "fc_bias": "is gone: vLLM cannot serve such a draft; one that has the bias keeps it where it is loaded",
+    }
+
+    architecture: Literal["eagle", "eagle3"] = Field(
+        default="eagle",
+        description="eagle: estimates the target's next feature, as EAGLE-2 and HASS; "
+        "eagle3: EAGLE-3's layer over the target's last hidden state, with a trained head of its own",
+    )
+    norm_output: bool = Field(
+        default=False, description="eagle3 only: the next row takes the state after the final norm (EAGLE-3.1)"
+    )
+    vocab_size: int | None = Field(
+        default=None, ge=16, description="Draft only among this many most frequent tokens; None = the full vocabulary"
+    )
+    start: Literal["random", "least_squares"] = Field(
+        default="least_squares",
+        description="least_squares fits fc to the features in closed form before training; "
+        "an eagle3 draft, which has none, starts random but for its head, the target's",
+    )
+    family: Literal["auto", "target", "llama"] = Field(
+        default="auto",
+        description="Shape of the layer: the target's own, or Llama's, which every engine builds; "
+        "auto = the target's where vLLM and SGLang hold all of it; an eagle3 draft has Llama's",
+    )
+    warm_start: str | None = Field(
+        default=None,
+        description="Draft to continue from: a folder, or shipped (the package's own, for SmolLM2-135M-Instruct); in "
+        "flows also champion; None = start as draft.start says",
+    )
+
+    @model_validator(mode="after")
+    def _of_architecture(self) -> "DraftConfig":
+        if self.architecture == "eagle":
+            if self.norm_output:
+                raise ValueError('draft.norm_output is a setting of draft.architecture = "eagle3"')
+            return self
+        if self.family == "target":
+            raise ValueError('draft.family = "target": an eagle3 draft has the Llama layer that engines build for it')
+        if self.start == "least_squares":
+            if "start" in self.model_fields_set:
+                raise ValueError('draft.start = "least_squares" fits fc, which an eagle3 draft has not; leave it out')
+            object.__setattr__(self, "start", "random")  # frozen for everyone else
+        return self
+
+
+class Objectives(Protocol):
+    """Of a training's settings those that a draft's architecture has a say in."""
+
+    regression_weight: float
+    detach_features: bool
+    model_fields_set: set[str]
+
+
+def settle(draft: DraftConfig, training: Objectives) -> dict[str, float | bool]:
+    """What the training's settings become where they are left out. An eagle3 draft estimates no feature, so none is
+    compared, and only the gradient of later steps tells what a state is good for.
+
+    Raises ValueError for a regression that there is nothing to compare for.
+    """
+    if draft.architecture == "eagle":
+        return {}
+    if "regression_weight" in training.model_fields_set and training.regression_weight:
+        raise ValueError(
+            'training.regression_weight compares features, and draft.architecture = "eagle3" estimates none; leave it '
+            "out"
+        )
+    kept = {} if "detach_features" in training.model_fields_set else {"detach_features": False}
+    return {"regression_weight": 0.0} | kept

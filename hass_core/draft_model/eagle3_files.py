@@ -1,0 +1,138 @@
+"""What an EAGLE-3 draft's files say beside its weights: which tokens it drafts, and what of the target it reads.
+
+A draft of the target's last hidden state comes in two forms that compute the same. SGLang has a switch for it,
+`use_aux_hidden_state: false`. vLLM's default runner ignores that; for it the draft taps the state after the last
+layer, norms it as the target does, and fuses it by the identity.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hass_core.draft_model.eagle3 import DRAFTED, ELSEWHERE, LAYER, LM_HEAD, OFFSETS
+from hass_core.draft_model.files import same_values
+
+FUSION, TAP_NORM = "fc.weight", "fc_norm.0.weight"
+TAPPED, TAPS = "eagle_aux_hidden_state_layer_ids", "num_aux_hidden_states"
+EAGLE3_FIELDS = {  # of config.json that only EAGLE-3 drafts have
+    *("eagle_config", "draft_vocab_size", "norm_output", "fc_norm", "norm_before_fc", "target_hidden_size"),
+    *("parallel_drafting", TAPPED, TAPS),
+}
+UNSUPPORTED = {  # settings of EAGLE-3 drafts that change what is computed, and their plain value
+    "norm_before_fc": False,
+    "parallel_drafting": False,
+    "norm_before_residual": False,
+}
+
+
+class TargetEnd(Protocol):
+    """How a target ends: see `Target`."""
+
+    @property
+    def head(self) -> Tensor:
+        """[V, H]."""
+        ...
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def final_norm(self) -> tuple[Tensor, float] | None:
+        """Weight [H] and epsilon of the RMSNorm before the head."""
+        ...
+
+
+@dataclass(frozen=True)
+class Eagle3Files:
+    """The tensors under this project's names, what they draft, and why they cannot be taken, if so."""
+
+    tensors: dict[str, Tensor]
+    token_ids: Tensor | None  # [D] the target's token of each row of the head
+    objections: list[str]
+
+
+def eagle3_files(config: dict[str, Any], stored: dict[str, Tensor], target: TargetEnd) -> Eagle3Files:
+    """Sort out an EAGLE-3 draft's tensors. One without a head that drafts all tokens has the target's."""
+    tensors = {name.replace(ELSEWHERE, LAYER, 1): tensor for name, tensor in stored.items()}
+    objections = ["a tensor of its layer is there under two names"] if len(tensors) != len(stored) else []
+    tensors = {name: t for name, t in tensors.items() if not (name.endswith(".bias") and not bool(t.any()))}
+    offsets, drafted = tensors.pop(OFFSETS, None), tensors.pop(DRAFTED, None)
+    rows = target.head.shape[0]
+    size = config.get("draft_vocab_size") or rows
+    token_ids = None
+    if size != rows and offsets is None:
+        objections.append(f"it drafts {size} of {rows} tokens and {OFFSETS}, which names them, is missing")
+    elif offsets is not None:
+        token_ids, wrong = _token_ids(offsets, drafted, size, rows)
+        objections += wrong
+    if LM_HEAD not in tensors and size == rows:
+        tensors[LM_HEAD] = (
+            target.head.detach().cpu()
+        )  # vLLM takes the target's, and SGLang where draft_vocab_size is null
+    objections += _settings(config)
+    tensors, reads = _last_state(config, tensors, target)
+    return Eagle3Files(tensors, token_ids, [*objections, *reads])
+
+
+def offsets_of(token_ids: Tensor, rows: int) -> dict[str, Tensor]:
+    """d2t [D] and t2d [V] for the target's `token_ids` [D], which has `rows` tokens."""
+    drafted = torch.zeros(rows, dtype=torch.bool)
+    drafted[token_ids.cpu()] = True
+    return {OFFSETS: token_ids.cpu() - torch.arange(len(token_ids)), DRAFTED: drafted}
+
+
+def _token_ids(offsets: Tensor, drafted: Tensor | None, size: int, rows: int) -> tuple[Tensor | None, list[str]]:
+    """The token ids [D], None where they are all tokens in order; and what is wrong with them."""
+    if offsets.is_floating_point() or tuple(offsets.shape) != (size,):
+        return None, [f"{OFFSETS} is {tuple(offsets.shape)} of {offsets.dtype}, {size} whole numbers are asked for"]
+    ids = offsets.long() + torch.arange(size)
+    if int(ids.min()) < 0 or int(ids.max()) >= rows or len(ids.unique()) != size:
+        return None, [f"{OFFSETS} does not name {size} of the target's {rows} tokens: it holds offsets, token - row"]
+    if drafted is not None and not torch.equal(drafted.bool(), offsets_of(ids, rows)[DRAFTED]):
+        return None, [f"{DRAFTED} names other tokens than {OFFSETS}"]
+    return (None if size == rows and not bool(offsets.any()) else ids), []
+
+
+def _settings(config: dict[str, Any]) -> Iterator[str]:
+    nested = config.get("eagle_config") or {}
+    for setting, plain in UNSUPPORTED.items():
+        for value in (config.get(setting), nested.get(setting)):
+            if value not in (None, plain):
+                yield f"{setting} = {value!r} in config.json is not supported"
+    if config.get("target_hidden_size") not in (None, config.get("hidden_size")):
+        yield "it is narrower or wider than its target (target_hidden_size), which is not supported"
+    if config.get("tie_word_embeddings"):
+        yield "config.json says tie_word_embeddings, which SGLang follows and vLLM does not"
+
+
+def _last_state(
+    config: dict[str, Any], tensors: dict[str, Tensor], target: TargetEnd
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors without those that only bring the target's last hidden state, or why they bring another."""
+    nested = config.get("eagle_config") or {}
+    if nested.get("use_aux_hidden_state", True) is False:
+        return tensors, []
+    rest = {name: tensor for name, tensor in tensors.items() if name not in (FUSION, TAP_NORM)}
+    fusion, norm, ids = tensors.get(FUSION), tensors.get(TAP_NORM), config.get(TAPPED)
+    if fusion is None:
+        return rest, [f"it lacks {FUSION}, which fuses the target's states that it reads"]
+    if ids == [target.num_layers] and fusion.ndim == 2 and fusion.shape[0] == fusion.shape[1]:
+        return rest, [*_other_fusion(config, fusion, norm, target)]
+    fused = fusion.shape[-1] // max(1, fusion.shape[0])
+    return rest, [
+        f"it fuses {fused} states of the target (after layers {ids or 'that its config.json does not name'}), and "
+        "features are stored of the last one only; take a draft of the last state (use_aux_hidden_state false)"
+    ]
+
+
+def _other_fusion(config: dict[str, Any], fusion: Tensor, norm: Tensor | None, target: TargetEnd) -> Iterator[str]:
+    """In what a tap of the last layer's state differs from the target's last hidden state."""
+    if not torch.equal(fusion.float(), torch.eye(len(fusion))):
+        yield f"{FUSION} is not the identity: it fuses the state after the last layer, before the final norm"
+    final = target.final_norm
+    if final is None or norm is None or not config.get("fc_norm"):
+        yield f"it reads the state after the last layer without the target's final norm ({TAP_NORM}, fc_norm)"
+    elif not same_values(norm, final[0]) or abs(config.get("rms_norm_eps", 1e-6) - final[1]) > 1e-12:
+        yield f"{TAP_NORM} is not the target's final norm"
