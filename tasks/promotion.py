@@ -71,9 +71,10 @@ def check_promotion(config: RunConfig) -> None:
     engine of `promotion.engines` or `promotion.release` has no place for it."""
     if not config.promotion.automatic or config.draft.warm_start == CHAMPION:
         return
-    draft = start_architecture(config, target_of(config))
-    check_engines(config.promotion.engines, draft, "promotion.engines")
-    check_engines(config.promotion.release, draft, "promotion.release")
+    target = target_of(config)
+    draft = start_architecture(config, target)
+    check_engines(config.promotion.engines, draft, target, "promotion.engines")
+    check_engines(config.promotion.release, draft, target, "promotion.release")
 
 
 @task(name="roll-back")

@@ -112,6 +112,8 @@ TABLE: dict[str, tuple[Any, str]] = {
     "features.encoding": ("int8", "features"),
     "features.row_group_mb": (9, "features"),
     "features.validation_fraction": (0.2, "features"),
+    "draft.architecture": ("eagle3", "draft"),
+    "draft.norm_output": (NONE, NONE),  # of eagle3 alone; see SPECIAL
     "draft.vocab_size": (99, "draft"),
     "draft.family": ("llama", NONE),  # the shape of a Llama target's draft by itself
     "draft.start": ("random", "draft"),
@@ -140,6 +142,7 @@ TABLE: dict[str, tuple[Any, str]] = {
     "execution": (NONE, NONE),
 }
 SPECIAL: list[tuple[dict[str, Any], str, Any, str]] = [
+    (LOCAL | {"draft": {"architecture": "eagle3"}}, "draft.norm_output", True, "draft"),
     (SERVER, "responses.server_model", "other", "responses"),
     (SERVER, "responses.server_url", "http://127.0.0.1:2/v1", NONE),  # where, not what
     (SERVER, "target.dtype", "bfloat16", "features"),

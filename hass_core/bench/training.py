@@ -26,9 +26,12 @@ from accelerate import Accelerator
 from hass_core.bench.dense_twin import PaddedBatch, dense_loss, dense_outputs, side_by_side
 from hass_core.cli import main
 from hass_core.config import TrainingConfig
+from hass_core.draft_config import DraftConfig
 from hass_core.draft_model.architecture import DraftArchitecture
+from hass_core.draft_model.eagle3 import Eagle3Architecture
 from hass_core.draft_model.head import DraftHead
-from hass_core.draft_model.layers import DraftModel
+from hass_core.draft_model.layers import build_draft
+from hass_core.errors import BadInput
 from hass_core.store.provenance import provenance
 from hass_core.target_model.loader import choose_device, choose_dtype
 from hass_core.training.batch import Batch, collate, rounded_up
@@ -46,6 +49,7 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 STEPS_OF_DATA = 4
+EAGLE = DraftConfig()
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,17 @@ def bench_training(
     draft_vocabulary: int | None = None,
     steps: int = 10,
     twin: bool = False,
+    draft: DraftConfig = EAGLE,
 ) -> dict[str, object]:
-    """Train for `steps` timed optimizer steps; the figures as a flat record."""
+    """Train for `steps` timed optimizer steps; the figures as a flat record.
+
+    Raises BadInput for a plain twin of another architecture than eagle.
+    """
+    if twin and draft.architecture != "eagle":
+        raise BadInput('--twin: there is a plain twin of draft.architecture = "eagle" only')
     accelerator = make_accelerator(choose_device(device))
     where = accelerator.device
-    trainer = make_trainer(SHAPES[shape], config, accelerator, draft_vocabulary)
+    trainer = make_trainer(SHAPES[shape], config, accelerator, draft_vocabulary, draft)
     share = Division(config.packs_per_step, config.packs_per_micro_batch, accelerator.num_processes)
     in_step = len(share.own([[]] * config.packs_per_step))
     talks = make_talks(SHAPES[shape], config, conversation_tokens, share.micro_batch, STEPS_OF_DATA * in_step)
@@ -88,7 +98,8 @@ def bench_training(
     memory = _memory(where)
     rate = matmul_rate(where)
     record = {
-        "shape": shape, "align_steps": config.align_steps, "tokens_per_pack": config.tokens_per_pack,
+        "shape": shape, "architecture": draft.architecture,
+        "align_steps": config.align_steps, "tokens_per_pack": config.tokens_per_pack,
         "packs_per_step": config.packs_per_step, "packs_per_micro_batch": share.micro_batch,
         "conversation_tokens": conversation_tokens, "draft_vocabulary": trainer.head.size,
         "optimizer": config.optimizer, "compiled": config.compile, "recompute": config.recompute,
@@ -146,15 +157,18 @@ def _twin_step(trainer: Trainer, batch: PaddedBatch) -> None:
 
 def needed_flops(architecture: DraftArchitecture, draft_vocabulary: int, batch: Batch) -> float:
     """Multiply-adds count two."""
-    a = architecture
-    attention = a.head_dim * (2 * a.num_attention_heads + 2 * a.num_key_value_heads) * a.hidden_size
-    layer = 2 * a.hidden_size**2 + attention + 3 * a.hidden_size * a.intermediate_size
-    first = 2 * a.hidden_size**2 + 2 * a.num_key_value_heads * a.head_dim * a.hidden_size  # rows that only are seen
+    a, width = architecture, architecture.hidden_size * (2 if architecture.own_head else 1)  # of the attention's rows
+    fusion = 0 if a.own_head else 2 * a.hidden_size**2
+    shared = 2 * a.num_key_value_heads * a.head_dim * width
+    attention = a.num_attention_heads * a.head_dim * (width + a.hidden_size) + shared
+    layer = fusion + attention + 3 * a.hidden_size * a.intermediate_size
+    first = fusion + shared  # rows that only are seen
     steps, anchors = len(batch.target_anchors), len(batch.anchors)
     trunk = 6.0 * (steps * anchors * layer + (batch.num_tokens - anchors) * first)
     visible = float((batch.position_ids[batch.anchors] + 1).sum())
     scores = 3 * steps * 4.0 * visible * a.num_attention_heads * a.head_dim  # forward, and twice that backward
-    head = 2.0 * draft_vocabulary * a.hidden_size * (len(batch.targets) + 2 * int(batch.supervised.sum()))
+    by_step = 3 if a.own_head else 2  # forward, and backward by rows, and by the weight that is trained
+    head = 2.0 * draft_vocabulary * a.hidden_size * (len(batch.targets) + by_step * int(batch.supervised.sum()))
     return trunk + scores + head
 
 
@@ -173,9 +187,13 @@ def matmul_rate(device: torch.device) -> float:
 
 
 def make_trainer(
-    shape: dict[str, int], config: TrainingConfig, accelerator: Accelerator, vocabulary: int | None = None
+    shape: dict[str, int],
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    vocabulary: int | None = None,
+    draft: DraftConfig = EAGLE,
 ) -> Trainer:
-    """A trainer of a random draft; `vocabulary`: of so many tokens."""
+    """A trainer of a random draft; `vocabulary`: of so many tokens. Of `draft` the architecture counts."""
     device = accelerator.device
     architecture = DraftArchitecture(
         hidden_size=shape["hidden"], intermediate_size=shape["inner"], num_attention_heads=shape["heads"],
@@ -185,7 +203,9 @@ def make_trainer(
     embedding = 0.02 * torch.randn(shape["vocabulary"], shape["hidden"], device=device)
     embedding = embedding.to(choose_dtype("auto", device))
     head = DraftHead.from_target(embedding, torch.arange(vocabulary) if vocabulary else None)
-    return Trainer.of(config, 0, accelerator, DraftModel(architecture, embedding), head)
+    if draft.architecture == "eagle3":
+        architecture = Eagle3Architecture.of(architecture, head.size, draft.norm_output)
+    return Trainer.of(config, 0, accelerator, build_draft(architecture, embedding), head)
 
 
 def make_talks(
@@ -246,9 +266,10 @@ def run(
     draft_vocabulary: int | None,
     steps: int,
     twin: bool,
+    draft: DraftConfig,
 ) -> None:
     """Measure and print the record, once for all processes."""
-    record = bench_training(shape, config, device, conversation_tokens, draft_vocabulary, steps, twin)
+    record = bench_training(shape, config, device, conversation_tokens, draft_vocabulary, steps, twin, draft)
     if Accelerator().is_main_process:
         print(json.dumps(record))
 

@@ -92,7 +92,8 @@ def train(
     }
     usual = ["training.packs_per_step=8", "training.compile=true"]
     chosen = _settings(config, override, given, usual)
-    _run("training", shape, chosen.training, chosen.target.device, conversation_tokens, draft_vocabulary, steps, twin)
+    where, draft = chosen.target.device, chosen.draft
+    _run("training", shape, chosen.training, where, conversation_tokens, draft_vocabulary, steps, twin, draft)
 
 
 @app.command()

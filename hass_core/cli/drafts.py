@@ -41,7 +41,8 @@ def export(
 
     check_out(out, draft)
     from hass_core.draft_model.engines import ENGINES
-    from hass_core.export.card import serving_command
+    from hass_core.draft_model.files import read_config
+    from hass_core.export.card import method_of, serving_command
     from hass_core.export.exporter import TOKEN_MAP, export_draft
     from hass_core.target_model.licence import target_licence
     from hass_core.target_model.loader import load_target
@@ -51,7 +52,8 @@ def export(
     licence = target_licence(target_of(draft, target))
     export_draft(draft, loaded, engine, out, tree, served_as, licence)
     mapped = (out / TOKEN_MAP).is_file()
-    command = serving_command(ENGINES[engine], tree, served_as, str(out.resolve()), mapped)
+    method = method_of(read_config(out))
+    command = serving_command(ENGINES[engine], tree, served_as, str(out.resolve()), mapped, method)
     if as_json:
         return show_json({"folder": out, "engine": engine, "command": command})
     show(f"wrote {out}; it passed every check. To serve it:")
@@ -65,7 +67,7 @@ def import_(
     fold_bias: Annotated[bool, typer.Option(help="Move fc.bias into the draft's own embedding, for vLLM")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Bring in an existing EAGLE, EAGLE-2 or HASS checkpoint (safetensors or a plain .bin of tensors).
+    """Bring in an existing EAGLE, EAGLE-2, HASS or EAGLE-3 checkpoint (safetensors or a plain .bin of tensors).
 
     Example: hass import EAGLE-llama3 -t meta-llama/Meta-Llama-3-8B-Instruct -o imported
     """

@@ -113,16 +113,17 @@ def account(folder: Path, config: dict[str, Any], stored: dict[str, Tensor], tar
     architecture = kind.from_config_json(config, tensors)
     embedding = _own_embedding(folder, tensors.pop(EMBEDDING, None), target.embedding)
     objections = [
+        *claims,
         *_unknown(told, tensors, architecture, target),
         *_missing(tensors, architecture),
         *_wrong(tensors, architecture, embedding),
-        *claims,
         *_structure(config),
         *_tied(config, embedding),
         *_not_computable(architecture),
     ]
     if objections:
-        raise DraftMismatch(f"the draft in {folder} cannot be taken as it is: {'; '.join(objections)}")
+        kind_named = "EAGLE-3 draft" if architecture.own_head else "draft"
+        raise DraftMismatch(f"the {kind_named} in {folder} cannot be taken as it is: {'; '.join(objections)}")
     weights = {name: tensors[name] for name in architecture.tensors()}
     return StoredDraft(folder, config, architecture, weights, embedding, vocabulary, ranks)
 

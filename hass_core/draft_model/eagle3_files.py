@@ -24,7 +24,6 @@ EAGLE3_FIELDS = {  # of config.json that only EAGLE-3 drafts have
 UNSUPPORTED = {  # settings of EAGLE-3 drafts that change what is computed, and their plain value
     "norm_before_fc": False,
     "parallel_drafting": False,
-    "norm_before_residual": False,
 }
 
 

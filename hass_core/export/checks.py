@@ -7,7 +7,6 @@ be what the draft draws.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,13 +22,18 @@ from hass_core.draft_model.accounting import (
 )
 from hass_core.draft_model.architecture import FC_BIAS, O_BIAS, QKV_BIASES, DraftArchitecture, contradicting_ropes
 from hass_core.draft_model.checkpoint import DraftedTarget, origin_difference
+from hass_core.draft_model.eagle3 import Eagle3Architecture, is_eagle3
 from hass_core.draft_model.engines import Engine, unheld
 from hass_core.draft_model.files import CONFIG, read_config, read_tensors, same_values
 from hass_core.draft_model.identity import draft_identity
 from hass_core.draft_model.record import check_record
 from hass_core.errors import DraftMismatch
+from hass_core.export.eagle3 import CLASS as EAGLE3_CLASS
+from hass_core.export.eagle3 import eagle3_findings
+from hass_core.export.eagle3_reader import read_eagle3_as
+from hass_core.export.findings import EXPORT_AGAIN, Finding
 from hass_core.export.folders import EXPORTED
-from hass_core.export.parity import feature_difference
+from hass_core.export.parity import eagle3_difference, feature_difference
 from hass_core.export.readers import EngineRefuses, read_as
 
 LARGEST_DIFFERENCE = 1e-3  # of the features, relative, by weights in the export's type
@@ -43,22 +47,6 @@ class ServedTarget(DraftedTarget, Protocol):
     def context_tokens(self) -> int: ...
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One fault of a draft folder."""
-
-    check: str
-    what: str
-    consequence: str
-    mend: str
-
-    def __str__(self) -> str:
-        return f"{self.check}: {self.what}. {self.consequence}. To mend: {self.mend}."
-
-
-EXPORT_AGAIN = "export the draft again with `hass export`"
-
-
 def check_draft(folder: Path, target: ServedTarget, engine: Engine, source: StoredDraft | None = None) -> list[Finding]:
     """All faults of a draft folder; empty when it will serve.
 
@@ -70,18 +58,26 @@ def check_draft(folder: Path, target: ServedTarget, engine: Engine, source: Stor
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
     refuse_other_models(folder, config, tensors)
     check_record(config)
-    draft = DraftArchitecture.from_config_json(config, tensors)
+    if is_eagle3(config, tensors):
+        draft, built = Eagle3Architecture.from_config_json(config, tensors), EAGLE3_CLASS
+        of_layout = [*eagle3_findings(config, tensors, engine, target)]
+    else:
+        draft, built = DraftArchitecture.from_config_json(config, tensors), engine.architecture
+        of_layout = [
+            *_names(tensors, draft, engine),
+            *_shapes(tensors, draft, config),
+            *_fc_bias(tensors, config, engine),
+            *_attention_biases(tensors, config, engine),
+        ]
     findings = [
         *_origin(config.get("hass") or {}, target),
-        *_names(stored, draft, engine),
-        *_shapes(tensors, draft, config),
+        *_prefix(stored, engine),
         *_values(tensors),
         *_ropes(config),
-        *_fc_bias(tensors, config, engine),
-        *_attention_biases(tensors, config, engine),
+        *of_layout,
         *_unheld(draft, engine),
         *_embedding(tensors, config, engine, target.embedding),
-        *_classes(config, engine),
+        *_classes(config, engine, built),
         *_sizes(draft, target),
         *_context(config, target),
     ]
@@ -104,7 +100,7 @@ def _origin(trained: dict[str, Any], target: DraftedTarget) -> Iterator[Finding]
         )
 
 
-def _names(stored: dict[str, Tensor], draft: DraftArchitecture, engine: Engine) -> Iterator[Finding]:
+def _prefix(stored: dict[str, Tensor], engine: Engine) -> Iterator[Finding]:
     if prefixed := sorted(name for name in stored if name.startswith(PREFIX)):
         yield Finding(
             "prefix",
@@ -112,7 +108,10 @@ def _names(stored: dict[str, Tensor], draft: DraftArchitecture, engine: Engine) 
             f"{engine.title} adds that prefix itself and finds none of them",
             "strip `model.` from the names, or " + EXPORT_AGAIN,
         )
-    names = {name.removeprefix(PREFIX) for name in stored}
+
+
+def _names(tensors: dict[str, Tensor], draft: DraftArchitecture, engine: Engine) -> Iterator[Finding]:
+    names = tensors.keys()
     for name in sorted(draft.tensors().keys() - names):
         yield Finding(
             "missing tensor",
@@ -260,9 +259,9 @@ def _embedding(tensors: dict[str, Tensor], config: dict[str, Any], engine: Engin
     )
 
 
-def _classes(config: dict[str, Any], engine: Engine) -> Iterator[Finding]:
+def _classes(config: dict[str, Any], engine: Engine, built: str) -> Iterator[Finding]:
     wanted = {
-        "architectures": [engine.architecture],
+        "architectures": [built],
         "model_type": "llama",
         "num_hidden_layers": 1,
         "tie_word_embeddings": False,
@@ -331,22 +330,32 @@ def _copied(own: StoredDraft, source: StoredDraft, dtype: torch.dtype) -> Iterat
             )
     for name in sorted(own.weights.keys() - source.weights.keys()):
         yield Finding("invented", f"{name} is no tensor of the draft exported", "it changes the features", EXPORT_AGAIN)
+    if not _same_tokens(own.vocabulary, source.vocabulary) and source.architecture.own_head:
+        yield Finding("d2t", "the tokens drafted are others", "every guess is another token", EXPORT_AGAIN)
     ours, theirs = (draft.architecture.model_dump(exclude=NOT_COMPUTED) for draft in (own, source))
-    for field in (name for name in theirs if ours[name] != theirs[name]):
+    for field in (name for name in theirs if ours.get(name) != theirs[name]):
         yield Finding(
             "rope" if field == "rope_parameters" else field,
-            f"{field} is {ours[field]!r}, the draft was trained with {theirs[field]!r}",
+            f"{field} is {ours.get(field)!r}, the draft was trained with {theirs[field]!r}",
             "the draft computes something else than it was trained to",
             f"write the draft's own {field}, or {EXPORT_AGAIN}",
         )
+
+
+def _same_tokens(ours: Tensor | None, theirs: Tensor | None) -> bool:
+    return ours is theirs if ours is None or theirs is None else torch.equal(ours, theirs)
 
 
 def _features(
     config: dict[str, Any], stored: dict[str, Tensor], engine: Engine, source: StoredDraft, target: ServedTarget
 ) -> Iterator[Finding]:
     try:
-        reading = read_as(engine.name, config, stored, target.embedding)
-        difference = feature_difference(reading, source, target)
+        if source.architecture.own_head:
+            read = read_eagle3_as(engine.name, config, stored, target.embedding, target.head)
+            difference = eagle3_difference(read, source, target)
+        else:
+            reading = read_as(engine.name, config, stored, target.embedding)
+            difference = feature_difference(reading, source, target)
     except EngineRefuses as refusal:
         yield Finding("loading", f"{engine.title} does not load it: {refusal}", "it stops at its start", EXPORT_AGAIN)
         return

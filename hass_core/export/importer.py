@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hass_core.draft_model.accounting import EMBEDDING, SharedWeights, StoredDraft, read_draft
 from hass_core.draft_model.architecture import FC_BIAS
+from hass_core.draft_model.eagle3_files import offsets_of
 from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS
 from hass_core.errors import BadInput, DraftMismatch
 from hass_core.export.folders import IMPORTED, check_out, replacing
@@ -91,9 +92,11 @@ def _save(out: Path, draft: StoredDraft) -> Path:
     config: dict[str, Any] = {
         **draft.architecture.to_config_json(),
         "bias": FC_BIAS in tensors,
-        "torch_dtype": str(tensors["fc.weight"].dtype).removeprefix("torch."),
+        "torch_dtype": str(next(iter(draft.weights.values())).dtype).removeprefix("torch."),
         "hass": section,
     }
+    if draft.architecture.own_head and draft.vocabulary is not None:
+        tensors |= offsets_of(draft.vocabulary, draft.architecture.vocab_size)
     lists = {
         name: (draft.folder / name).read_bytes() for name in (VOCABULARY, RANKS) if (draft.folder / name).is_file()
     }

@@ -1,12 +1,17 @@
 """Whether two readings of a draft draw the same: the engine's, and this project's own model of the stored draft."""
 
+import math
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hass_core.draft_model.accounting import StoredDraft
 from hass_core.draft_model.checkpoint import DraftedTarget, draft_model
+from hass_core.draft_model.head import DraftHead
+from hass_core.draft_model.layers import DraftModel
+from hass_core.export.eagle3_reader import Eagle3Reading
 from hass_core.export.readers import Reading
 
 ROWS, LONGEST = 24, 4096
@@ -18,14 +23,43 @@ def feature_difference(reading: Reading, source: StoredDraft, target: DraftedTar
     Both use weights in the type of the target, which the export is written in, and compute in float32.
     """
     token_ids, features, positions = _inputs(source, target)
-    dtype = target.embedding.dtype
-    rounded = replace(source, weights={name: tensor.to(dtype) for name, tensor in source.weights.items()})
-    embedding = target.embedding.detach().cpu()
     with torch.inference_mode():
-        model = draft_model(rounded, embedding).float().eval()
+        model = _rounded(source, target)
         ours = model(token_ids[None], features[None], positions[None])[0]
         theirs = reading.features(token_ids, features, positions)
     return float((theirs - ours).norm() / ours.norm())
+
+
+def eagle3_difference(reading: Eagle3Reading, source: StoredDraft, target: DraftedTarget) -> float:
+    """The same of what the second architecture hands on to its next row, and of its logits over all of the target's
+    tokens, of which the larger counts; infinite where other tokens can be drafted."""
+    token_ids, before, positions = _inputs(source, target)
+    weight, eps = target.final_norm or (torch.ones(before.shape[1]), 0.0)
+    after = F.rms_norm(before, before.shape[1:], weight.detach().cpu().float(), eps)
+    with torch.inference_mode():
+        model = _rounded(source, target)
+        ours = model(token_ids[None], after[None], positions[None])[0]
+        head = model.head(DraftHead.from_target(target.head.detach().cpu().float(), source.vocabulary))
+        drawn = torch.full((len(ours), reading.vocab_size), -torch.inf)
+        drawn[:, head.to_target_ids(torch.arange(head.size))] = head.logits(model.read(ours))
+        rows = token_ids, reading.given(before, after), positions
+        theirs, logits = reading.features(*rows), reading.logits(*rows)
+    if not torch.equal(drawn.isinf(), logits.isinf()):
+        return torch.inf
+    can = ~drawn.isinf()
+    return max(_relative(theirs, ours), _relative(logits[can], drawn[can]))
+
+
+def _rounded(source: StoredDraft, target: DraftedTarget) -> DraftModel:
+    """The source's model in float32, with the weights of the target's type."""
+    dtype = target.embedding.dtype
+    rounded = replace(source, weights={name: tensor.to(dtype) for name, tensor in source.weights.items()})
+    return draft_model(rounded, target.embedding.detach().cpu()).float().eval()
+
+
+def _relative(theirs: Tensor, ours: Tensor) -> float:
+    difference = float((theirs - ours).norm() / ours.norm())
+    return torch.inf if math.isnan(difference) else difference
 
 
 def _inputs(source: StoredDraft, target: DraftedTarget) -> tuple[Tensor, Tensor, Tensor]:

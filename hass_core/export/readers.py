@@ -39,6 +39,14 @@ class Reading:
     def features(self, token_ids: Tensor, features: Tensor, positions: Tensor) -> Tensor:
         """Next features [L, H] of rows with next tokens [L] and features [L, H] at `positions` [L]; causal."""
         u = self._linear("fc", torch.cat([self.embedding[token_ids].float(), features], -1))
+        y = u + self.attended(u, positions)
+        normed = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        normed = normed * self.weights["layers.0.post_attention_layernorm.weight"]
+        gated = self.activation(self._linear(MLP + "gate_proj", normed)) * self._linear(MLP + "up_proj", normed)
+        return y + self._linear(MLP + "down_proj", gated)
+
+    def attended(self, u: Tensor, positions: Tensor) -> Tensor:
+        """What the attention adds [L, H], of rows [L, I] at `positions` [L]; causal."""
         queries = self._rotated(self._heads("q_proj", u, self.heads), positions)
         keys = self._rotated(self._heads("k_proj", u, self.kv_heads), positions)
         values = self._heads("v_proj", u, self.kv_heads)
@@ -47,11 +55,7 @@ class Reading:
         scores = queries @ keys.transpose(1, 2) / math.sqrt(self.head_dim)
         future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
         attended = scores.masked_fill(future, -torch.inf).softmax(-1) @ values
-        y = u + self._linear(ATTENTION + "o_proj", attended.transpose(0, 1).flatten(1))
-        normed = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        normed = normed * self.weights["layers.0.post_attention_layernorm.weight"]
-        gated = self.activation(self._linear(MLP + "gate_proj", normed)) * self._linear(MLP + "up_proj", normed)
-        return y + self._linear(MLP + "down_proj", gated)
+        return self._linear(ATTENTION + "o_proj", attended.transpose(0, 1).flatten(1))
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
@@ -76,28 +80,28 @@ def read_as(engine: str, config: dict[str, Any], stored: Mapping[str, Tensor], t
 def _vllm(config: dict[str, Any], stored: dict[str, Tensor], embedding: Tensor) -> Reading:
     """EagleLlamaForCausalLM: layer 0 without its input norm, fc without bias, the target's head. An unknown bias is
     ignored, any other unknown tensor an error, a missing one random."""
-    architecture = _architecture(config)
+    architecture = engine_class(config)
     if architecture not in ("LlamaForCausalLM", "EagleLlamaForCausalLM"):
         raise EngineRefuses(f"there is no class Eagle{architecture}")
-    _only_silu(config)
+    only_silu(config)
     output_bias = bool(config.get("attention_bias") or config.get("bias"))
     shapes = _shapes(config, bool(config["qkv_bias"]) if "qkv_bias" in config else output_bias, output_bias)
     for name in stored:
         if name not in shapes and name != "embed_tokens.weight" and not name.endswith(".bias"):
             raise EngineRefuses(f"no module or parameter is named {name}")
-    return _reading(config, shapes, stored, stored.get("embed_tokens.weight", embedding), _rope(config))
+    return _reading(config, shapes, stored, stored.get("embed_tokens.weight", embedding), engine_rope(config))
 
 
 def _sglang(config: dict[str, Any], stored: dict[str, Tensor], embedding: Tensor) -> Reading:
     """LlamaForCausalLMEagle: fc always has a bias, `attention_bias` or `bias` gives all four projections one, the
     target's embedding replaces any other, unknown tensors are ignored, missing ones random."""
-    architecture = _architecture(config)
+    architecture = engine_class(config)
     if architecture != "LlamaForCausalLMEagle":
         raise EngineRefuses(f"{architecture} is no class of drafts")
-    _only_silu(config)
+    only_silu(config)
     biased = bool(config.get("attention_bias") or config.get("bias"))
     shapes = _shapes(config, biased, biased) | {"fc.bias": (config["hidden_size"],)}
-    return _reading(config, shapes, stored, embedding, _rope(config))
+    return _reading(config, shapes, stored, embedding, engine_rope(config))
 
 
 def _eagle(config: dict[str, Any], stored: dict[str, Tensor], embedding: Tensor) -> Reading:
@@ -159,7 +163,7 @@ def _reading(
             raise EngineRefuses(f"{name} is {tuple(weights[name].shape)} where {shape} is expected")
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
-    frequencies, magnitude = _frequencies(rope, width)
+    frequencies, magnitude = frequencies_of(rope, width)
     return Reading(
         weights=weights,
         embedding=embedding,
@@ -173,24 +177,24 @@ def _reading(
     )
 
 
-def _architecture(config: dict[str, Any]) -> str:
+def engine_class(config: dict[str, Any]) -> str:
     named = config.get("architectures") or ("none",)
     return " ".join(map(str, named)) if isinstance(named, (list, tuple)) else str(named)
 
 
-def _only_silu(config: dict[str, Any]) -> None:
+def only_silu(config: dict[str, Any]) -> None:
     if config.get("hidden_act", "silu") != "silu":
         raise EngineRefuses(f"it supports no activation {config['hidden_act']}")
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
+def engine_rope(config: dict[str, Any]) -> dict[str, Any]:
     """As LlamaConfig of transformers 5 reads it: `rope_parameters` before `rope_scaling` and `rope_theta`."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
     return rope | {"rope_type": rope.get("rope_type") or rope.get("type") or "default", "rope_theta": float(theta)}
 
 
-def _frequencies(rope: dict[str, Any], width: int) -> tuple[Tensor, float]:
+def frequencies_of(rope: dict[str, Any], width: int) -> tuple[Tensor, float]:
     """Rotation by a position, [d / 2] radians, and the factor on cosine and sine; formulas of arXiv 2104.09864,
     2306.15595 (linear), 2309.00071 (YaRN) and Llama 3.1's model card (llama3)."""
     kind, theta = rope["rope_type"], rope["rope_theta"]

@@ -7,13 +7,16 @@ every tensor of the draft matters and every depth accepts something.
 import torch
 import torch.nn.functional as F
 
-from hass_core.draft_model.family import draft_architecture
-from hass_core.draft_model.layers import DraftModel
+from hass_core.draft_config import DraftConfig
+from hass_core.draft_model.family import draft_architecture, new_architecture
+from hass_core.draft_model.head import DraftHead
+from hass_core.draft_model.layers import DraftModel, Eagle3Model, build_draft
 from hass_core.target_model.capture import capture_features
 from hass_core.target_model.loader import Target
 from hass_core.training.alignment import Alignment
 from hass_core.training.batch import collate
-from hass_core.training.start import start_least_squares
+from hass_core.training.losses import Objective, distill
+from hass_core.training.start import frequent_tokens, start_from_target, start_least_squares
 from tests.training.conftest import Talk
 
 
@@ -38,6 +41,30 @@ def fitted_draft(target: Target, prompts: list[list[int]], answers: list[list[in
         loss.backward()  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
     return draft.eval().requires_grad_(False)
+
+
+def fitted_eagle3(
+    target: Target, prompts: list[list[int]], answers: list[list[int]], steps: int, norm_output: bool
+) -> tuple[DraftModel, DraftHead]:
+    """An eagle3 draft over half of the tokens, the answers' most frequent, after `steps` steps of HASS's objective."""
+    torch.manual_seed(0)
+    rows, talks = target.head.shape[0], _talks(target, prompts, answers)
+    head = DraftHead.from_target(target.head.float(), frequent_tokens(talks, rows // 2, rows))
+    settings = DraftConfig(architecture="eagle3", norm_output=norm_output)
+    draft = build_draft(new_architecture(target.model.config, settings, head.size), target.embedding).float()
+    assert isinstance(draft, Eagle3Model)
+    start_from_target(draft, head, talks)
+    for name, parameter in draft.named_parameters():
+        if parameter.dim() == 1 and name != "norm.weight":  # not at the values they begin with
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    batch, alignment = collate(talks, 3), Alignment(draft, 3, detach_features=False)
+    optimizer = torch.optim.Adam(draft.parameters(), lr=2e-3)
+    for _ in range(steps):
+        outputs = alignment(batch, batch.features, with_head=True)
+        torch.autograd.backward(outputs, distill(outputs, batch, head, Objective(regression=0.0), batch.counts)[1])
+        optimizer.step()
+        optimizer.zero_grad()
+    return draft.eval().requires_grad_(False), head
 
 
 def _talks(target: Target, prompts: list[list[int]], answers: list[list[int]]) -> list[Talk]:

@@ -1,8 +1,9 @@
 """vLLM serves a target with an exported draft: the same tokens as plain decoding, the same acceptance as our own chain.
 
 Of SmolLM2 (Llama), of a tiny Qwen2 (its biases by `qkv_bias`), and of a tiny Qwen3, whose draft is a Llama layer with
-a head_dim of its own. Greedy and float32 only: there both sides compute the same argmax. vLLM lives in an environment
-of its own; see CONTRIBUTING.md. Without HASS_VLLM_PYTHON these tests are skipped.
+a head_dim of its own; and eagle3 drafts, over half of the tokens, of a tiny Llama and a tiny Qwen3. Greedy and float32
+only: there both sides compute the same argmax. vLLM lives in an environment of its own; see CONTRIBUTING.md. Without
+HASS_VLLM_PYTHON these tests are skipped.
 """
 
 import json
@@ -13,7 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from hass_core.config import SamplingConfig, TargetConfig, TreeConfig
 from hass_core.data.holdout import heldout_prompts
@@ -26,7 +35,7 @@ from hass_core.export.exporter import export_draft
 from hass_core.target_model.loader import Target, load_target
 from hass_core.target_model.runner import make_runner
 from tests.conftest import VOCABULARY, byte_tokenizer
-from tests.oracles.fitted import fitted_draft
+from tests.oracles.fitted import fitted_draft, fitted_eagle3
 
 PYTHON = os.environ.get("HASS_VLLM_PYTHON")
 DRAFT = os.environ.get("HASS_ORACLE_DRAFT")  # a trained draft's folder, instead of one fitted here
@@ -34,6 +43,7 @@ DEPTH, NEW_TOKENS, PROMPTS = 3, 32, 4
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
 TINY: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS, head_dim=32, initializer_range=0.2)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS, initializer_range=0.2)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, **HEADS, head_dim=64, initializer_range=0.2)),
 }
@@ -46,13 +56,22 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=["smollm2", *TINY])
-def target(request, tmp_path_factory) -> Target:
-    config = TargetConfig(dtype="float32", device="cpu")
-    if request.param in TINY:
-        folder = tmp_path_factory.mktemp(request.param)
+JUDGED = [("smollm2", "eagle"), ("qwen2", "eagle"), ("qwen3", "eagle"), ("llama", "eagle3"), ("qwen3", "eagle3")]
+
+
+@pytest.fixture(scope="module", params=JUDGED, ids="-".join)
+def judged(request) -> tuple[str, str]:
+    """A target, and the architecture of its draft."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def target(judged, tmp_path_factory) -> Target:
+    config, name = TargetConfig(dtype="float32", device="cpu"), judged[0]
+    if name in TINY:
+        folder = tmp_path_factory.mktemp(name)
         torch.manual_seed(0)
-        model = TINY[request.param]().float()
+        model = TINY[name]().float()
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "norm.weight")):  # not at the values they begin with
                 parameter.data.add_(0.3 * torch.randn_like(parameter))
@@ -75,8 +94,11 @@ def plain(target, prompts) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def draft_folder(target, prompts, plain, tmp_path_factory) -> Path:
+def draft_folder(judged, target, prompts, plain, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("oracle") / "draft"
+    if judged[1] == "eagle3":
+        save_draft(folder, *fitted_eagle3(target, prompts, plain, 80, judged[0] == "qwen3"), draft_info(target))
+        return folder
     trained = load_draft(Path(DRAFT), target).model.float() if DRAFT and target.name.startswith("smollm2") else None
     draft = trained or fitted_draft(target, prompts, plain, steps=60)
     # with all of the target's head: vLLM knows no trimmed one in this layout
@@ -91,17 +113,17 @@ def exported(target, draft_folder) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(target, prompts, exported) -> dict:
-    return vllm_decodes(target, prompts, exported)
+def served(judged, target, prompts, exported) -> dict:
+    return vllm_decodes(target, prompts, exported, judged[1])
 
 
 def answered(decoder, prompt: list[int], new_tokens: int) -> Generation:
     return decoder.generate([prompt], SamplingConfig(), new_tokens, StopRule())[0]
 
 
-def vllm_decodes(target: Target, prompts: list[list[int]], draft: Path) -> dict:
+def vllm_decodes(target: Target, prompts: list[list[int]], draft: Path, method: str) -> dict:
     request, answer = draft.with_name("request.json"), draft.with_name("answer.json")
-    asked = {"target": target.folder, "draft": str(draft), "prompts": prompts}
+    asked = {"target": target.folder, "draft": str(draft), "prompts": prompts, "method": method}
     request.write_text(json.dumps(asked | {"max_new_tokens": NEW_TOKENS, "depth": DEPTH}))
     script = Path(__file__).with_name("vllm_decode.py")
     done = subprocess.run([str(PYTHON), str(script), str(request), str(answer)], capture_output=True, text=True)

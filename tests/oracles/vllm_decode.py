@@ -2,7 +2,8 @@
 
     python vllm_decode.py REQUEST.json ANSWER.json
 
-REQUEST: target and draft folders (draft null = plain), prompts as token ids, max_new_tokens, depth.
+REQUEST: target and draft folders (draft null = plain), prompts as token ids, max_new_tokens, depth,
+method of speculation.
 ANSWER: token_ids, and with a draft: drafts, accepted_per_position; versions of vLLM and torch.
 """
 
@@ -22,7 +23,11 @@ def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text())
     speculation = None
     if request["draft"]:
-        speculation = {"method": "eagle", "model": request["draft"], "num_speculative_tokens": request["depth"]}
+        speculation = {
+            "method": request["method"],
+            "model": request["draft"],
+            "num_speculative_tokens": request["depth"],
+        }
     engine = LLM(
         model=request["target"],
         skip_tokenizer_init=True,

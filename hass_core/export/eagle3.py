@@ -1,0 +1,125 @@
+"""The second architecture in the layouts of vLLM and SGLang: what is written, and what is looked for in a folder.
+
+Read in vLLM 0.32.0 (`model_executor/models/llama_eagle3.py`, `v1/worker/gpu/spec_decode/eagle`) and SGLang 0.5.23
+(`srt/models/llama_eagle3.py`). Both draw the same from the same weights, but the target's last hidden state, which the
+draft reads, comes otherwise: SGLang has a switch for it. vLLM's default runner ignores that switch; there the draft
+taps the state after the last layer, norms it as the target does, and fuses it by the identity.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hass_core.draft_model.accounting import StoredDraft
+from hass_core.draft_model.architecture import DraftArchitecture
+from hass_core.draft_model.eagle3 import DRAFTED, LM_HEAD, OFFSETS, Eagle3Architecture
+from hass_core.draft_model.eagle3_files import FUSION, TAP_NORM, TAPPED, TAPS, TargetEnd, offsets_of
+from hass_core.draft_model.engines import Engine
+from hass_core.export.findings import EXPORT_AGAIN, Finding
+
+CLASS = "LlamaForCausalLMEagle3"
+
+
+def unheld_of_target(engine: Engine, draft: DraftArchitecture, target: TargetEnd) -> Iterator[str]:
+    """Why the engine cannot give an eagle3 draft this target's last hidden state."""
+    if engine.name != "vllm" or not draft.own_head:
+        return
+    if target.final_norm is None:
+        yield "the target's last hidden state (its final norm is not known to be a plain RMSNorm)"
+    elif target.final_norm[1] != draft.rms_norm_eps:
+        yield (
+            f"two epsilons of norms (the draft's {draft.rms_norm_eps:g}, and {target.final_norm[1]:g} of the target's "
+            "final norm, which the draft's file has to repeat)"
+        )
+
+
+def eagle3_weights(source: StoredDraft, engine: Engine, target: TargetEnd) -> dict[str, Tensor]:
+    """All tensors of the engine's file beside the embedding. t2d is read by trainers alone, and skipped by engines."""
+    weights = dict(source.weights)
+    if source.vocabulary is not None:
+        weights |= offsets_of(source.vocabulary, target.head.shape[0])
+    if engine.name == "vllm" and target.final_norm is not None:
+        weights[FUSION] = torch.eye(source.architecture.hidden_size)
+        weights[TAP_NORM] = target.final_norm[0].detach().cpu()
+    return weights
+
+
+def eagle3_config(draft: Eagle3Architecture, engine: Engine, target: TargetEnd) -> dict[str, Any]:
+    """What config.json says beside sizes, rotary embedding and types."""
+    common = {
+        "norm_output": draft.norm_output,
+        "norm_before_residual": False,
+        "draft_vocab_size": draft.draft_vocab_size,
+    }
+    if engine.name != "vllm":
+        return common | {"eagle_config": {"use_aux_hidden_state": False}}
+    tapped = {TAPPED: [target.num_layers], TAPS: 1, "fc_norm": True}
+    return common | tapped | {"eagle_config": {"use_aux_hidden_state": True}}
+
+
+def eagle3_findings(
+    config: dict[str, Any], tensors: dict[str, Tensor], engine: Engine, target: TargetEnd
+) -> Iterator[Finding]:
+    """Faults that only this layout can have, in config.json and in the tensors."""
+    yield from _settings(config, engine, target)
+    yield from _vocabulary(config, tensors, engine, target.head.shape[0])
+    if LM_HEAD not in tensors:
+        yield Finding(
+            "lm_head",
+            f"{LM_HEAD} is missing",
+            f"{engine.title} takes random or the target's rows instead",
+            EXPORT_AGAIN,
+        )
+
+
+def _settings(config: dict[str, Any], engine: Engine, target: TargetEnd) -> Iterator[Finding]:
+    nested = config.get("eagle_config") or {}
+    wanted: dict[str, tuple[Any, Any, str]] = {  # found, needed, consequence
+        "norm_before_residual": (
+            config.get("norm_before_residual", False), False, "vLLM adds to other rows than the draft was trained with"
+        ),
+        "bias": (config.get("bias", False), False, "a bias is built that the file does not hold, and stays random"),
+        "attention_bias": (
+            config.get("attention_bias", False), False, "biases are built that the file does not hold: random ones"
+        ),
+    }  # fmt: skip
+    if engine.name == "vllm":
+        wanted |= {
+            TAPPED: (config.get(TAPPED), [target.num_layers], "other states of the target reach the draft"),
+            TAPS: (config.get(TAPS), 1, "fc is built for another number of states"),
+            "fc_norm": (config.get("fc_norm"), True, "the target's state reaches the draft without its final norm"),
+            "use_aux_hidden_state": (
+                nested.get("use_aux_hidden_state", True), True,
+                "vLLM's default runner captures states all the same and fails, or feeds them without the final norm",
+            ),
+        }  # fmt: skip
+    else:
+        wanted["use_aux_hidden_state"] = (
+            nested.get("use_aux_hidden_state", True), False,
+            f"{engine.title} captures three states of the target for an fc that is not there",
+        )  # fmt: skip
+        wanted["draft_vocab_size"] = (
+            "draft_vocab_size" in config, True, f"{engine.title} stops at its start: it asks for the key"
+        )  # fmt: skip
+    for setting, (found, needed, consequence) in wanted.items():
+        if found != needed:
+            what = f"{setting} is {found!r} in config.json, {engine.title} needs {needed!r}"
+            yield Finding(setting, what, consequence, EXPORT_AGAIN)
+
+
+def _vocabulary(config: dict[str, Any], tensors: dict[str, Tensor], engine: Engine, rows: int) -> Iterator[Finding]:
+    size = config.get("draft_vocab_size") or rows
+    if size < rows and OFFSETS not in tensors:
+        yield Finding(
+            OFFSETS, f"{OFFSETS} is missing and {size} of {rows} tokens are drafted",
+            f"{engine.title} drafts the first {size} tokens instead, without a word", EXPORT_AGAIN,
+        )  # fmt: skip
+    if size == rows and {OFFSETS, DRAFTED} & tensors.keys():
+        yield Finding(
+            OFFSETS,
+            f"{OFFSETS} is in the file and all tokens are drafted",
+            "vLLM refuses to load it",
+            f"remove {OFFSETS}",
+        )
