@@ -36,7 +36,7 @@ store = Store(sys.argv[1])
 target = freeze(tiny_llama(), byte_tokenizer(), name="tiny")
 with PartialState().main_process_first():
     features = store_features(store, target)
-config = division(1, sys.argv[2])
+config = division(1, sys.argv[2], os.environ.get("ARCHITECTURE", "eagle"))
 if os.environ.get("RECOMPUTE"):
     config = config.model_copy(update={"training": config.training.model_copy(update={"recompute": True})})
 if os.environ.get("AS_CAPTURED"):  # all that surrounds a CUDA graph, without the graph
@@ -64,8 +64,9 @@ train.train_draft(config, features, store, target)
 """
 
 
-def division(packs_per_micro_batch: int, optimizer: str = "adamw"):
+def division(packs_per_micro_batch: int, optimizer: str = "adamw", architecture: str = "eagle"):
     return settings(
+        architecture,
         optimizer=optimizer,
         ema_decay=0.9 if optimizer == "muon" else None,
         packs_per_step=4,
@@ -77,9 +78,9 @@ def division(packs_per_micro_batch: int, optimizer: str = "adamw"):
     )
 
 
-def trained(root: Path, target, packs_per_micro_batch: int) -> dict[str, torch.Tensor]:
-    store = Store(root)
-    artifact = train_draft(division(packs_per_micro_batch), store_features(store, target), store, target)
+def trained(root: Path, target, packs_per_micro_batch: int, architecture: str = "eagle") -> dict[str, torch.Tensor]:
+    store, config = Store(root), division(packs_per_micro_batch, architecture=architecture)
+    artifact = train_draft(config, store_features(store, target), store, target)
     return load_file(store.open(artifact).local_path("model.safetensors"))
 
 
@@ -89,10 +90,11 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         torch.testing.assert_close(other[name], value, rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("packs", [1, 2, 3])
-def test_micro_batches_of_fewer_packs_give_the_result_of_one(tmp_path, tiny_target, packs):
+@pytest.mark.parametrize(("packs", "architecture"), [(1, "eagle"), (2, "eagle3"), (3, "eagle")])
+def test_micro_batches_of_fewer_packs_give_the_result_of_one(tmp_path, tiny_target, packs, architecture):
     """With noise on the inputs, which belongs to a pack however the step is divided; 3 leaves a smaller last one."""
-    assert_equal(trained(tmp_path / "a", tiny_target, 4), trained(tmp_path / "b", tiny_target, packs))
+    whole, divided = (trained(tmp_path / str(n), tiny_target, n, architecture) for n in (4, packs))
+    assert_equal(whole, divided)
 
 
 def test_the_division_of_a_step_is_no_part_of_a_drafts_name(store, tiny_target):
@@ -105,25 +107,28 @@ def test_the_division_of_a_step_is_no_part_of_a_drafts_name(store, tiny_target):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "variables", [{}, {"AS_CAPTURED": "1"}, {"RECOMPUTE": "1"}], ids=["DDP", "as captured", "DDP, layers again"]
+    "variables",
+    [{}, {"AS_CAPTURED": "1"}, {"RECOMPUTE": "1"}, {"ARCHITECTURE": "eagle3"}],
+    ids=["DDP", "as captured", "DDP, layers again", "DDP, a head that is trained"],
 )
 def test_two_processes_equal_one(tmp_path, tiny_target, variables):
     assert two_processes(tmp_path / "two", **variables) == [0, 0]
     (weights,) = (tmp_path / "two" / "draft").glob("*/model.safetensors")
-    assert_equal(trained(tmp_path / "one", tiny_target, 4), load_file(weights))
+    assert_equal(trained(tmp_path / "one", tiny_target, 4, variables.get("ARCHITECTURE", "eagle")), load_file(weights))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "variables"),
-    [("adamw", {}), ("muon", {}), ("adamw", {"RECOMPUTE": "1"})],
-    ids=["adamw", "muon", "layers again"],
+    [("adamw", {}), ("muon", {}), ("adamw", {"RECOMPUTE": "1"}), ("adamw", {"ARCHITECTURE": "eagle3"})],
+    ids=["adamw", "muon", "layers again", "a head that is trained"],
 )
 def test_weights_divided_between_two_processes_give_the_losses_of_one(tmp_path, tiny_target, optimizer, variables):
     assert two_processes(tmp_path / "two", optimizer, ACCELERATE_USE_FSDP="true", **variables) == [0, 0]
     (two,) = (tmp_path / "two" / "draft").glob("*/")
     store = Store(tmp_path / "one")
-    artifact = train_draft(division(4, optimizer), store_features(store, tiny_target), store, tiny_target)
+    config = division(4, optimizer, variables.get("ARCHITECTURE", "eagle"))
+    artifact = train_draft(config, store_features(store, tiny_target), store, tiny_target)
     one = Path(store.open(artifact).local_path("model.safetensors")).parent
     for name in ("train/loss", "train/grad_norm", "val/loss", "val/tau"):
         assert curve(two, name) == pytest.approx(curve(one, name), abs=1e-4), name

@@ -45,8 +45,9 @@ SETTINGS = {
 }
 
 
-def settings(**training: object) -> RunConfig:
-    return parse_config({**SETTINGS, "training": SETTINGS["training"] | training})
+def settings(architecture: str = "eagle", **training: object) -> RunConfig:
+    draft = {"architecture": architecture}
+    return parse_config({**SETTINGS, "draft": draft, "training": SETTINGS["training"] | training})
 
 
 @pytest.fixture
