@@ -5,7 +5,7 @@ from rich.table import Table
 
 from hass_core.command_path import command_path
 from hass_core.config import RunConfig
-from hass_core.evaluation.evaluate import read_report
+from hass_core.evaluation.evaluate import PAGE, read_report
 from hass_core.evaluation.terminal import terminal
 from hass_core.store import Artifact
 from tasks.gate import Verdict
@@ -19,6 +19,8 @@ def stage_table(artifact: Artifact) -> RenderableType:
     for name, value in artifact.summary.items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     table.add_row("stored in", artifact.url)
+    if artifact.stage == "evaluation":
+        table.add_row("report", f"{artifact.url}/{PAGE}")
     return table
 
 

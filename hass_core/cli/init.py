@@ -45,7 +45,8 @@ def init(
     out.write_text(_text(model, out, values), encoding="utf-8")
     load_config(out)  # what was written is what is read
     show(f"wrote {out}. To look at what it costs: hass forecast {out}")
-    show(f"To start it: make retrain PRESET={out}")
+    start = "make retrain PRESET=" if Path("Makefile").is_file() else "python -m flows.retrain "
+    show(f"To start it: {start}{out}")
 
 
 def _values(model: str, name: str, prompts: list[str]) -> dict[str, Any]:

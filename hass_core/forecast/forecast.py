@@ -132,6 +132,8 @@ def parse_gpus(name: str) -> tuple[cost.Gpu, int]:
 
 
 def _count(number: float) -> str:
+    if number < 1e5:
+        return f"{number:,.0f}"
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
 

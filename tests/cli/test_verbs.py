@@ -65,7 +65,7 @@ def test_a_finished_stage_is_told_as_json_and_nothing_else(bad):
 def test_a_settings_file_for_any_model_is_whole_and_says_what_it_costs(bad):
     told = command(bad, "hass init target --prompts asked.jsonl -o mine.toml")
     assert told.status == 0, told.error
-    assert "make retrain PRESET=mine.toml" in told.out
+    assert "To start it: python -m flows.retrain mine.toml" in told.out
     text, settings = (bad / "mine.toml").read_text(), load_config(bad / "mine.toml")
     assert settings.target.source == str(bad / "target")
     assert settings.prompts.files == (str(bad / "asked.jsonl"),)
