@@ -13,6 +13,7 @@ from hass_core.config import Engine, EvaluationConfig, SamplingConfig
 from hass_core.errors import FINDINGS, BadInput
 from hass_core.evaluation.benchmark_names import check_benchmarks
 from hass_core.settings import validated
+from hass_core.target_model.source import DEFAULT
 
 app = typer.Typer()
 
@@ -111,7 +112,7 @@ def data(
     from hass_core.cli.data_report import show_audit, show_problems
     from hass_core.features.checks import find_audit, validate_features
 
-    audit = find_audit(store, artifact, target)
+    audit = find_audit(store, artifact, target or DEFAULT)
     if not as_json:
         show_audit(console, audit)
     problems = list(audit.problems)

@@ -40,7 +40,8 @@ def differences(client: MlflowClient, before: DraftVersion, after: DraftVersion)
         return [], []
     names = sorted(old.data.params.keys() | new.data.params.keys())
     settings = [(name, old.data.params.get(name, ""), new.data.params.get(name, "")) for name in names]
-    results = [(name, *(_shown(run.data.metrics.get(name)) for run in (old, new))) for name in RESULTS]
+    figures = ((name, old.data.metrics.get(name), new.data.metrics.get(name)) for name in RESULTS)
+    results = [(name, _shown(before), _shown(after)) for name, before, after in figures]
     return [row for row in settings if row[1] != row[2]], [row for row in results if any(row[1:])]
 
 
