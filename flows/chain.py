@@ -5,14 +5,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
+from prefect import Flow, flow
+
 from flows.parameters import RunParameters
-from hass_core.config import Stage
+from hass_core.config import Stage, stages_until
 from hass_core.store import Artifact
 from tasks import draft, evaluation, features, prompts, responses
 from tasks.elsewhere import run_elsewhere
 from tasks.finished import find_finished
 from tasks.links import link_to_mlflow, prefect_tags
 from tasks.resources import made_by
+from tasks.retries import LONGEST_SECONDS
 from tasks.told import told
 from tasks.tracking import connect, open_retraining
 from tasks.warm_start import resolve_warm_start
@@ -60,12 +63,21 @@ def run_until(last: Stage, run: RunParameters) -> Iterator[Chain]:
         link_to_mlflow(config, run_id)
         prompts.record_prompts(config, collected, run_id)
         done = [collected]
-        for stage, step in STEPS.items():
+        for stage in stages_until(last)[1:]:
             if deployment := run.deployments.get(stage):
                 work = partial(run_elsewhere, stage, deployment, run.for_sub_flow(run_id), config, run_id)
             else:
-                work = partial(step, config, done[-1], run_id)
+                work = partial(STEPS[stage], config, done[-1], run_id)
             done.append(told(config, stage, work, seconds))
-            if stage == last:
-                break
         yield Chain(run_id, done, seconds=seconds)
+
+
+def stage_flow(name: str, last: Stage, purpose: str) -> Flow[[RunParameters], Artifact]:
+    """The flow `name` that runs the stages up to `last`, the finished ones excepted, and gives what that one made."""
+
+    @flow(name=name, flow_run_name=f"{name} {{run.preset}}", description=purpose, timeout_seconds=LONGEST_SECONDS)
+    def run_stages(run: RunParameters) -> Artifact:
+        with run_until(last, run) as chain:
+            return chain.last
+
+    return run_stages

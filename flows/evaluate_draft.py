@@ -1,19 +1,11 @@
 """Measure a draft: `python -m flows.evaluate_draft [PRESET] [section.key=value …]`."""
 
-from prefect import flow
-
-from flows.chain import run_until
-from flows.parameters import RunParameters
+from flows.chain import stage_flow
 from flows.terminal import main
-from hass_core.store import Artifact
 
-
-@flow(name="evaluate-draft", flow_run_name="evaluate-draft {run.preset}")
-def evaluate_draft(run: RunParameters) -> Artifact:
-    """The report on a draft, after whatever comes before and is not finished."""
-    with run_until("evaluation", run) as chain:
-        return chain.last
-
+evaluate_draft = stage_flow(
+    "evaluate-draft", "evaluation", "The report on a draft, after whatever comes before and is not finished."
+)
 
 if __name__ == "__main__":
     main(evaluate_draft)

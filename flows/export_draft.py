@@ -11,9 +11,10 @@ from flows.terminal import main
 from hass_core.config import RunConfig
 from tasks.export import Exported, find_draft
 from tasks.export import export_draft as export
+from tasks.retries import SHORT_SECONDS
 
 
-@flow(name="export-draft", flow_run_name="export-draft {run.preset} for {run.engine}")
+@flow(name="export-draft", flow_run_name="export-draft {run.preset} for {run.engine}", timeout_seconds=SHORT_SECONDS)
 def export_draft(run: ExportParameters) -> Exported:
     """Write a draft as an engine loads it, check it, and say how to serve it."""
     config = run.config()

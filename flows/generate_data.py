@@ -1,19 +1,9 @@
 """Make the training data: `python -m flows.generate_data [PRESET] [section.key=value …]`."""
 
-from prefect import flow
-
-from flows.chain import run_until
-from flows.parameters import RunParameters
+from flows.chain import stage_flow
 from flows.terminal import main
-from hass_core.store import Artifact
 
-
-@flow(name="generate-data", flow_run_name="generate-data {run.preset}")
-def generate_data(run: RunParameters) -> Artifact:
-    """Prompts and the target's answers to them."""
-    with run_until("responses", run) as chain:
-        return chain.last
-
+generate_data = stage_flow("generate-data", "responses", "Prompts and the target's answers to them.")
 
 if __name__ == "__main__":
     main(generate_data)

@@ -4,15 +4,17 @@ from prefect import flow
 from rich.console import Console
 from rich.markdown import Markdown
 
+from flows.decision import decide
 from flows.parameters import PromotionParameters
 from flows.terminal import main
 from hass_core.config import RunConfig
 from tasks.gate import Verdict
-from tasks.promotion import decide, find_version
+from tasks.promotion import find_version
 from tasks.release import release_champion
+from tasks.retries import LONGEST_SECONDS
 
 
-@flow(name="promote-draft", flow_run_name="promote-draft {run.preset}")
+@flow(name="promote-draft", flow_run_name="promote-draft {run.preset}", timeout_seconds=LONGEST_SECONDS)
 def promote_draft(run: PromotionParameters) -> Verdict:
     """Compare a registered draft with the champion and let the better one win."""
     config = run.config()

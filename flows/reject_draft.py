@@ -7,10 +7,11 @@ from flows.parameters import RejectionParameters
 from flows.terminal import main
 from hass_core.config import RunConfig
 from tasks.promotion import find_version, reject
+from tasks.retries import SHORT_SECONDS
 from tasks.tracking import DraftVersion
 
 
-@flow(name="reject-draft", flow_run_name="reject-draft {run.preset}")
+@flow(name="reject-draft", flow_run_name="reject-draft {run.preset}", timeout_seconds=SHORT_SECONDS)
 def reject_draft(run: RejectionParameters) -> DraftVersion:
     """Take a registered draft out of the running; promote-draft with its number can bring it back."""
     config = run.config()

@@ -9,16 +9,19 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from flows.chain import run_until
+from flows.decision import decide
 from flows.parameters import RunParameters
 from flows.terminal import main
 from hass_core.config import RunConfig
 from hass_core.store import Artifact
 from tasks.finished import find_judged
 from tasks.forecast import announce
-from tasks.promotion import Verdict, check_promotion, decide
+from tasks.gate import Verdict
+from tasks.promotion import check_promotion
 from tasks.registration import register_draft
 from tasks.release import release_champion
 from tasks.report import publish_report, report_address
+from tasks.retries import LONGEST_SECONDS
 from tasks.summary import next_steps, nothing_new, places, report_tables, version_lines
 from tasks.tracking import DraftVersion
 
@@ -34,7 +37,7 @@ class Retrained(BaseModel):
     new: bool = True  # False: nothing has changed since it was made, and nothing was done
 
 
-@flow(name="retrain", flow_run_name="retrain {run.preset}")
+@flow(name="retrain", flow_run_name="retrain {run.preset}", timeout_seconds=LONGEST_SECONDS)
 def retrain(run: RunParameters) -> Retrained | State[Retrained]:
     """Retrain the draft, measure it, register it, and put it in use when it is better than the present one.
 
@@ -49,7 +52,8 @@ def retrain(run: RunParameters) -> Retrained | State[Retrained]:
             done = Retrained(run_id=chain.run_id, evaluation=chain.last, version=version, report=report, new=False)
             return Completed(name="Nothing new", message=nothing_new(version), data=done)
         version = register_draft(config, chain.artifacts, chain.run_id)
-        verdict = decide(config, version) if config.promotion.automatic else None
+    rules = config.promotion
+    verdict = decide(config, version, approval=rules.approval) if rules.automatic else None
     report = publish_report(config, chain.run_id, chain.artifacts, chain.seconds, version, verdict)
     release_champion(config)
     return Retrained(run_id=chain.run_id, evaluation=chain.last, version=version, verdict=verdict, report=report)

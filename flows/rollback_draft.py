@@ -6,9 +6,10 @@ from flows.parameters import RunParameters
 from flows.terminal import main
 from tasks.promotion import RolledBack, roll_back
 from tasks.release import release_champion
+from tasks.retries import SHORT_SECONDS
 
 
-@flow(name="rollback-draft", flow_run_name="rollback-draft {run.preset}")
+@flow(name="rollback-draft", flow_run_name="rollback-draft {run.preset}", timeout_seconds=SHORT_SECONDS)
 def rollback_draft(run: RunParameters) -> RolledBack:
     """Withdraw the champion; the one it replaced is the champion again, and released again where releases are made."""
     done = roll_back(run.config())

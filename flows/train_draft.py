@@ -1,19 +1,9 @@
 """Train a draft: `python -m flows.train_draft [PRESET] [section.key=value …]`."""
 
-from prefect import flow
-
-from flows.chain import run_until
-from flows.parameters import RunParameters
+from flows.chain import stage_flow
 from flows.terminal import main
-from hass_core.store import Artifact
 
-
-@flow(name="train-draft", flow_run_name="train-draft {run.preset}")
-def train_draft(run: RunParameters) -> Artifact:
-    """A trained draft, after whatever comes before and is not finished."""
-    with run_until("draft", run) as chain:
-        return chain.last
-
+train_draft = stage_flow("train-draft", "draft", "A trained draft.")
 
 if __name__ == "__main__":
     main(train_draft)

@@ -7,7 +7,7 @@ reads a preset or a file and applies overrides. Derived quantities are methods e
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -316,6 +316,12 @@ class EvaluationConfig(Settings):
 
 
 Stage = Literal["prompts", "responses", "features", "draft", "evaluation"]  # in their order
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+def stages_until(last: Stage) -> tuple[Stage, ...]:
+    """The stages in order, up to and including `last`."""
+    return STAGES[: STAGES.index(last) + 1]
 
 
 class RunConfig(Settings):

@@ -31,6 +31,10 @@ class PromotionConfig(Settings):
     """When a new draft (challenger) replaces the one in use (champion)."""
 
     automatic: bool = Field(default=True, description="Decide at the end of a retraining; off = wait for promote-draft")
+    approval: bool = Field(
+        default=False,
+        description="A draft that passed the gate waits for a person, its flow run suspended",
+    )
     margin: float = Field(
         default=0.01,
         ge=0,
@@ -52,10 +56,16 @@ class PromotionConfig(Settings):
         "retraining begins",
     )
     judge: Literal["here", "server"] = Field(
-        default="here", description="Who decodes: this process, or two running servers that serve the two drafts"
+        default="here", description="Who decodes: this process, or two servers that serve the two drafts"
     )
     champion_url: Address | None = Field(default=None, description="Server with the champion, for judge = server")
     challenger_url: Address | None = Field(default=None, description="Server with the challenger, for judge = server")
+    server_command: str | None = Field(
+        default=None,
+        description="For judge = server, in place of running ones: a shell command that serves HASS_TARGET with "
+        "HASS_DRAFT, HASS_DEPTH tokens at a time, at HASS_PORT; both drafts are served at once",
+    )
+    server_engine: Engine = Field(default="vllm", description="Layout of HASS_DRAFT for promotion.server_command")
     release: tuple[Engine, ...] = Field(
         default=(), description="Engines a new champion is exported for, into STORE/releases; empty = no release"
     )
@@ -70,8 +80,11 @@ class PromotionConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "PromotionConfig":
-        if self.judge == "server" and not (self.champion_url and self.challenger_url):
-            raise ValueError('promotion.judge = "server" needs promotion.champion_url and promotion.challenger_url')
+        if self.judge == "server" and not (self.server_command or (self.champion_url and self.challenger_url)):
+            raise ValueError(
+                'promotion.judge = "server" needs promotion.server_command, or promotion.champion_url and '
+                "promotion.challenger_url"
+            )
         return self
 
 
@@ -80,6 +93,20 @@ class WatchConfig(Settings):
 
     endpoints: tuple[Address, ...] = Field(
         default=(), description="Addresses of the engines' metrics, such as http://host:8000/metrics"
+    )
+    prometheus: Address | None = Field(
+        default=None, description="A Prometheus server that reads them, such as http://prometheus:9090"
+    )
+    selector: str = Field(
+        default="", description='Label matchers that pick this draft\'s engines there, such as model_name="org/model"'
+    )
+    traffic: tuple[str, ...] = Field(
+        default=(),
+        description="Logs of what people ask now, as in prompts.files: has it drifted from what was trained on",
+    )
+    newest: int = Field(default=1000, ge=50, description="Conversations at the end of watch.traffic that are compared")
+    drift: float = Field(
+        default=1.5, ge=1, description="Times the distance that chance gives at which traffic counts as drifted"
     )
     tolerance: float = Field(
         default=0.1, gt=0, lt=1, description="Share by which tau may lie below what the evaluation lets expect"

@@ -1,10 +1,10 @@
 """The five stages in order, each reusing what its store already holds. What the flows do, without a workflow engine."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from typing import get_args
 
-from hass_core.config import CHAMPION, RunConfig, Stage
+from hass_core.config import CHAMPION, RunConfig, Stage, stages_until
 from hass_core.data import prompts, responses
 from hass_core.data.prompts import collect_prompts
 from hass_core.data.responses import generate_responses
@@ -22,7 +22,6 @@ from hass_core.target_model.loader import Target, load_target
 from hass_core.training import train
 from hass_core.training.train import train_draft
 
-STAGES: tuple[Stage, ...] = get_args(Stage)
 STEP_VERSIONS: dict[Stage, int] = {
     "prompts": prompts.STEP_VERSION,
     "responses": responses.STEP_VERSION,
@@ -31,14 +30,12 @@ STEP_VERSIONS: dict[Stage, int] = {
     "evaluation": evaluate.STEP_VERSION,
 }
 Work = Callable[[RunConfig, Artifact, Store, Target, Progress], Artifact]
-
-
-FOLLOWING: tuple[tuple[Stage, Work], ...] = (  # behind prompts, each working on what the one before it made
-    ("responses", generate_responses),
-    ("features", extract_features),
-    ("draft", train_draft),
-    ("evaluation", evaluate_draft),
-)
+WORK: dict[Stage, Work] = {  # of the stages behind prompts, each on what the one before it made
+    "responses": generate_responses,
+    "features": extract_features,
+    "draft": train_draft,
+    "evaluation": evaluate_draft,
+}
 
 
 def run_until(
@@ -77,7 +74,7 @@ def _run(
     last: Stage, config: RunConfig, store: Store, target: Target, progress_for: Callable[[Stage], Progress]
 ) -> dict[Stage, Artifact]:
     done: dict[Stage, Artifact] = {"prompts": collect_prompts(config, store, target, progress_for("prompts"))}
-    for (stage, work), source in zip(FOLLOWING[: STAGES.index(last)], STAGES, strict=False):
-        done[stage] = work(config, done[source], store, target, progress_for(stage))
+    for source, stage in pairwise(stages_until(last)):
+        done[stage] = WORK[stage](config, done[source], store, target, progress_for(stage))
         release_unused()
     return done

@@ -9,6 +9,8 @@ Where the workers find the code is the environment's choice when this runs:
     HASS_CODE_REPOSITORY   a git address: each run clones it at $HASS_CODE_COMMIT (default: this checkout's commit)
     HASS_CODE_DIRECTORY    a folder on every worker, such as /app of the image
     neither                this checkout's folder, for workers on this machine
+
+With HASS_NOTIFY_BLOCK=TYPE/NAME, a notification block such as slack-webhook/team, messages are sent through it.
 """
 
 import asyncio
@@ -45,7 +47,10 @@ async def create_pools(client: PrefectClient) -> None:
 async def put_automations(client: PrefectClient) -> None:
     """Create our automations, or bring them up to date by name; whether one is switched off is the operator's."""
     for definition in yaml.safe_load((INFRA / "automations.yaml").read_text())["automations"]:
-        wanted = AutomationCore.model_validate(definition)
+        actions = [await _resolved(client, action) for action in definition["actions"]]
+        if None in actions:
+            continue
+        wanted = AutomationCore.model_validate({**definition, "actions": actions})
         existing = await client.read_automations_by_name(wanted.name)
         if not existing:
             await client.create_automation(wanted)
@@ -55,6 +60,22 @@ async def put_automations(client: PrefectClient) -> None:
             if _core(automation) != _core(kept):
                 await client.update_automation(automation.id, kept)
                 print(f"automation {wanted.name} updated")
+
+
+async def _resolved(client: PrefectClient, action: dict[str, Any]) -> dict[str, Any] | None:
+    """An action with the ids of what it names; None where it needs a block that the environment does not name."""
+    action = dict(action)
+    if name := action.pop("deployment", None):
+        action |= {"source": "selected", "deployment_id": (await client.read_deployment_by_name(name)).id}
+    if variable := action.pop("block", None):
+        kind, _, name = os.environ.get(variable, "").partition("/")
+        if not kind:
+            return None
+        try:
+            action["block_document_id"] = (await client.read_block_document_by_name(name, kind)).id
+        except ObjectNotFound:
+            raise SystemExit(f"{variable} = {kind}/{name}: Prefect has no such block; make it in its UI") from None
+    return action
 
 
 def _core(automation: AutomationCore) -> dict[str, Any]:
@@ -127,11 +148,11 @@ async def main() -> None:
     """Create what is absent, change what is ours."""
     async with get_client() as client:
         await create_pools(client)
-        await put_automations(client)
         before = await client.read_deployments()
         await asyncio.to_thread(deploy_all)
         for deployment in before:
             await restore(client, deployment)
+        await put_automations(client)
         names = sorted(deployment.name for deployment in await client.read_deployments())
     print(f"{len(names)} deployments are up to date")
 

@@ -16,9 +16,8 @@ import httpx
 from prefect.settings import get_current_settings
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
-from hass_core.config import RunConfig, load_config
+from hass_core.config import STAGES, RunConfig, load_config
 from hass_core.errors import TrackingError
-from hass_core.stages import STAGES
 from hass_core.store import Store
 from hass_core.store.housekeeping import entries
 from tasks.tracking import champion_records, last_stages

@@ -8,12 +8,12 @@ from hass_core.config import RunConfig
 from hass_core.store import Artifact
 from hass_core.training import train as core
 from tasks.resources import store_of, target_of
-from tasks.retries import NETWORK_RETRIES
+from tasks.retries import LONG
 from tasks.stage import run_stage
 from tasks.tracking import StageRun
 
 
-@task(name="train-draft", **NETWORK_RETRIES)
+@task(name="train-draft", **LONG)
 def train_draft(config: RunConfig, features: Artifact, run_id: str) -> Artifact:
     """Features → a draft. Its curves reach MLflow while it trains."""
     metrics = core.metrics_path(config, features, store_of(config), target_of(config))

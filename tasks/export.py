@@ -18,7 +18,7 @@ from hass_core.store import MANIFEST, Artifact, store_at
 from hass_core.target_model.licence import target_licence
 from tasks import tracking
 from tasks.resources import store_of, target_of
-from tasks.retries import NETWORK_RETRIES
+from tasks.retries import SHORT
 from tasks.tracking import DraftVersion
 
 
@@ -48,7 +48,7 @@ class Exported(BaseModel):
     card: str
 
 
-@task(name="find-draft")
+@task(name="find-draft", **SHORT)
 def find_draft(config: RunConfig, named: str | None) -> DraftSource:
     """`models:/NAME@ALIAS`, `models:/NAME/VERSION`, a version's number or a folder; None = the champion.
 
@@ -63,7 +63,7 @@ def find_draft(config: RunConfig, named: str | None) -> DraftSource:
     return DraftSource(folder=named.rstrip("/"))
 
 
-@task(name="export-draft", **NETWORK_RETRIES)
+@task(name="export-draft", **SHORT)
 def export_draft(config: RunConfig, source: DraftSource, engine: Engine, out: Path, served_as: str | None) -> Exported:
     """Write the draft to `out` for one engine; its version, its run and Prefect are told, of a failure too.
 

@@ -8,12 +8,12 @@ from hass_core.config import RunConfig
 from hass_core.features import extract as core
 from hass_core.store import Artifact
 from tasks.resources import store_of, target_of
-from tasks.retries import NETWORK_RETRIES
+from tasks.retries import LONG
 from tasks.shards import mapped
 from tasks.stage import run_stage
 
 
-@task(name="extract-features", **NETWORK_RETRIES)
+@task(name="extract-features", **LONG)
 def extract_features(config: RunConfig, responses: Artifact, run_id: str) -> Artifact:
     """Answers → the target's hidden states, in Parquet shards."""
     work = core.extract_features
@@ -22,7 +22,7 @@ def extract_features(config: RunConfig, responses: Artifact, run_id: str) -> Art
     return run_stage("features", work, config, responses, run_id)
 
 
-@task(name="extract-part", task_run_name="extract {name}", **NETWORK_RETRIES)
+@task(name="extract-part", task_run_name="extract {name}", **LONG)
 def extract_part(config: RunConfig, responses: Artifact, name: str) -> str:
     """One shard of the answers; loads the target once per process."""
     return core.extract_part(config, responses, store_of(config), target_of(config), name)

@@ -7,10 +7,10 @@ from hass_core.stages import find_finished as find
 from hass_core.store import Artifact
 from tasks import tracking
 from tasks.resources import store_of, target_of
-from tasks.retries import NETWORK_RETRIES
+from tasks.retries import SHORT
 
 
-@task(name="find-finished", **NETWORK_RETRIES)
+@task(name="find-finished", **SHORT)
 def find_finished(config: RunConfig, last: Stage) -> tuple[str, list[Artifact]] | None:
     """The MLflow run and the stages up to `last` where all of them are finished and recorded; else None."""
     store_of(config)
@@ -22,7 +22,7 @@ def find_finished(config: RunConfig, last: Stage) -> tuple[str, list[Artifact]] 
     return (run_id, artifacts) if run_id else None
 
 
-@task(name="find-judged", **NETWORK_RETRIES)
+@task(name="find-judged", **SHORT)
 def find_judged(config: RunConfig, draft: Artifact) -> tracking.DraftVersion | None:
     """The draft's version where it is registered, and judged unless people promote by hand; else None."""
     client = tracking.connect(config)

@@ -26,8 +26,9 @@ class Verdict(BaseModel):
     """Whether the challenger takes over, and why."""
 
     model_config = ConfigDict(frozen=True)
-    promoted: bool
+    promoted: bool  # the gate lets it pass
     reasons: tuple[str, ...]
+    waits: bool = False  # for a person's word
     gain: Estimate | None = None
     gain_by_benchmark: dict[str, Estimate] = {}
     gain_by_temperature: dict[str, Estimate] = {}
@@ -41,6 +42,8 @@ class Verdict(BaseModel):
         """One or two words."""
         if self.champion == self.challenger:
             return "champion"
+        if self.waits:
+            return "waits for approval"
         return "promoted" if self.promoted else "not promoted"
 
     @property
@@ -49,7 +52,12 @@ class Verdict(BaseModel):
         if self.champion in (None, self.challenger):
             return self.outcome
         before = f"version {self.champion}"
-        return f"{self.outcome}, it replaces {before}" if self.promoted else f"{self.outcome}, {before} stays champion"
+        replaces = self.promoted and not self.waits
+        return f"{self.outcome}, it replaces {before}" if replaces else f"{self.outcome}, {before} stays champion"
+
+    def refused(self, reason: str) -> "Verdict":
+        """The same after a person said no."""
+        return self.model_copy(update={"promoted": False, "waits": False, "reasons": (reason, *self.reasons)})
 
     def markdown(self) -> str:
         """The verdict for people."""
@@ -67,6 +75,13 @@ class Verdict(BaseModel):
         each = {**dict(sorted(self.gain_by_benchmark.items())), **self.gain_by_temperature}
         several = len(self.gain_by_benchmark) > 1 or len(self.gain_by_temperature) > 1
         return {**each, ALL: self.gain} if self.gain and several else each
+
+
+def all_of(verdicts: Sequence[Verdict]) -> Verdict:
+    """One verdict of several, all of which must promote; its table is of the one that refused, else of the last."""
+    shown = next((verdict for verdict in verdicts if not verdict.promoted), verdicts[-1])
+    reasons = dict.fromkeys(reason for verdict in verdicts for reason in verdict.reasons)
+    return shown.model_copy(update={"reasons": tuple(reasons)})
 
 
 def judge(

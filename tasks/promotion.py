@@ -1,4 +1,4 @@
-"""Promotion: measure champion and challenger on the same questions here, judge, move the alias, say why."""
+"""Promotion: the gate's verdict on a draft, the alias that follows it, and the ways back."""
 
 import tempfile
 from pathlib import Path
@@ -8,45 +8,50 @@ from prefect.artifacts import create_markdown_artifact
 from pydantic import BaseModel, ConfigDict
 
 from hass_core.config import CHAMPION, RunConfig
-from hass_core.evaluation import duel as core
-from hass_core.evaluation.benchmarks import load_benchmarks
-from hass_core.evaluation.evaluate import evaluate_draft, read_report
 from hass_core.evaluation.figures import draw_gains
-from hass_core.evaluation.server_duel import Server, contest
 from hass_core.export.exporter import check_engines
-from hass_core.progress import Progress
-from hass_core.store import Artifact
-from hass_core.target_model.loader import Target
 from hass_core.training.train import start_architecture
 from tasks import tracking
+from tasks.events import PROMOTED, REFUSED, ROLLED_BACK, tell
 from tasks.export import export_objections
-from tasks.gate import NOT_LOSSLESS, PLAIN_DECODING, Verdict, judge
+from tasks.gate import Verdict
+from tasks.measuring import measured_verdict
 from tasks.progress import reporting
-from tasks.resources import is_served, store_of, target_of
-from tasks.retries import NETWORK_RETRIES
+from tasks.resources import target_of
+from tasks.retries import LONG, SHORT
 from tasks.tracking import DraftVersion
 
-PLAIN_ROUNDS = 1  # against plain decoding gains are far larger than what a round adds
 
-
-@task(name="decide-promotion", **NETWORK_RETRIES)
-def decide(config: RunConfig, challenger: DraftVersion, again: bool = False) -> Verdict:
-    """Make `challenger` the champion if the gate lets it; the verdict goes to the version, its run and Prefect.
+@task(name="judge-draft", **LONG)
+def judge_draft(config: RunConfig, challenger: DraftVersion, again: bool = False) -> Verdict:
+    """The gate's verdict on `challenger` and the present champion; nothing moves and nothing is recorded.
 
     A version that a rollback withdrew is refused unless `again`.
     """
-    client = tracking.connect(config)
-    while True:
-        champion = tracking.champion(client, challenger.model)
-        verdict = _verdict(config, challenger, champion, again)
-        decided = champion is None or champion.version != challenger.version
-        taken = verdict.promoted and decided
-        if not taken or tracking.crown(client, challenger, champion):
-            break  # else another promotion came first: compare with the new champion
-    if decided:  # else there was nothing to decide: the verdict by which it became champion stands
-        _record(config, challenger, verdict)
-    create_markdown_artifact(verdict.markdown(), key="promotion", description="Verdict of the promotion gate")
+    champion = tracking.champion(tracking.connect(config), challenger.model)
+    verdict = _verdict(config, challenger, champion, again)
+    publish(verdict)
     return verdict
+
+
+@task(name="settle-promotion", **SHORT)
+def settle_promotion(config: RunConfig, challenger: DraftVersion, verdict: Verdict) -> bool:
+    """Move the alias as the verdict says and write it down; False when another promotion came first: judge again."""
+    if verdict.champion == challenger.version:
+        return True  # nothing to decide: the verdict by which it became champion stands
+    client = tracking.connect(config)
+    before = tracking.find_version(client, challenger.model, int(verdict.champion)) if verdict.champion else None
+    if verdict.promoted and not tracking.crown(client, challenger, before):
+        return False
+    _record(config, challenger, verdict)
+    publish(verdict)
+    tell(PROMOTED if verdict.promoted else REFUSED, challenger, f"{verdict.title}: {'; '.join(verdict.reasons)}")
+    return True
+
+
+def publish(verdict: Verdict) -> None:
+    """Show a verdict in Prefect."""
+    create_markdown_artifact(verdict.markdown(), key="promotion", description="Verdict of the promotion gate")
 
 
 class RolledBack(BaseModel):
@@ -65,7 +70,7 @@ class RolledBack(BaseModel):
         return told
 
 
-@task(name="check-promotion", **NETWORK_RETRIES)
+@task(name="check-promotion", **SHORT)
 def check_promotion(config: RunConfig) -> None:
     """Raise ConfigError, before anything is paid for, where no draft of these settings could ever be promoted: an
     engine of `promotion.engines` or `promotion.release` has no place for it."""
@@ -77,24 +82,26 @@ def check_promotion(config: RunConfig) -> None:
     check_engines(config.promotion.release, draft, target, "promotion.release")
 
 
-@task(name="roll-back")
+@task(name="roll-back", timeout_seconds=SHORT["timeout_seconds"])
 def roll_back(config: RunConfig) -> RolledBack:
     """Give the alias back to the last champion before of the same target. Raises TrackingError when there was none."""
     target = tracking.target_identity(target_of(config))
     done = RolledBack(**tracking.restore(tracking.connect(config), tracking.registered_name(config), target))
     create_markdown_artifact(str(done), key="rollback", description="What the rollback did")
+    tell(ROLLED_BACK, done.restored, str(done))
     return done
 
 
-@task(name="reject")
+@task(name="reject", **SHORT)
 def reject(config: RunConfig, version: DraftVersion, reason: str) -> DraftVersion:
     """Refuse a version that waits, with the reason on record. Raises TrackingError for the champion."""
     verdict = Verdict(promoted=False, reasons=(reason,), challenger=version.version)
     tracking.reject(tracking.connect(config), version, verdict.markdown())
+    tell(REFUSED, version, f"refused by a person: {reason}")
     return version
 
 
-@task(name="find-version")
+@task(name="find-version", **SHORT)
 def find_version(config: RunConfig, number: int | None) -> DraftVersion:
     """A registered version; None = the challenger. Raises TrackingError when there is none."""
     return tracking.find_version(tracking.connect(config), tracking.registered_name(config), number)
@@ -110,48 +117,8 @@ def _verdict(config: RunConfig, challenger: DraftVersion, champion: DraftVersion
     if objections := export_objections(config, challenger):
         return Verdict(promoted=False, reasons=objections, **names)
     with reporting("promotion") as progress:
-        verdict = _measured(config, challenger, champion, progress)
+        verdict = measured_verdict(config, challenger, champion, progress)
     return verdict.model_copy(update=names)
-
-
-def _measured(
-    config: RunConfig, challenger: DraftVersion, champion: DraftVersion | None, progress: Progress
-) -> Verdict:
-    """The gate's word after a duel with the champion, or with plain decoding where none is of this target."""
-    target, rules = target_of(config), config.promotion
-    evaluation = _evaluated(config, challenger, progress)
-    lossless = bool(evaluation.summary["lossless"])
-    tree = read_report(store_of(config), evaluation).tree
-
-    def duel(opponent: Artifact | None, name: str, rounds: int) -> Verdict:
-        found = core.run_duel(config, challenger.draft, opponent, tree, rounds, store_of(config), target, progress)
-        return judge(core.read_bouts(store_of(config), found), lossless, rules, name)
-
-    if champion and is_served(config, champion):
-        if rules.judge == "server":
-            return _judged_by_servers(config, target, lossless, f"the champion (version {champion.version})", progress)
-        return duel(champion.draft, f"the champion (version {champion.version})", rules.rounds)
-    reason = "there is no champion"
-    if champion:
-        reason = f"version {champion.version} is no draft of {target.name} as it is now: it counts as none"
-    if not rules.beat_plain:
-        return Verdict(promoted=lossless, reasons=(reason if lossless else NOT_LOSSLESS,))
-    plain = duel(None, PLAIN_DECODING, PLAIN_ROUNDS)
-    return plain.model_copy(update={"reasons": (reason, *plain.reasons)})
-
-
-def _judged_by_servers(config: RunConfig, target: Target, lossless: bool, opponent: str, progress: Progress) -> Verdict:
-    """The gate's word after the servers have answered; which draft each one serves is their operator's word."""
-    rules = config.promotion
-    assert rules.challenger_url
-    assert rules.champion_url
-    challenger, champion = Server(rules.challenger_url), Server(rules.champion_url)
-    questions, samplings = load_benchmarks(config.evaluation), core.duel_samplings(target)
-    found = contest(challenger, champion, questions, samplings, rules.rounds, config.evaluation, progress)
-    verdict = judge(found.bouts, lossless, rules, opponent)
-    counted = f"{found.challenger.tau:.2f} and {found.champion.tau:.2f}"
-    told = f"{verdict.measured} Measured in the servers {challenger.url} and {champion.url}, which counted τ {counted}."
-    return verdict.model_copy(update={"measured": told})
 
 
 def _record(config: RunConfig, challenger: DraftVersion, verdict: Verdict) -> None:
@@ -162,11 +129,3 @@ def _record(config: RunConfig, challenger: DraftVersion, verdict: Verdict) -> No
             figures.append(draw_gains(gains, Path(folder) / "gain.png", title))
         client = tracking.connect(config)
         tracking.record_verdict(client, challenger, verdict.promoted, verdict.markdown(), figures)
-
-
-def _evaluated(config: RunConfig, version: DraftVersion, progress: Progress) -> Artifact:
-    """The evaluation that the version was registered with; one made here where the store does not hold it."""
-    store = store_of(config)
-    digest = tracking.lineage(tracking.connect(config), version).get("hass.digest.evaluation")
-    found = store.artifact("evaluation", digest) if digest else None
-    return found or evaluate_draft(config, version.draft, store, target_of(config), progress)

@@ -8,18 +8,18 @@ from hass_core.data import prompts as core
 from hass_core.store import Artifact
 from tasks.progress import reporting
 from tasks.resources import store_of, target_of
-from tasks.retries import NETWORK_RETRIES
+from tasks.retries import LONG, SHORT
 from tasks.stage import publish_summary
 from tasks.tracking import is_recorded, stage_run
 
 
-@task(name="check-ahead", **NETWORK_RETRIES)
+@task(name="check-ahead", **SHORT)
 def check_ahead(config: RunConfig, last: Stage) -> None:
     """Refuse settings and files that a later stage up to `last` would refuse, before anything is paid for."""
     stages.check_ahead(last, config, target_of(config))
 
 
-@task(name="collect-prompts", **NETWORK_RETRIES)
+@task(name="collect-prompts", **LONG)
 def collect_prompts(config: RunConfig) -> Artifact:
     """Settings → prompts.parquet. Runs before there is an MLflow run: the prompts are part of its identity."""
     with reporting("prompts") as progress:
@@ -28,7 +28,7 @@ def collect_prompts(config: RunConfig) -> Artifact:
     return artifact
 
 
-@task(name="record-prompts")
+@task(name="record-prompts", **SHORT)
 def record_prompts(config: RunConfig, prompts: Artifact, run_id: str) -> None:
     """Enter the prompts into the retraining's MLflow run."""
     if is_recorded(config, run_id, prompts):

@@ -11,10 +11,10 @@ from hass_core.store.provenance import code_commit
 from tasks import tracking
 from tasks.model_card import model_card
 from tasks.resources import store_of, target_of
-from tasks.retries import NETWORK_RETRIES
+from tasks.retries import SHORT
 
 
-@task(name="register-draft", **NETWORK_RETRIES)
+@task(name="register-draft", **SHORT)
 def register_draft(config: RunConfig, stages: list[Artifact], run_id: str) -> tracking.DraftVersion:
     """The stages of one retraining, prompts to evaluation → the draft's version, with the way back to each of them."""
     by_name = {artifact.stage: artifact for artifact in stages}

@@ -16,7 +16,7 @@ from hass_core.store import Release, Releases
 from tasks import tracking
 from tasks.export import DraftSource, tree_of, write_export
 from tasks.resources import is_served, store_of
-from tasks.retries import NETWORK_RETRIES
+from tasks.retries import SHORT, SHORT_SECONDS
 from tasks.tracking import DraftVersion
 
 WEBHOOK_SECONDS = 30
@@ -57,7 +57,7 @@ def release_champion(config: RunConfig) -> Released | None:
     return done
 
 
-@task(name="put-release", **NETWORK_RETRIES)
+@task(name="put-release", **SHORT)
 def put_release(config: RunConfig, version: DraftVersion) -> Release:
     """Export the version for every engine of `promotion.release`, checked, and make it the current release."""
     client = tracking.connect(config)
@@ -69,7 +69,7 @@ def put_release(config: RunConfig, version: DraftVersion) -> Release:
         return Releases(store_of(config), version.model).publish(version.version, folders)
 
 
-@task(name="tell-servers", retries=3, retry_delay_seconds=[5, 30, 120])
+@task(name="tell-servers", retries=3, retry_delay_seconds=[5, 30, 120], timeout_seconds=SHORT_SECONDS)
 def tell_servers(config: RunConfig, release: Release) -> bool:
     """Run the command and call the webhook of the settings; whether there was one. Raises HassError when it fails."""
     rules, text = config.promotion, release.model_dump_json()

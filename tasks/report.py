@@ -15,12 +15,12 @@ from hass_core.store.provenance import code_commit
 from tasks import tracking
 from tasks.gate import Verdict
 from tasks.resources import store_of, target_of
-from tasks.retries import NETWORK_RETRIES
+from tasks.retries import SHORT
 from tasks.summary import stage_words
 from tasks.tracking import DraftVersion
 
 
-@task(name="publish-report", **NETWORK_RETRIES)
+@task(name="publish-report", **SHORT)
 def publish_report(
     config: RunConfig,
     run_id: str,

@@ -6,6 +6,7 @@ from http import HTTPStatus
 from typing import Any
 
 from prefect.client.schemas import State, TaskRun
+from prefect.task_engine import TaskRunTimeoutError
 from prefect.tasks import Task
 
 TRANSIENT = (ConnectionError, TimeoutError)
@@ -45,8 +46,10 @@ def _status(error: BaseException) -> int | None:
 
 
 def after_network_failure(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Prefect's `retry_condition_fn`; the state of a task that raised holds the exception."""
-    return isinstance(state.data, BaseException) and is_transient(state.data)
+    """Prefect's `retry_condition_fn`; the state of a task that raised holds the exception. One that took too long is
+    not tried again."""
+    failed = isinstance(state.data, BaseException) and not isinstance(state.data, TaskRunTimeoutError)
+    return failed and is_transient(state.data)
 
 
 NETWORK_RETRIES: dict[str, Any] = {
@@ -55,3 +58,10 @@ NETWORK_RETRIES: dict[str, Any] = {
     "retry_condition_fn": after_network_failure,
 }
 """Options of a task that talks to a store or a server: about two minutes of patience."""
+
+LONGEST_SECONDS = 7 * 86_400.0
+"""What has run for a week hangs: it fails, so that next week's run finds the way free."""
+SHORT_SECONDS = 6 * 3600.0
+"""The same for what looks something up or moves an alias; it may have to load the target first."""
+LONG: dict[str, Any] = NETWORK_RETRIES | {"timeout_seconds": LONGEST_SECONDS}
+SHORT: dict[str, Any] = NETWORK_RETRIES | {"timeout_seconds": SHORT_SECONDS}

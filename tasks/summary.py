@@ -50,7 +50,7 @@ def version_lines(version: DraftVersion, verdict: Verdict | None) -> str:
     lines = [f"registered  {version.model} version {version.version}"]
     if verdict:
         lines += [f"{verdict.outcome}: {reason}" for reason in verdict.reasons]
-    else:
+    if verdict is None or verdict.waits:
         lines += ["it waits for promote-draft or reject-draft"]
     return "\n".join(lines)
 

@@ -7,12 +7,12 @@ from hass_core.evaluation.evaluate import local_draft
 from hass_core.store import Artifact
 from tasks import tracking
 from tasks.resources import is_served, made_by, store_of
-from tasks.retries import NETWORK_RETRIES
+from tasks.retries import SHORT
 
 NONE = "none"
 
 
-@task(name="resolve-warm-start", **NETWORK_RETRIES)
+@task(name="resolve-warm-start", **SHORT)
 def resolve_warm_start(config: RunConfig, prompts: Artifact, continues: str | None) -> tuple[RunConfig, dict[str, str]]:
     """The settings with a folder for `champion`, and the tags by which a retraining remembers its choice.
 

@@ -1,22 +1,29 @@
-"""Watching: does the draft in use guess as well where it serves as its evaluation let expect?"""
+"""Watching: does the draft in use guess as well where it serves as its evaluation let expect, and do people still ask
+what it was trained on?"""
 
 import time
+from collections.abc import Iterable
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from prefect.events import emit_event
 from pydantic import BaseModel, ConfigDict
 
-from hass_core.config import RunConfig
-from hass_core.errors import ConfigError
-from hass_core.evaluation.engine_metrics import Acceptance, expected_tau, read_acceptance
+from hass_core.config import PromptsConfig, RunConfig
+from hass_core.data.conversations import Record, user_text
+from hass_core.data.live import newest_of, resolve
+from hass_core.data.prompts import read_prompts
+from hass_core.errors import BadInput, ConfigError
+from hass_core.evaluation.drift import Drift, traffic_drift
+from hass_core.evaluation.engine_metrics import Acceptance, expected_tau, read_acceptance, read_prometheus
 from hass_core.evaluation.evaluate import read_report
+from hass_core.store import Artifact
 from tasks import tracking
+from tasks.events import ACCEPTANCE_FELL, TRAFFIC_DRIFTED, tell
 from tasks.resources import store_of
-from tasks.retries import NETWORK_RETRIES
+from tasks.retries import SHORT
 from tasks.tracking import DraftVersion, WatchState
 
-EVENT = "hass.acceptance-fell"
+OWN_SOURCES = ("builtin", "self-written")  # prompts that are nobody's traffic
 
 
 class Watched(BaseModel):
@@ -24,60 +31,92 @@ class Watched(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     version: DraftVersion
-    tau: float | None  # None: too few drafts since the last reading
-    expected: float
-    drafts: float
-    low_in_a_row: int
-    alarm: bool
+    tau: float | None = None  # None: no engine asked, or too few drafts since the last reading
+    expected: float | None = None
+    drafts: float = 0
+    low_in_a_row: int = 0
+    drift: Drift | None = None  # None: no log of traffic
+    alarms: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        named = f"version {self.version.version} of {self.version.model}"
+        told = [f"version {self.version.version} of {self.version.model}"]
+        if self.expected is not None:
+            told.append(self._acceptance())
+        if self.drift:
+            told.append(
+                f"traffic is {self.drift.distance:.4f} bits from what it was trained on; chance gives up to "
+                f"{self.drift.by_chance:.4f}"
+            )
+        return "\n".join([*told, *(f"alarm: {alarm}" for alarm in self.alarms)])
+
+    def _acceptance(self) -> str:
         if self.tau is None:
-            return f"{named}: {self.drafts:.0f} drafts since the last reading are too few to tell"
-        told = f"{named}: τ {self.tau:.2f}, the evaluation lets expect {self.expected:.2f}"
-        if self.low_in_a_row:
-            told += f"; too low for {self.low_in_a_row} readings in a row"
-        return told + ("; alarm" if self.alarm else "")
+            return f"{self.drafts:.0f} drafts since the last reading are too few to tell"
+        told = f"τ {self.tau:.2f}, the evaluation lets expect {self.expected:.2f}"
+        return told + (f"; too low for {self.low_in_a_row} readings in a row" if self.low_in_a_row else "")
 
 
-@task(name="watch-champion", **NETWORK_RETRIES)
+@task(name="watch-champion", **SHORT)
 def watch_champion(config: RunConfig) -> Watched:
-    """Read the engines' counts, note τ at the champion's version, and tell Prefect when it has fallen for long.
+    """Read the engines' counts and the log, note both at the champion's version, tell Prefect what calls for action.
 
-    Raises ConfigError without endpoints, TrackingError without a champion, BadInput for a page without counts.
+    Raises ConfigError with nothing to watch, TrackingError without a champion, BadInput for a page without counts.
     """
-    if not config.watch.endpoints:
-        raise ConfigError("watch.endpoints is empty: name the addresses of the engines' /metrics")
-    client = tracking.connect(config)
+    rules, client = config.watch, tracking.connect(config)
+    if not (rules.endpoints or rules.prometheus or rules.traffic):
+        raise ConfigError(
+            "there is nothing to watch: give watch.endpoints (the engines' /metrics), watch.prometheus or watch.traffic"
+        )
     version = tracking.find_version(client, tracking.registered_name(config), None, tracking.CHAMPION)
     before = tracking.watch_state(client, version)
-    counts = {url: read_acceptance(url) for url in config.watch.endpoints}
-    new = {url: read.since(before.counts.get(url)) for url, read in counts.items()}
-    watched, state = _weighed(config, version, before, new)
-    # counts that were too few are kept with the next reading's: their start stays where it was
-    kept = counts if watched.tau is not None else before.counts or counts
-    numbers = {} if watched.tau is None else {"tau": watched.tau, "expected_tau": watched.expected}
-    tracking.record_watch(client, version, state.model_copy(update={"counts": kept}), numbers)
-    if watched.alarm:
-        _alarm(watched)
+    watched, state = Watched(version=version), before
+    if rules.endpoints or rules.prometheus:
+        watched, state = _acceptance(config, watched, before)
+    if rules.traffic:
+        watched = watched.model_copy(update={"drift": _drift(config, version)})
+    alarms = _alarms(config, watched, before)
+    watched = watched.model_copy(update={"alarms": tuple(alarms)})
+    state = state.model_copy(update={"alarmed": before.alarmed | dict.fromkeys(alarms, time.time())})
+    tracking.record_watch(client, version, state, _numbers(watched))
+    for event in alarms:
+        tell(event, version, str(watched), _numbers(watched) | {"readings": watched.low_in_a_row})
+    create_markdown_artifact(str(watched), key="watch", description="How the draft in use does")
     return watched
 
 
-def _weighed(
-    config: RunConfig, version: DraftVersion, before: WatchState, new: dict[str, Acceptance]
-) -> tuple[Watched, WatchState]:
-    """The reading, and what to remember."""
+def _acceptance(config: RunConfig, watched: Watched, before: WatchState) -> tuple[Watched, WatchState]:
+    """The reading of the engines, and what to remember of it."""
     rules = config.watch
-    drafts = sum(read.drafts for read in new.values())
-    tau = _mean_tau(list(new.values()), rules.min_drafts)
-    positions = max(len(read.by_position) for read in new.values())
-    expected = _expected(config, version, positions)
+    counts = {url: read_acceptance(url) for url in rules.endpoints}
+    if rules.prometheus:
+        counts |= read_prometheus(rules.prometheus, rules.selector)
+    new = [read.since(before.counts.get(url)) for url, read in counts.items()]
+    tau = _mean_tau(new, rules.min_drafts)
+    expected = _expected(config, watched.version, max(len(read.by_position) for read in new))
     low = tau is not None and tau < (1 - rules.tolerance) * expected
     in_a_row = before.low_in_a_row if tau is None else before.low_in_a_row + 1 if low else 0
-    rested = before.alarmed is None or time.time() - before.alarmed >= 3600 * rules.quiet_hours
-    alarm = low and in_a_row >= rules.readings and rested
-    watched = Watched(version=version, tau=tau, expected=expected, drafts=drafts, low_in_a_row=in_a_row, alarm=alarm)
-    return watched, WatchState(low_in_a_row=in_a_row, alarmed=time.time() if alarm else before.alarmed)
+    found = {"tau": tau, "expected": expected, "drafts": sum(read.drafts for read in new), "low_in_a_row": in_a_row}
+    # counts that were too few are kept with the next reading's: their start stays where it was
+    kept = counts if tau is not None else before.counts or counts
+    return watched.model_copy(update=found), WatchState(counts=kept, low_in_a_row=in_a_row)
+
+
+def _alarms(config: RunConfig, watched: Watched, before: WatchState) -> list[str]:
+    """The events that are due, each at most once in the quiet hours."""
+    rules, drift = config.watch, watched.drift
+    fell = watched.tau is not None and watched.low_in_a_row >= rules.readings
+    drifted = drift is not None and drift.distance > rules.drift * drift.by_chance
+    due = {ACCEPTANCE_FELL: fell, TRAFFIC_DRIFTED: drifted}
+    quiet = time.time() - 3600 * rules.quiet_hours
+    return [event for event, is_due in due.items() if is_due and before.alarmed.get(event, 0) <= quiet]
+
+
+def _numbers(watched: Watched) -> dict[str, float]:
+    """The metrics of a reading."""
+    numbers = {"tau": watched.tau, "expected_tau": None if watched.tau is None else watched.expected}
+    if watched.drift:
+        numbers |= {"traffic_distance": watched.drift.distance, "traffic_by_chance": watched.drift.by_chance}
+    return {name: value for name, value in numbers.items() if value is not None}
 
 
 def _mean_tau(reads: list[Acceptance], min_drafts: int) -> float | None:
@@ -91,21 +130,32 @@ def _mean_tau(reads: list[Acceptance], min_drafts: int) -> float | None:
 
 def _expected(config: RunConfig, version: DraftVersion, positions: int) -> float:
     store = store_of(config)
-    digest = tracking.lineage(tracking.connect(config), version).get("hass.digest.evaluation")
-    evaluation = store.artifact("evaluation", digest) if digest else None
-    if evaluation is None:
+    return expected_tau(read_report(store, _made_of(config, version, "evaluation")), positions)
+
+
+def _drift(config: RunConfig, version: DraftVersion) -> Drift:
+    """The newest of the log against what the draft was trained on: traffic of then, where there was any."""
+    records = read_prompts(store_of(config), _made_of(config, version, "prompts"))
+    traffic = [record for record in records if record.source not in OWN_SOURCES] or records
+    log = PromptsConfig(files=config.watch.traffic, newest=config.watch.newest)
+    recent = [item for item in newest_of(resolve(log), log) if isinstance(item, Record)]
+    if not recent:
+        raise BadInput(f"{', '.join(config.watch.traffic)}: no conversation there; check watch.traffic")
+    return traffic_drift(_asked(traffic), _asked(recent))
+
+
+def _asked(records: Iterable[Record]) -> list[str]:
+    """What people asked, each once: the prompts have no duplicates, a log has."""
+    return list(dict.fromkeys(user_text(record.messages) for record in records))
+
+
+def _made_of(config: RunConfig, version: DraftVersion, stage: str) -> Artifact:
+    """A stage that the version came from. Raises ConfigError where the store does not hold it."""
+    digest = tracking.lineage(tracking.connect(config), version).get(f"hass.digest.{stage}")
+    artifact = store_of(config).artifact(stage, digest) if digest else None
+    if artifact is None:
         raise ConfigError(
-            f"the store {config.store} does not hold the evaluation of version {version.version} of {version.model}: "
-            "what to expect is unknown; watch with the store that the draft was made in"
+            f"the store {config.store} does not hold the {stage} of version {version.version} of {version.model}: what "
+            "to expect is unknown; watch with the store that the draft was made in"
         )
-    return expected_tau(read_report(store, evaluation), positions)
-
-
-def _alarm(watched: Watched) -> None:
-    model, number = watched.version.model, watched.version.version
-    emit_event(
-        event=EVENT,
-        resource={"prefect.resource.id": f"hass.draft.{model}", "prefect.resource.name": f"{model} version {number}"},
-        payload={"tau": watched.tau, "expected_tau": watched.expected, "readings": watched.low_in_a_row},
-    )
-    create_markdown_artifact(str(watched), key="watch", description="The draft in use guesses worse than it should")
+    return artifact

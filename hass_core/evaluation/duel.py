@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from hass_core.config import RunConfig, SamplingConfig, TreeConfig
 from hass_core.decoding.decoder import Decoder, PlainDecoder, SpeculativeDecoder
 from hass_core.draft_model.checkpoint import load_draft
+from hass_core.errors import DraftMismatch
 from hass_core.evaluation.benchmarks import Question, load_benchmarks
 from hass_core.evaluation.evaluate import local_draft, measured_by
 from hass_core.evaluation.journal import Journal
@@ -23,7 +24,7 @@ from hass_core.evaluation.measure import Examiner, check_lengths
 from hass_core.evaluation.metrics import Measurement
 from hass_core.memory import release_unused
 from hass_core.progress import Progress, no_progress
-from hass_core.store import Artifact, Store
+from hass_core.store import Artifact, StageFolder, Store
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import make_runner
 
@@ -85,6 +86,15 @@ def read_bouts(store: Store, duel: Artifact) -> list[Bout]:
     return [Bout.model_validate(row) for row in pq.read_table(store.open(duel).local_path(FILE)).to_pylist()]
 
 
+def loads(draft: StageFolder, target: Target) -> bool:
+    """Whether a draft, perhaps of another target, can draft for this one: all sizes agree."""
+    try:
+        load_draft(local_draft(draft), target, check=False)
+    except DraftMismatch:
+        return False
+    return True
+
+
 def duel_samplings(target: Target) -> tuple[SamplingConfig, ...]:
     """Greedy, and the target's own default sampling where that is another."""
     own = default_sampling(target)
@@ -144,4 +154,5 @@ class Arena:
         folder = self._sides[name]
         if folder is None:
             return PlainDecoder(self._runner)
-        return SpeculativeDecoder(self._runner, load_draft(folder, self._target), self._tree, name=name)
+        draft = load_draft(folder, self._target, check=name == CHALLENGER)  # an old target's draft may be an opponent
+        return SpeculativeDecoder(self._runner, draft, self._tree, name=name)

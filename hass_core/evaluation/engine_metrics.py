@@ -1,4 +1,4 @@
-"""What a serving engine counts of its speculative decoding, from its Prometheus page.
+"""What a serving engine counts of its speculative decoding, from its own page or from a Prometheus server.
 
 vLLM     vllm:spec_decode_num_drafts, …_num_accepted_tokens, …_num_accepted_tokens_per_pos{position}   counters
 SGLang   sglang:spec_accept_length                                                                     a gauge, τ
@@ -10,12 +10,16 @@ from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 from pydantic import BaseModel, ConfigDict
 
 from hass_core.errors import BadInput
 from hass_core.evaluation.report import Report
 
 PATIENCE_SECONDS = 10
+VLLM, PER_POSITION = "vllm:spec_decode_num_{}_total", "accepted_tokens_per_pos"
+HASS_COUNTERS = ("hass_cycles_total", "hass_accepted_total")
+SGLANG = "sglang:spec_accept_length"
 
 
 class Acceptance(BaseModel):
@@ -52,15 +56,44 @@ def read_acceptance(url: str) -> Acceptance:
     return parse_acceptance(answer.text, url)
 
 
+def read_prometheus(server: str, selector: str = "") -> dict[str, Acceptance]:
+    """Ask a Prometheus server what the engines that `selector` picks (label matchers, such as model_name="org/model")
+    count now; by instance. Raises BadInput where it is none, or knows no engine that drafts."""
+    names = "|".join((*(VLLM.format(name) for name in ("drafts", PER_POSITION)), *HASS_COUNTERS, SGLANG))
+    matchers = ", ".join(part for part in (f'__name__=~"{names}"', selector) if part)
+    try:
+        answer = httpx.get(
+            f"{server.rstrip('/')}/api/v1/query", params={"query": f"{{{matchers}}}"}, timeout=PATIENCE_SECONDS
+        )
+        answer.raise_for_status()
+        series = answer.json()["data"]["result"]
+    except (
+        httpx.HTTPStatusError,
+        httpx.InvalidURL,
+        httpx.UnsupportedProtocol,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:
+        raise BadInput(f"{server} does not answer as a Prometheus server, asked for {{{matchers}}}: {error}") from error
+    by_instance: dict[str, list[Sample]] = {}
+    for one in series:
+        labels = one["metric"]
+        sample = Sample(labels["__name__"], labels, float(one["value"][1]))
+        by_instance.setdefault(labels.get("instance", ""), []).append(sample)
+    if not by_instance:
+        raise BadInput(f"{server} knows no engine that drafts: no series of {{{matchers}}}; check watch.selector")
+    return {instance: _of_samples(samples) or Acceptance() for instance, samples in sorted(by_instance.items())}
+
+
 def parse_acceptance(text: str, where: str) -> Acceptance:
     """Read a page. Raises BadInput naming `where` when no engine counts drafts in it."""
     try:
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     except ValueError as error:
         raise BadInput(f"{where} is no Prometheus page: {error}") from error
-    for engine in (_vllm, _hass, _sglang):
-        if found := engine(samples):
-            return found
+    if found := _of_samples(samples):
+        return found
     raise BadInput(
         f"{where} counts no speculative decoding: neither vLLM's, SGLang's nor hass serve's; start the engine with the "
         "draft, and SGLang with --enable-metrics"
@@ -81,22 +114,27 @@ def expected_tau(report: Report, positions: int) -> float:
     return tau
 
 
+def _of_samples(samples: Iterable[Any]) -> Acceptance | None:
+    """What one engine counts; None where these are no samples of an engine that drafts."""
+    return next((found for engine in (_vllm, _hass, _sglang) if (found := engine(samples)) is not None), None)
+
+
 def _vllm(samples: Iterable[Any]) -> Acceptance | None:
-    name = "vllm:spec_decode_num_{}_total"
-    if not (drafts := _sum(samples, name.format("drafts"))):
+    if not (drafts := _sum(samples, VLLM.format("drafts"))):
         return None if drafts is None else Acceptance()
-    positions = _by_label(samples, name.format("accepted_tokens_per_pos"), "position")
+    positions = _by_label(samples, VLLM.format(PER_POSITION), "position")
     return Acceptance(drafts=drafts, by_position=positions)
 
 
 def _hass(samples: Iterable[Any]) -> Acceptance | None:
-    if (cycles := _sum(samples, "hass_cycles_total")) is None:
+    cycles, accepted = HASS_COUNTERS
+    if (drafts := _sum(samples, cycles)) is None:
         return None
-    return Acceptance(drafts=cycles, by_position=_by_label(samples, "hass_accepted_total", "depth"))
+    return Acceptance(drafts=drafts, by_position=_by_label(samples, accepted, "depth"))
 
 
 def _sglang(samples: Iterable[Any]) -> Acceptance | None:
-    values = [sample.value for sample in samples if sample.name == "sglang:spec_accept_length"]
+    values = [sample.value for sample in samples if sample.name == SGLANG]
     live = [value for value in values if value > 0]  # 0 before the first answer
     if not values:
         return None

@@ -92,6 +92,13 @@ def read_report(store: Store, evaluation: Artifact) -> Report:
     return Report.model_validate_json(store.open(evaluation).read_text(REPORT))
 
 
+def read_examples(config: RunConfig, store: Store, evaluation: Artifact, target: Target) -> list[Example]:
+    """Answers of a finished evaluation, cycle by cycle: those with the highest, the median and the lowest τ."""
+    with store.open(evaluation).open(MEASURED) as file:
+        measured = [Measurement.model_validate(row) for row in pq.read_table(file).to_pylist()]
+    return _examples(read_report(store, evaluation), measured, load_benchmarks(config.evaluation), target)
+
+
 def stored_page(
     config: RunConfig,
     store: Store,
@@ -103,10 +110,7 @@ def stored_page(
     last: Sequence[Part],
 ) -> str:
     """The page of a finished evaluation with what a retraining adds to it; see `page`."""
-    report = read_report(store, evaluation)
-    with store.open(evaluation).open(MEASURED) as file:
-        measured = [Measurement.model_validate(row) for row in pq.read_table(file).to_pylist()]
-    examples = _examples(report, measured, load_benchmarks(config.evaluation), target)
+    report, examples = read_report(store, evaluation), read_examples(config, store, evaluation, target)
     return page(report, examples, _training_metrics(store.open(draft)), first, verdict, last)
 
 

@@ -36,6 +36,7 @@ class Example:
     name: str
     tau: float
     turns: tuple[Turn, ...]
+    seconds: float  # with prefill
 
 
 def choose_examples(
@@ -62,7 +63,7 @@ def _example(m: Measurement, asked: Mapping[tuple[str, str], Question], decode: 
     users = [message["content"] for message in question.messages if message["role"] == "user"]
     traces = iter(zip(m.accepted, m.drafted_depth, strict=True))
     turns = [Turn(text, tuple(_cycles(ids, traces, decode))) for text, ids in zip(users, m.token_ids, strict=False)]
-    return Example(f"{m.benchmark}: {m.question}", _tau(m), tuple(turns))
+    return Example(f"{m.benchmark}: {m.question}", _tau(m), tuple(turns), m.seconds)
 
 
 def _cycles(token_ids: list[int], traces: Iterator[tuple[int, int]], decode: Decode) -> Iterator[Cycle]:

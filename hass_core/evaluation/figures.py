@@ -215,7 +215,8 @@ def _tree_use(axes: "Axes", report: Report) -> None:
     axes.set_xlabel("depth in the tree")
     axes.set_ylabel("% of cycles that accept a token there")
     axes.set_title(f"Use of the tree: {tree.nodes} nodes, {tree.kind}")
-    axes.legend()
+    if axes.containers:  # none where nothing was accepted
+        axes.legend()
 
 
 def _gains(axes: "Axes", gains: Mapping[str, Estimate], title: str) -> None:

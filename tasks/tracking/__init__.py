@@ -8,6 +8,7 @@ import os
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read while mlflow is imported
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the flow prints the address itself
 
 from tasks.tracking.client import as_default, connect, run_url, ui_command
 from tasks.tracking.outage import as_told
@@ -50,6 +51,7 @@ from tasks.tracking.runs import (
     stage_run,
     tags_of,
 )
+from tasks.tracking.traces import record_trace
 from tasks.tracking.watching import WatchState, record_watch, watch_state
 
 __all__ = [
@@ -86,6 +88,7 @@ __all__ = [
     "record_export",
     "record_failed_export",
     "record_release",
+    "record_trace",
     "record_verdict",
     "record_watch",
     "recorded_warm_start",

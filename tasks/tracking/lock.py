@@ -1,5 +1,9 @@
-"""One process at a time, across machines: the registry lets only one caller create a name, so a name is the lock."""
+"""One process at a time, across machines: the registry lets only one caller create a name, so a name is the lock.
 
+It is the name of a prompt: MLflow lists those elsewhere, so that people see their models alone.
+"""
+
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,21 +20,21 @@ WAIT_SECONDS = 2 * STALE_SECONDS
 @contextmanager
 def locked(client: MlflowClient, name: str) -> Iterator[None]:
     """Hold the lock `name` during the block. Raises TrackingError when it stays taken."""
-    name = f"{name}.lock"
+    name = re.sub(r"[^\w.-]", "-", name) + ".lock"
     deadline = time.monotonic() + WAIT_SECONDS
     while not _take(client, name):
         if time.monotonic() > deadline:
-            raise TrackingError(f"another process keeps the lock {name} in the model registry; delete it there")
+            raise TrackingError(f"another process keeps the lock {name}, a prompt in MLflow; delete it there")
         time.sleep(0.1)
     try:
         yield
     finally:
-        client.delete_registered_model(name)
+        client.delete_prompt(name)
 
 
 def _take(client: MlflowClient, name: str) -> bool:
     try:
-        client.create_registered_model(name, description="A lock; it is held for a moment")
+        client.create_prompt(name, "A lock; it is held for a moment")
         return True
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):  # taken, just released
@@ -41,9 +45,9 @@ def _take(client: MlflowClient, name: str) -> bool:
 
 def _remove_stale(client: MlflowClient, name: str) -> None:
     try:
-        age = time.time() - (client.get_registered_model(name).creation_timestamp or 0) / 1000
-        if age > STALE_SECONDS:
-            client.delete_registered_model(name)
+        held = client.get_prompt(name)  # None: released meanwhile
+        if held and time.time() - (held.creation_timestamp or 0) / 1000 > STALE_SECONDS:
+            client.delete_prompt(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # released meanwhile
             raise

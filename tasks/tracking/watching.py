@@ -20,7 +20,7 @@ class WatchState(BaseModel):
     model_config = ConfigDict(frozen=True)
     counts: dict[str, Acceptance] = {}  # by endpoint
     low_in_a_row: int = 0
-    alarmed: float | None = None  # Unix time of the last alarm
+    alarmed: dict[str, float] = {}  # Unix time of the last alarm, by event
 
 
 def watch_state(client: MlflowClient, version: DraftVersion) -> WatchState:

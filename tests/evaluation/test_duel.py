@@ -3,9 +3,12 @@
 import pytest
 
 from hass_core.config import RunConfig, SamplingConfig
+from hass_core.errors import DraftMismatch
 from hass_core.evaluation import duel as module
 from hass_core.evaluation.duel import default_sampling, read_bouts, run_duel
 from hass_core.evaluation.measure import Examiner
+from hass_core.target_model.loader import freeze
+from tests.conftest import byte_tokenizer, tiny_llama
 
 from .conftest import TREE, random_draft
 
@@ -88,3 +91,22 @@ def test_a_target_recommends_its_sampling_or_draws_at_one(tiny_target, monkeypat
     monkeypatch.setattr(tiny_target.model.generation_config, "temperature", 0.2)
     monkeypatch.setattr(tiny_target.model.generation_config, "top_p", 0.9)
     assert default_sampling(tiny_target) == SamplingConfig(temperature=0.2, top_p=0.9)
+
+
+def test_a_draft_of_another_target_can_be_an_opponent_where_its_sizes_agree(
+    config, drafts, store, tiny_target, tmp_path
+):
+    other = freeze(tiny_llama(seed=9), byte_tokenizer(), name="other")
+    wider = freeze(tiny_llama(hidden_size=64), byte_tokenizer(), name="wider")
+    assert module.loads(store.open(drafts[1]), other)
+    assert not module.loads(store.open(drafts[1]), wider)
+    source = random_draft(other, tmp_path / "new", 3)
+    folder = store.stage("draft", {"seed": "of the other target"})
+    for path in source.iterdir():
+        with folder.writing(path.name) as file:
+            file.path.write_bytes(path.read_bytes())
+    new = folder.finish({})
+    bouts = read_bouts(store, run_duel(config, new, drafts[1], TREE, 1, store, other))
+    assert all(bout.challenger.token_ids == bout.opponent.token_ids for bout in bouts)
+    with pytest.raises(DraftMismatch, match="was trained for tiny"):
+        run_duel(config, drafts[1], new, TREE, 1, store, other)

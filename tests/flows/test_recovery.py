@@ -122,7 +122,7 @@ def test_a_heartbeat_that_stops_crashes_runs_tagged_hass_and_no_others(stack):
     assert state(stack, foreign) == "RUNNING"
 
 
-def test_a_crashed_run_completes_by_retry(stack, tiny_preset):
+def test_a_crashed_run_starts_again_by_itself_and_completes(stack, tiny_preset):
     run = start_run(stack, tiny_preset)
     wait_for(lambda: steps_trained(tiny_preset) > 30, "the training to begin", 180)
     process = stack.flow_process()
@@ -130,15 +130,49 @@ def test_a_crashed_run_completes_by_retry(stack, tiny_preset):
     process.kill()
     before = manifests(tiny_preset)
     wait_for(lambda: state(stack, run) == "CRASHED", "the crash to be noticed", 120)
-    # runner and worker each look at the dead process, seconds apart; the second look would end a retry begun before
-    looked = "Check whether the flow run exceeded"
-    wait_for(lambda: stack.log("worker").count(looked) >= 2, "the worker to have done with it", 60)
-    stack.prefect("flow-run", "retry", run)
-    wait_for(lambda: state(stack, run) == "COMPLETED", "the retry to complete", 300)
+    wait_for(lambda: state(stack, run) == "COMPLETED", "the automation, and the run to complete", 400)
     after = manifests(tiny_preset)
     assert {stage: after[stage] for stage in before} == before
     assert_once(tiny_preset)
     assert_no_step_twice(tiny_preset)
+
+
+def test_a_run_that_crashes_for_the_third_time_is_left_to_people(stack):
+    def post(path: str, body: dict) -> dict:
+        return httpx.post(f"{stack.api}/{path}", json=body, timeout=30).raise_for_status().json()
+
+    def run_with(crashes: int) -> str:
+        """A run that nobody executes, after so many crashes; after all but the last, people were faster."""
+        run = post(f"deployments/{deployment}/create_flow_run", {})["id"]
+        for number in range(crashes):
+            if number:
+                post(f"flow_runs/{run}/set_state", {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}})
+            for kind in ("PENDING", "RUNNING", "CRASHED"):
+                post(f"flow_runs/{run}/set_state", {"state": {"type": kind}})
+        return run
+
+    flow = post("flows/", {"name": "nobodys"})["id"]
+    made = {"name": "nobodys", "flow_id": flow, "tags": ["hass", "retrain"]}
+    deployment = post("deployments/", made)["id"]
+    often, once = run_with(3), run_with(1)
+    wait_for(lambda: state(stack, once) == "SCHEDULED", "the automation", 180)
+    time.sleep(10)  # the other one crashed before
+    assert state(stack, often) == "CRASHED"
+
+
+def test_a_promotion_waits_for_a_person_without_a_process_and_goes_on_when_resumed(stack, tiny_preset):
+    run = start_run(stack, tiny_preset, ("promotion.approval=true",))
+    wait_for(lambda: state(stack, run) == "PAUSED", "the draft to be measured", 300)
+    wait_for(lambda: stack.flow_process() is None, "the process to end", 60)
+    client = MlflowClient(f"sqlite:///{tiny_preset.parent}/.hass/mlflow.db")
+    assert client.get_registered_model("hass-draft-tiny").aliases == {"challenger": 1}
+    before = manifests(tiny_preset)
+    answer = {"run_input": {"approved": True}}
+    httpx.post(f"{stack.api}/flow_runs/{run}/resume", json=answer, timeout=30).raise_for_status()
+    wait_for(lambda: state(stack, run) == "COMPLETED", "the run to complete", 300)
+    assert client.get_registered_model("hass-draft-tiny").aliases == {"champion": 1}
+    assert manifests(tiny_preset) == before
+    assert_once(tiny_preset)
 
 
 def test_the_server_restarted_in_mid_run(stack, tiny_preset):

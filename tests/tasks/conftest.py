@@ -1,5 +1,6 @@
 """A finished store made by hand from a tiny random draft: what the stages leave behind, without running them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from uuid import uuid4
 
@@ -8,11 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hass_core.config import RunConfig, parse_config
+from hass_core.config import RunConfig, TreeConfig, parse_config
 from hass_core.draft_model.architecture import DraftArchitecture
 from hass_core.draft_model.checkpoint import draft_info, save_draft
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
+from hass_core.evaluation.report import Report, Score
+from hass_core.evaluation.statistics import Estimate
 from hass_core.store import Artifact, Store
 from hass_core.target_model.loader import Target
 from tasks import tracking
@@ -38,6 +41,14 @@ def prompts(store) -> Artifact:
     return folder.finish({"prompts": 12, "skipped": 1, "sources": "builtin"})
 
 
+@pytest.fixture(autouse=True)
+def told(monkeypatch) -> list[dict]:
+    """The events that Prefect would have got."""
+    events: list[dict] = []
+    monkeypatch.setattr("tasks.events.emit_event", lambda **event: events.append(event))
+    return events
+
+
 def make_draft(store: Store, target: Target, seed: int = 0) -> Artifact:
     """An untrained draft as the training stage would store it."""
     torch.manual_seed(seed)
@@ -51,6 +62,29 @@ def make_draft(store: Store, target: Target, seed: int = 0) -> Artifact:
             file.path.write_bytes((scratch / name).read_bytes())
     folder.write_text("metrics.jsonl", metrics_text(range(10, 40, 10)))
     return folder.finish({"steps": 30, "val/tau": 1.5 + seed})
+
+
+def make_evaluation(store: Store, n_alpha: Sequence[float]) -> Artifact:
+    """An evaluation as its stage would store it, whose chain has this n-α."""
+    numbers = {name: estimate(1.0) for name, field in Score.model_fields.items() if field.annotation is Estimate}
+    score = Score(
+        method="hass", benchmark="all", temperature=0.0, questions=1, new_tokens=1,
+        acceptance_by_depth=[], acceptance_by_rank=[], **numbers,
+    )  # fmt: skip
+    report = Report(
+        target="tiny", target_fingerprint="x", draft={}, device="cpu", dtype="float32", tree=TreeConfig(), plan=None,
+        max_new_tokens=1, repeats=1, benchmarks={"a": 1}, scores=[score], comparisons=[],
+        n_alpha=[estimate(share) for share in n_alpha], lossless=None, same_precision=None,
+        generate_tokens_per_second=1.0, leak_checked=True,
+    )  # fmt: skip
+    folder = store.stage("evaluation", {"n_alpha": list(n_alpha)})
+    folder.write_text("report.json", report.model_dump_json())
+    return folder.finish({"lossless": True})
+
+
+def estimate(value: float) -> Estimate:
+    """An estimate without doubt."""
+    return Estimate(value=value, low=value, high=value)
 
 
 def crowned(config: RunConfig, version: tracking.DraftVersion) -> tracking.DraftVersion:

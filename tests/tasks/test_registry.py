@@ -186,12 +186,18 @@ def test_a_version_from_elsewhere_is_refused(client, config):
 
 def test_the_lock_of_a_dead_process_is_taken_over(client, config, monkeypatch):
     name = registered_name(config)
-    client.create_registered_model(f"{name}.lock")
+    client.create_prompt(f"{name}.lock")
     monkeypatch.setattr(lock, "STALE_SECONDS", 0.5)
     with lock.locked(client, name):
         pass
-    with pytest.raises(Exception, match="not found"):
-        client.get_registered_model(f"{name}.lock")
+    assert client.get_prompt(f"{name}.lock") is None
+
+
+def test_a_lock_is_none_of_the_models(client, config):
+    name = registered_name(config)
+    with lock.locked(client, name):
+        assert client.get_prompt(f"{name}.lock")
+        assert [model.name for model in client.search_registered_models() if model.name.endswith(".lock")] == []
 
 
 def test_a_lock_that_stays_taken_is_named(client, config, monkeypatch):

@@ -39,7 +39,7 @@ def without_prefect(monkeypatch):
     monkeypatch.setattr(release, "tell_servers", release.tell_servers.fn)
 
 
-def told(config, **rules):
+def with_rules(config, **rules):
     return config.model_copy(update={"promotion": config.promotion.model_copy(update=rules)})
 
 
@@ -56,7 +56,7 @@ def test_the_champion_is_released_once(served, register, store):
 
 def test_without_engines_nothing_is_released(served, register, store):
     register(0)
-    assert release.release_champion(told(served, release=())) is None
+    assert release.release_champion(with_rules(served, release=())) is None
     assert not store.fs.exists(f"{store.root}/releases")
 
 
@@ -75,14 +75,14 @@ def test_a_challenger_is_not_released_and_a_rollback_releases_the_former_again(s
 
 def test_a_command_gets_the_release_and_its_failure_is_told_and_made_good_next_time(served, register, store, tmp_path):
     version = register(0)
-    failing = told(served, release_command=f"cat /nowhere-{tmp_path.name}")
+    failing = with_rules(served, release_command=f"cat /nowhere-{tmp_path.name}")
     with pytest.raises(
         HassError, match=r"version 1 is released, but promotion.release_command ended with 1: .*nowhere"
     ):
         release.release_champion(failing)
     assert Releases(store, version.model).current().version == "1"
     note = tmp_path / "note.json"
-    assert release.release_champion(told(served, release_command=f'printf %s "$HASS_RELEASE" > {note}')).told
+    assert release.release_champion(with_rules(served, release_command=f'printf %s "$HASS_RELEASE" > {note}')).told
     assert json.loads(note.read_text())["version"] == "1"
 
 
@@ -101,7 +101,7 @@ def test_a_webhook_is_posted_to_and_its_address_stays_secret(served, register, m
     server = HTTPServer(("127.0.0.1", 0), Hook)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     register(0)
-    config = told(served, release_webhook="RELEASE_HOOK")
+    config = with_rules(served, release_webhook="RELEASE_HOOK")
     with pytest.raises(HassError, match="RELEASE_HOOK, which is not set"):
         release.release_champion(config)
     monkeypatch.setenv("RELEASE_HOOK", f"http://127.0.0.1:{server.server_port}/secret-4711")
@@ -114,7 +114,7 @@ def test_a_webhook_is_posted_to_and_its_address_stays_secret(served, register, m
     server.server_close()
 
 
-def test_a_person_can_refuse_a_challenger_but_not_the_champion(served, register):
+def test_a_person_can_refuse_a_challenger_but_not_the_champion(served, register, told):
     first, second = register(0), register(1)
     promotion.reject.fn(served, second, "too old a log")
     client = tracking.connect(served)
@@ -122,5 +122,6 @@ def test_a_person_can_refuse_a_challenger_but_not_the_champion(served, register)
     assert refused.withdrawn
     assert refused.alias is None
     assert "too old a log" in client.get_model_version(second.model, "2").description
+    assert [event["event"] for event in told] == ["hass.refused"]
     with pytest.raises(TrackingError, match=r"version 1 of .* is the champion; rollback-draft withdraws it"):
         promotion.reject.fn(served, first, "no")

@@ -2,39 +2,31 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from hass_core.config import TreeConfig
+from hass_core.data.conversations import Record
+from hass_core.data.prompts import PROMPTS_SCHEMA
 from hass_core.errors import BadInput, ConfigError, TrackingError
-from hass_core.evaluation.report import Report, Score
-from hass_core.evaluation.statistics import Estimate
 from tasks import tracking, watch
 from tasks.tracking import open_retraining
 from tests.evaluation.engine_server import Engine, running
-from tests.tasks.conftest import crowned, make_draft
+from tests.tasks.conftest import crowned, make_draft, make_evaluation
 
-
-def estimate(value: float) -> Estimate:
-    return Estimate(value=value, low=value, high=value)
+TALK = (
+    "What is rain?",
+    "Why is the sky blue?",
+    "Name a river in Europe.",
+    "How do I bake bread?",
+    "Tell me of the sea.",
+)
 
 
 @pytest.fixture
 def evaluation(store):
     """An evaluation whose chain accepts 60 %, and of those half, and of those half."""
-    numbers = {name: estimate(1.0) for name, field in Score.model_fields.items() if field.annotation is Estimate}
-    score = Score(
-        method="hass", benchmark="all", temperature=0.0, questions=1, new_tokens=1,
-        acceptance_by_depth=[], acceptance_by_rank=[], **numbers,
-    )  # fmt: skip
-    report = Report(
-        target="tiny", target_fingerprint="x", draft={}, device="cpu", dtype="float32", tree=TreeConfig(), plan=None,
-        max_new_tokens=1, repeats=1, benchmarks={"a": 1}, scores=[score], comparisons=[],
-        n_alpha=[estimate(0.6), estimate(0.5), estimate(0.5)], lossless=None, same_precision=None,
-        generate_tokens_per_second=1.0, leak_checked=True,
-    )  # fmt: skip
-    folder = store.stage("evaluation", {"of": "watch test"})
-    folder.write_text("report.json", report.model_dump_json())
-    return folder.finish({})
+    return make_evaluation(store, (0.6, 0.5, 0.5))
 
 
 @pytest.fixture
@@ -46,9 +38,7 @@ def version(config, store, prompts, tiny_target, evaluation):
 
 
 @pytest.fixture
-def alarms(monkeypatch):
-    told = []
-    monkeypatch.setattr(watch, "emit_event", lambda **event: told.append(event))
+def alarms(monkeypatch, told):
     monkeypatch.setattr(watch, "create_markdown_artifact", lambda *given, **named: None)
     return told
 
@@ -98,7 +88,7 @@ def test_too_few_drafts_say_nothing_and_are_counted_with_the_next(config, versio
 
 
 def test_what_cannot_be_watched_is_told(config, version):
-    with pytest.raises(ConfigError, match=r"watch\.endpoints is empty"):
+    with pytest.raises(ConfigError, match=r"nothing to watch: give watch\.endpoints"):
         watch.watch_champion.fn(config)
     with running(Engine((0, 0))) as engine, pytest.raises(BadInput, match="is no Prometheus page"):
         watch.watch_champion.fn(
@@ -106,6 +96,53 @@ def test_what_cannot_be_watched_is_told(config, version):
                 update={"watch": config.watch.model_copy(update={"endpoints": (f"{engine.url}/v1/models",)})}
             )
         )
+
+
+@pytest.fixture
+def trained_on(store):
+    """Prompts of a year ago: traffic, and what the target wrote itself."""
+    rows = [Record(f"log-{n}", "log", "log.jsonl", question(f"{TALK[n % 5]} ({n})")) for n in range(100)]
+    rows += [Record(f"own-{n}", "own", "self-written", question(f"def f{n}(x): return x")) for n in range(100)]
+    folder = store.stage("prompts", {"of": "watch test, traffic"})
+    with folder.writing("prompts.parquet") as file:
+        pq.write_table(pa.Table.from_pylist([row_of(record) for record in rows], PROMPTS_SCHEMA), file.path)
+    return folder.finish({})
+
+
+def test_traffic_that_drifts_raises_one_alarm(config, store, prompts, tiny_target, trained_on, alarms, tmp_path):
+    with open_retraining(config, prompts, {}) as run_id:
+        tags = {"hass.digest.prompts": trained_on.digest}
+        version = crowned(
+            config, tracking.register(config, run_id, make_draft(store, tiny_target), store, tiny_target, tags)
+        )
+    log = tmp_path / "log.jsonl"
+    config = config.model_copy(update={"watch": config.watch.model_copy(update={"traffic": (str(log),), "newest": 60})})
+
+    def logged(texts):
+        with log.open("a") as file:
+            file.writelines(json.dumps({"messages": [{"role": "user", "content": text}]}) + "\n" for text in texts)
+
+    logged(f"{TALK[n % 5]} ({1000 + n})" for n in range(60))
+    seen = watch.watch_champion.fn(config)
+    assert seen.alarms == ()
+    assert seen.drift.distance < 1.5 * seen.drift.by_chance
+    logged(f"SELECT {n} FROM orders WHERE total > {n};" for n in range(60))
+    assert watch.watch_champion.fn(config).alarms == ("hass.traffic-drifted",)
+    assert watch.watch_champion.fn(config).alarms == (), "it is quiet for a week"
+    assert [event["event"] for event in alarms] == ["hass.traffic-drifted"]
+    run = tracking.connect(config).get_model_version(version.model, version.version).run_id
+    assert tracking.connect(config).get_run(run).data.metrics["watch/traffic_distance"] > 0.1
+
+
+def question(text):
+    return ({"role": "user", "content": text},)
+
+
+def row_of(record):
+    return {
+        "id": record.id, "category": record.category, "source": record.source, "messages": list(record.messages),
+        "extras": None, "sha256": "",
+    }  # fmt: skip
 
 
 def test_without_a_champion_there_is_nothing_to_watch(config):

@@ -1,0 +1,46 @@
+"""The gate, people where they are asked, the alias: what a retraining and promote-draft have in common."""
+
+from prefect.flow_runs import suspend_flow_run
+from prefect.input import RunInput
+from prefect.runtime import deployment
+from pydantic import Field
+
+from hass_core.config import RunConfig
+from tasks.gate import Verdict
+from tasks.promotion import judge_draft, publish, reject, settle_promotion
+from tasks.tracking import DraftVersion
+
+
+class Approval(RunInput):
+    """A person's word on a draft that passed the gate."""
+
+    approved: bool = Field(description="Put this draft in use")
+    reason: str = Field(default="a person refused it", min_length=1, description="Why not, for the record")
+
+
+def decide(config: RunConfig, version: DraftVersion, *, again: bool = False, approval: bool = False) -> Verdict:
+    """Judge a registered draft and move the alias as the verdict says; with `approval` a person has the last word.
+
+    The flow run of a deployment is suspended until then: its process ends, and when it is resumed it finds again what
+    was measured. In a terminal the draft is left to promote-draft and reject-draft.
+    """
+    while True:
+        verdict = judge_draft(config, version, again)
+        if approval and verdict.promoted and verdict.champion != version.version:
+            waiting = verdict.model_copy(update={"waits": True})
+            if deployment.id is None:
+                return waiting
+            answer = _asked(version, waiting)
+            if not answer.approved:
+                reject(config, version, answer.reason)
+                return verdict.refused(answer.reason)
+        if settle_promotion(config, version, verdict):
+            return verdict
+
+
+def _asked(version: DraftVersion, waiting: Verdict) -> Approval:
+    """The answer of the person who resumes this flow run; the first time it is suspended here instead."""
+    publish(waiting)
+    form = Approval.with_initial_data(description=waiting.markdown())
+    key = f"version-{version.version}-after-{waiting.champion or 'none'}"  # another champion is another question
+    return suspend_flow_run(wait_for_input=form, key=key)

@@ -1,0 +1,42 @@
+"""A retraining whose stages run elsewhere, one deployment after the other. This process waits, and loads no model."""
+
+from typing import Annotated
+
+from prefect import State, flow
+from prefect.deployments import run_deployment
+from prefect.states import Completed
+from pydantic import Field
+
+from flows.parameters import RunParameters
+from hass_core.errors import HassError
+
+LONGEST_SECONDS = 14 * 86_400.0  # each of the runs it waits for has a limit of its own
+GPU = ("generate-data/gpu", "extract-features/gpu", "train-draft/gpu", "retrain/gpu")
+
+Deployments = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+@flow(name="retrain", flow_run_name="retrain {run.preset} elsewhere", timeout_seconds=LONGEST_SECONDS)
+def relay(run: RunParameters, via: Deployments = GPU) -> State[None]:
+    """Run the deployments `via` in their order, with the same settings; it ends as the last of them does.
+
+    Each goes on from what the store holds, so they need the same store and MLflow, and machines of one kind. The last
+    one is a `retrain`: it finds the stages finished, measures, judges and releases. Raises HassError where one of them
+    does not complete.
+    """
+    run.config()  # a wrong setting is told before anything starts
+    asked = {"run": run.model_dump(mode="json", exclude_none=True, exclude={"deployments"})}
+    ended = [_completed(deployment, asked) for deployment in via]
+    return Completed(name=ended[-1].name, message=ended[-1].message)
+
+
+def _completed(deployment: str, parameters: dict) -> State:
+    ran = run_deployment(deployment, parameters=parameters, as_subflow=True)
+    state = ran.state
+    if state is None or not state.is_completed():
+        end = state.name if state else "no state"
+        raise HassError(
+            f"{deployment} ran as flow run {ran.name!r} and ended as {end}; see its log. The same command goes on from "
+            "what is finished"
+        )
+    return state

@@ -1,0 +1,80 @@
+"""A server with a draft, started by a shell command for a measurement and stopped after it."""
+
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from hass_core.errors import BadInput
+
+START_SECONDS = 1800  # an engine loads a large target and captures its graphs
+STOP_SECONDS = 60
+SHOWN = 1500  # characters of what a server said before it ended
+
+
+@contextmanager
+def serving(command: str, target: str, draft: Path, depth: int) -> Iterator[str]:
+    """The address of the server that `command` runs, once it answers; it and its children end with the block.
+
+    The command finds HASS_TARGET and HASS_DRAFT (folders), HASS_DEPTH (tokens it may draft in a row) and HASS_PORT in
+    its environment, and has to serve OpenAI's endpoints and /metrics at that port of the loopback. Raises BadInput
+    with the end of its output when it does not.
+    """
+    port = _free_port()
+    told = {"HASS_TARGET": target, "HASS_DRAFT": str(draft), "HASS_DEPTH": str(depth), "HASS_PORT": str(port)}
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, shell=True, env=os.environ | told, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            _wait(process, url)
+            yield url
+        except BadInput as error:
+            output.seek(0)
+            said = output.read().decode(errors="replace").strip()[-SHOWN:]
+            raise BadInput(f"{error}; it said: {said}") from error
+        finally:
+            _stop(process)
+
+
+def _wait(process: subprocess.Popen[bytes], url: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not _answers(url):
+        if (status := process.poll()) is not None:
+            raise BadInput(f"promotion.server_command ended with {status} before it served at {url}")
+        if time.monotonic() > deadline:
+            raise BadInput(f"promotion.server_command did not serve at {url} within {START_SECONDS} s")
+        time.sleep(0.5)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/v1/models", timeout=5).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """The whole group: engines have workers of their own."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(STOP_SECONDS)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,105 @@
+"""Acceptance read from a Prometheus server that scrapes two engines: Debian's, or the one that HASS_PROMETHEUS names.
+
+Without either the server's answer is given by hand, in the form that the real one was seen to give.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from hass_core.errors import BadInput
+from hass_core.evaluation.engine_metrics import read_prometheus
+from tests.evaluation.engine_server import Engine, running
+from tests.flows.stack import answers, end, free_port, wait_for
+
+PROMETHEUS = os.environ.get("HASS_PROMETHEUS") or shutil.which("prometheus")
+
+
+@pytest.fixture
+def engines() -> Iterator[tuple[Engine, Engine]]:
+    with running(Engine((0.6, 0.3))) as first, running(Engine((0.2, 0.1))) as second:
+        first.serve(1000)
+        second.serve(500)
+        yield first, second
+
+
+@pytest.fixture
+def server(engines, tmp_path: Path) -> Iterator[str]:
+    """A Prometheus server that reads both every second."""
+    targets = [engine.url.removeprefix("http://") for engine in engines]
+    jobs = [
+        {"job_name": name, "static_configs": [{"targets": [target]}], "scrape_interval": "1s"}
+        for name, target in zip(("first", "second"), targets, strict=True)
+    ]
+    (tmp_path / "prometheus.yml").write_text(json.dumps({"scrape_configs": jobs}))  # JSON is YAML
+    url = f"127.0.0.1:{free_port()}"
+    places = [f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [str(PROMETHEUS), *places, f"--web.listen-address={url}"], stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        wait_for(lambda: answers(f"http://{url}/-/ready"), "Prometheus", 60)
+        yield f"http://{url}"
+    finally:
+        end(process)
+
+
+@pytest.mark.skipif(not PROMETHEUS, reason="apt install prometheus")
+def test_a_prometheus_server_tells_what_each_engine_counts(server, engines):
+    def seen() -> dict[str, float]:
+        try:
+            return {name: read.drafts for name, read in read_prometheus(server).items()}
+        except BadInput:  # not scraped yet
+            return {}
+
+    instances = [engine.url.removeprefix("http://") for engine in engines]
+    wait_for(lambda: seen() == dict(zip(instances, (1000, 500), strict=True)), "both engines' counts", 30)
+    first = read_prometheus(server, 'job="first"')
+    assert list(first) == [instances[0]]
+    assert first[instances[0]].tau == pytest.approx(1.9)
+    engines[0].serve(200)
+    wait_for(lambda: read_prometheus(server, 'job="first"')[instances[0]].drafts == 1200, "the new count", 30)
+    with pytest.raises(BadInput, match=r"knows no engine that drafts: .*job=\"third\".*; check watch.selector"):
+        read_prometheus(server, 'job="third"')
+    with pytest.raises(BadInput, match="does not answer as a Prometheus server"):
+        read_prometheus(server, "job=")
+
+
+def test_its_answer_is_read_by_instance():
+    def one(name: str, value: int, **labels: str) -> dict:
+        return {"metric": {"__name__": name, "instance": "a:8000", **labels}, "value": [1764000000.1, str(value)]}
+
+    accepted = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    series = [one(accepted, 600, position="0"), one(accepted, 300, position="1")]
+    series += [one("vllm:spec_decode_num_drafts_total", 1000), one("hass_cycles_total", 0, instance="b:8001")]
+
+    class Api(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": {"resultType": "vector", "result": series}}).encode())
+
+        def log_message(self, *given: object) -> None:
+            pass
+
+    api = ThreadingHTTPServer(("127.0.0.1", 0), Api)
+    threading.Thread(target=api.serve_forever, daemon=True).start()
+    try:
+        found = read_prometheus(f"http://127.0.0.1:{api.server_port}/")
+    finally:
+        api.shutdown()
+        api.server_close()
+    assert {name: read.tau for name, read in found.items()} == {"a:8000": pytest.approx(1.9), "b:8001": None}
+
+
+def test_a_server_that_is_none_is_named():
+    with running(Engine((0, 0))) as engine, pytest.raises(BadInput, match="does not answer as a Prometheus server"):
+        read_prometheus(engine.url)
