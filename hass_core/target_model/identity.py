@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hass_core.errors import TargetError
 from hass_core.store import digest_of
 from hass_core.store.content import remembered
 
@@ -90,11 +91,19 @@ def identity_of(
 
 
 def ends_of(*sources: Any) -> tuple[int, ...]:
-    """All tokens that end an answer, of a model's generation settings, its configuration and its tokenizer."""
+    """All tokens that end an answer, of a model's generation settings, its configuration and its tokenizer.
+
+    Raises TargetError for what is no token id.
+    """
     found: list[int] = []
     for source in sources:
         value = getattr(source, "eos_token_id", None)
         found += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    if wrong := [value for value in found if type(value) is not int]:  # true is no token, nor is its text
+        raise TargetError(
+            f"the target's eos_token_id holds {wrong[0]!r}, which is no token id; mend its config.json or "
+            "generation_config.json"
+        )
     return tuple(sorted(set(found)))
 
 

@@ -33,6 +33,9 @@ def check_config(config: PretrainedConfig, name: str) -> None:
         )
     if config.is_encoder_decoder:
         raise TargetError(f"the target {name} has an encoder ({config.model_type}); give a decoder-only language model")
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and not (type(longest) is int and longest >= 0):  # 0: of no end
+        raise TargetError(f"the target {name} says max_position_embeddings = {longest!r}; mend its config.json")
 
 
 def check_weights(found: dict[str, Any], name: str) -> None:
