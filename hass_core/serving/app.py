@@ -23,6 +23,7 @@ from hass_core.serving.worker import Busy, Unavailable
 Pieces = AsyncGenerator[Piece, None]
 LOOK_SECONDS = 0.5  # how often a waiting request looks whether its client is still there
 RETRY = {"Retry-After": "5"}  # seconds
+NO_OBJECT = ("missing", "model_type", "model_attributes_type", "dict_type")  # none, another value, or one sent as text
 FIELDS = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
 
 
@@ -106,7 +107,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 def _told(problem: dict[str, Any]) -> tuple[str, str]:
     """(field, what is wrong with it) of one of pydantic's findings."""
     field = ".".join(str(part) for part in problem["loc"][1:])
-    if not field and problem["type"] != "json_invalid":  # no body, another value, or an object that came as text
+    if not field and problem["type"] in NO_OBJECT:
         return "", "the body must be a JSON object, sent with Content-Type: application/json"
     if problem["type"] == "json_invalid":
         return "", f"the body is not valid JSON: {problem['ctx']['error']}"
