@@ -9,6 +9,7 @@ from hass_core.cli.common import console, show, show_json
 from hass_core.cli.options import AsJson, Overrides
 from hass_core.config import Stage, load_config
 from hass_core.forecast.forecast import DEFAULT_GPUS, Forecast, forecast
+from hass_core.forecast.rows import counted
 
 
 def register(app: typer.Typer) -> None:
@@ -22,7 +23,8 @@ def show_forecast(
         list[str] | None, typer.Option(help="Such as h100x8; h100, h200, a100, 4090", metavar="KIND")
     ] = None,
     conversations: Annotated[
-        int | None, typer.Option(min=1, help="Prompts in files and data sets, which are not read")
+        int | None,
+        typer.Option(min=1, help="Prompts in files and data sets; of local JSONL files, their lines"),
     ] = None,
     rates: Annotated[bool, typer.Option("--rates", help="The measured rates behind it, and each check")] = False,
     override: Overrides = None,
@@ -33,7 +35,7 @@ def show_forecast(
     Example: hass forecast llama-3.1-8b --gpus h100x8
     """
     config = load_config(preset, override or [])
-    found = forecast(config, gpus or DEFAULT_GPUS, conversations)
+    found = forecast(config, gpus or DEFAULT_GPUS, conversations or counted(config.prompts.files))
     if as_json:
         return show_json(found)
     for line in found.lines():
