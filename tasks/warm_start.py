@@ -3,6 +3,8 @@
 from prefect import task
 
 from hass_core.config import CHAMPION, RunConfig
+from hass_core.draft_model.eagle3 import is_eagle3
+from hass_core.draft_model.files import read_config
 from hass_core.evaluation.evaluate import local_draft
 from hass_core.store import Artifact
 from tasks import tracking
@@ -17,7 +19,8 @@ def resolve_warm_start(config: RunConfig, prompts: Artifact, continues: str | No
     """The settings with a folder for `champion`, and the tags by which a retraining remembers its choice.
 
     One retraining (settings, prompts, target) starts from one draft for ever: its record says which. A new one takes
-    the champion of this target; where there is none the draft starts as draft.start says.
+    the champion of this target; where there is none, or one of another architecture, the draft starts as draft.start
+    says.
     """
     if config.draft.warm_start != CHAMPION:
         return config, {}
@@ -32,5 +35,9 @@ def resolve_warm_start(config: RunConfig, prompts: Artifact, continues: str | No
 def _present(config: RunConfig) -> str:
     """The champion's draft, or none."""
     champion = tracking.champion(tracking.connect(config), tracking.registered_name(config))
-    fits = champion is not None and is_served(config, champion)
-    return champion.draft.model_dump_json(exclude={"summary"}) if champion and fits else NONE
+    if champion is None or not is_served(config, champion):
+        return NONE
+    folder = local_draft(store_of(config).open(champion.draft))
+    if is_eagle3(read_config(folder), {}) != (config.draft.architecture == "eagle3"):
+        return NONE
+    return champion.draft.model_dump_json(exclude={"summary"})

@@ -74,6 +74,7 @@ ASSUMED = (
     "that the share of the matrix rate stays as it is above width 4096 and on other GPUs",
     "that answers and features of several GPUs take that much less time",
 )
+ASSUMED_OF_EAGLE3 = "that an eagle3 draft trains at the same share of the matrix rate: none was measured"
 BUILTIN_PROMPTS, HELDOUT_QUESTIONS = 612, 80
 CONTEXT_SHARE = 0.68  # tokens before an answer's token, over its conversation's, where lengths vary as ours do
 SHARE_OF_MEMORY = 0.9  # what may be filled
@@ -120,11 +121,12 @@ def matrix_rate(gpu: Gpu, hidden: int) -> float:
 
 def training_flops(shape: Shape, vocabulary: int, align_steps: int, answer_share: float, length: float) -> float:
     """Per token, multiply-adds as two: what the method needs (bench/training.py, needed_flops), from averages."""
-    layer = shape.layer + 2 * shape.hidden**2
-    seen = 2 * shape.hidden**2 + 2 * shape.groups * shape.head_dim * shape.hidden
+    keys = 2 * shape.groups * shape.head_dim * shape.hidden
+    layer = shape.layer + shape.fusion
+    seen = 2 * keys if shape.head_rows else shape.fusion + keys
     trunk = 6 * (align_steps * answer_share * layer + (1 - answer_share) * seen)
     scores = 12 * align_steps * answer_share * CONTEXT_SHARE * length * shape.heads * shape.head_dim
-    head = 2 * vocabulary * shape.hidden * answer_share * (1 + 2 * align_steps)
+    head = 2 * vocabulary * shape.hidden * answer_share * (1 + (3 if shape.head_rows else 2) * align_steps)
     return trunk + scores + head
 
 
@@ -134,6 +136,8 @@ def optimizer_seconds(shape: Shape, optimizer: str, rate: float) -> float:
         return 0
     h, q, k = shape.hidden, shape.heads * shape.head_dim, shape.groups * shape.head_dim
     matrices = [(h, 2 * h), (q, h), (h, q), (k, h), (k, h), *[(shape.inner, h)] * 3]
+    if shape.head_rows:  # the head is AdamW's
+        matrices = [(q, 2 * h), (h, q), (k, 2 * h), (k, 2 * h), *[(shape.inner, h)] * 3]
     return MUON + 5 * sum(4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3 for s in matrices) / rate
 
 

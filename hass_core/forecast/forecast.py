@@ -94,7 +94,7 @@ def forecast(config: RunConfig, gpus: Sequence[str] = DEFAULT_GPUS, conversation
 
     Raises BadInput where the target's sizes are not known here, ConfigError for GPUs that are not.
     """
-    shape, work = shape_of(config.target.source), cost.work_of(config, conversations)
+    shape, work = shape_of(config.target.source).drafted_by(config.draft), cost.work_of(config, conversations)
     trained = config.training.passes * work.tokens * (1 - config.features.validation_fraction)
     return Forecast(
         preset=config.name,
@@ -111,7 +111,7 @@ def forecast(config: RunConfig, gpus: Sequence[str] = DEFAULT_GPUS, conversation
         hours=[_hours(config, shape, work, name) for name in gpus],
         rates=[Rate(what=what, value=value, where=where) for what, value, where in cost.MEASURED],
         checks=[Checked(**vars(check), error=check.error) for check in checks()],
-        assumed=cost.ASSUMED,
+        assumed=cost.ASSUMED + ((cost.ASSUMED_OF_EAGLE3,) if shape.head_rows else ()),
     )
 
 

@@ -25,7 +25,7 @@ def check_ready(config: RunConfig, conversations: int | None = None) -> None:
     """
     check_access(config.target.source)
     try:
-        shape = shape_of(config.target.source)
+        shape = shape_of(config.target.source).drafted_by(config.draft)
     except BadInput:
         return
     gpus = [] if config.target.device == "cpu" else [gpu.memory for gpu in present_gpus()]

@@ -1,9 +1,10 @@
 """A target's sizes, out of its config.json alone, and what follows: parameters of target and draft, caches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hass_core.draft_config import DraftConfig
 from hass_core.errors import BadInput
 from hass_core.json_files import read_object
 from hass_core.presets import recorded_shapes
@@ -24,6 +25,7 @@ class Shape:
     vocabulary: int
     tied: bool  # the head is the embedding
     qkv_bias: bool = False
+    head_rows: int = 0  # of the draft's own head, which an eagle3 draft trains
 
     @classmethod
     def of_config(cls, config: dict[str, Any]) -> "Shape":
@@ -62,12 +64,26 @@ class Shape:
         """Parameters of the target, without its norms and biases, which are less than a thousandth."""
         return self.layers * self.layer + self.ends
 
+    def drafted_by(self, draft: DraftConfig) -> "Shape":
+        """With the draft's own head, where the settings ask for an architecture that has one."""
+        rows = min(draft.vocab_size or self.vocabulary, self.vocabulary)
+        return replace(self, head_rows=rows) if draft.architecture == "eagle3" else self
+
+    @property
+    def fusion(self) -> int:
+        """Parameters by which a draft's layer takes an embedding beside the feature: a layer before it, or attention
+        matrices of twice the width."""
+        rows = self.head_dim * (self.heads + 2 * self.groups) if self.head_rows else 2 * self.hidden
+        return rows * self.hidden
+
     @property
     def draft(self) -> int:
-        """Trained parameters of a draft of the target's own layer: that, the fusion of embedding and feature, biases
-        and the norm before the MLP."""
+        """Trained parameters of a draft: a layer of the target's sizes, the fusion of embedding and feature, and either
+        biases and the norm before the MLP, or four norms and a head."""
+        if self.head_rows:
+            return self.layer + self.fusion + (4 + self.head_rows) * self.hidden
         biases = self.head_dim * (self.heads + 2 * self.groups) if self.qkv_bias else 0
-        return self.layer + 2 * self.hidden**2 + self.hidden + biases
+        return self.layer + self.fusion + self.hidden + biases
 
     @property
     def weight_bytes(self) -> int:

