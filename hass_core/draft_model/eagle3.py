@@ -16,6 +16,7 @@ from hass_core.errors import CorruptFile
 
 LAYER, ELSEWHERE = "midlayer.", "layers.0."  # the same layer: official, and in some trainers' files
 LM_HEAD, NORM, OFFSETS, DRAFTED = "lm_head.weight", "norm.weight", "d2t", "t2d"
+TAPPED, TAPS = "eagle_aux_hidden_state_layer_ids", "num_aux_hidden_states"
 
 
 class Eagle3Architecture(DraftArchitecture):
@@ -35,10 +36,11 @@ class Eagle3Architecture(DraftArchitecture):
 
         Raises as DraftArchitecture's.
         """
+        check_fields(config)
         base = DraftArchitecture.from_config_json(config, ())
         size = config.get("draft_vocab_size") or base.vocab_size
-        if type(size) is not int or not 0 < size <= base.vocab_size:
-            raise CorruptFile(f"the draft's config.json makes no sense: draft_vocab_size is {size!r}")
+        if size > base.vocab_size:
+            raise CorruptFile(f"the draft's config.json makes no sense: draft_vocab_size is {size}")
         return cls.of(base, size, bool(config.get("norm_output", False)))
 
     @property
@@ -73,6 +75,24 @@ class Eagle3Architecture(DraftArchitecture):
         }
 
 
+def check_fields(config: dict[str, Any]) -> None:
+    """Raise CorruptFile where a field that only EAGLE-3 drafts have is of another kind than it must be."""
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "draft_vocab_size": int,
+        "eagle_config": dict,
+        TAPPED: list,
+        TAPS: int,
+        "norm_output": bool,
+        "fc_norm": bool,
+        "rms_norm_eps": (int, float),
+    }
+    for name, kind in kinds.items():
+        value = config.get(name)
+        wrong = value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool))
+        if wrong or (name == "draft_vocab_size" and value is not None and value < 0):
+            raise CorruptFile(f"the draft's config.json makes no sense: {name} is {value!r}")
+
+
 def is_eagle3(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     """Whether a draft's files are those of an EAGLE-3 draft, whatever is wrong with them."""
     named = config.get("architectures") or ()
@@ -81,7 +101,7 @@ def is_eagle3(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     return (
         any(name.startswith(NAMES) for name in tensors)
         or any("eagle3" in str(name).lower() for name in classes)
-        or any(name in config for name in ("eagle_config", "eagle_aux_hidden_state_layer_ids"))
+        or any(name in config for name in ("eagle_config", TAPPED))
         or config.get("speculators_model_type") == "eagle3"
         or (fusion is not None and fusion.ndim == 2 and isinstance(hidden, int) and fusion.shape[1] == 3 * hidden)
     )

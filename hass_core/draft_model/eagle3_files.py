@@ -12,11 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hass_core.draft_model.eagle3 import DRAFTED, ELSEWHERE, LAYER, LM_HEAD, OFFSETS
+from hass_core.draft_model.eagle3 import DRAFTED, ELSEWHERE, LAYER, LM_HEAD, OFFSETS, TAPPED, TAPS, check_fields
 from hass_core.draft_model.files import same_values
 
 FUSION, TAP_NORM = "fc.weight", "fc_norm.0.weight"
-TAPPED, TAPS = "eagle_aux_hidden_state_layer_ids", "num_aux_hidden_states"
 EAGLE3_FIELDS = {  # of config.json that only EAGLE-3 drafts have
     *("eagle_config", "draft_vocab_size", "norm_output", "fc_norm", "norm_before_fc", "target_hidden_size"),
     *("parallel_drafting", TAPPED, TAPS),
@@ -53,7 +52,11 @@ class Eagle3Files:
 
 
 def eagle3_files(config: dict[str, Any], stored: dict[str, Tensor], target: TargetEnd) -> Eagle3Files:
-    """Sort out an EAGLE-3 draft's tensors. One without a head that drafts all tokens has the target's."""
+    """Sort out an EAGLE-3 draft's tensors. One without a head that drafts all tokens has the target's, as in vLLM.
+
+    Raises CorruptFile for fields of config.json that make no sense.
+    """
+    check_fields(config)
     tensors = {name.replace(ELSEWHERE, LAYER, 1): tensor for name, tensor in stored.items()}
     objections = ["a tensor of its layer is there under two names"] if len(tensors) != len(stored) else []
     tensors = {name: t for name, t in tensors.items() if not (name.endswith(".bias") and not bool(t.any()))}
@@ -67,9 +70,7 @@ def eagle3_files(config: dict[str, Any], stored: dict[str, Tensor], target: Targ
         token_ids, wrong = _token_ids(offsets, drafted, size, rows)
         objections += wrong
     if LM_HEAD not in tensors and size == rows:
-        tensors[LM_HEAD] = (
-            target.head.detach().cpu()
-        )  # vLLM takes the target's, and SGLang where draft_vocab_size is null
+        tensors[LM_HEAD] = target.head.detach().cpu()
     objections += _settings(config)
     tensors, reads = _last_state(config, tensors, target)
     return Eagle3Files(tensors, token_ids, [*objections, *reads])
@@ -117,9 +118,11 @@ def _last_state(
     fusion, norm, ids = tensors.get(FUSION), tensors.get(TAP_NORM), config.get(TAPPED)
     if fusion is None:
         return rest, [f"it lacks {FUSION}, which fuses the target's states that it reads"]
-    if ids == [target.num_layers] and fusion.ndim == 2 and fusion.shape[0] == fusion.shape[1]:
+    if fusion.ndim != 2:
+        return rest, [f"{FUSION} is {tuple(fusion.shape)}, no matrix"]
+    if ids == [target.num_layers] and fusion.shape[0] == fusion.shape[1]:
         return rest, [*_other_fusion(config, fusion, norm, target)]
-    fused = fusion.shape[-1] // max(1, fusion.shape[0])
+    fused = fusion.shape[1] // max(1, len(fusion))
     return rest, [
         f"it fuses {fused} states of the target (after layers {ids or 'that its config.json does not name'}), and "
         "features are stored of the last one only; take a draft of the last state (use_aux_hidden_state false)"
@@ -133,5 +136,5 @@ def _other_fusion(config: dict[str, Any], fusion: Tensor, norm: Tensor | None, t
     final = target.final_norm
     if final is None or norm is None or not config.get("fc_norm"):
         yield f"it reads the state after the last layer without the target's final norm ({TAP_NORM}, fc_norm)"
-    elif not same_values(norm, final[0]) or abs(config.get("rms_norm_eps", 1e-6) - final[1]) > 1e-12:
+    elif not same_values(norm, final[0]) or abs((config.get("rms_norm_eps") or 1e-6) - final[1]) > 1e-12:
         yield f"{TAP_NORM} is not the target's final norm"

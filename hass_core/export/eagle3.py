@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hass_core.draft_model.accounting import StoredDraft
 from hass_core.draft_model.architecture import DraftArchitecture
-from hass_core.draft_model.eagle3 import DRAFTED, LM_HEAD, OFFSETS, Eagle3Architecture
-from hass_core.draft_model.eagle3_files import FUSION, TAP_NORM, TAPPED, TAPS, TargetEnd, offsets_of
+from hass_core.draft_model.eagle3 import DRAFTED, LM_HEAD, OFFSETS, TAPPED, TAPS, Eagle3Architecture
+from hass_core.draft_model.eagle3_files import FUSION, TAP_NORM, TargetEnd, offsets_of
 from hass_core.draft_model.engines import Engine
 from hass_core.export.findings import EXPORT_AGAIN, Finding
 

@@ -17,7 +17,7 @@ from hass_core.draft_model.family import new_architecture
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.identity import draft_identity
 from hass_core.draft_model.layers import build_draft
-from hass_core.errors import DraftMismatch
+from hass_core.errors import DraftMismatch, HassError
 from hass_core.export.checks import check_draft
 from hass_core.export.exporter import export_draft
 from hass_core.export.importer import import_draft
@@ -210,6 +210,21 @@ def test_three_taps_are_refused_by_what_is_missing(normed_target, tmp_path):
         DraftMismatch, match=r"it fuses 3 states of the target .* features are stored of the last one only"
     ):
         import_draft(draft, normed_target, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"draft_vocab_size": value} for value in ("many", True, -1, 1.5, 10**9)),
+        *({"eagle_config": "x"}, {"eagle_config": [1]}, {"eagle_aux_hidden_state_layer_ids": 2}, {"rms_norm_eps": "1"}),
+    ],
+    ids=str,
+)
+def test_fields_of_another_kind_are_refused_in_one_sentence(normed_target, tmp_path, config):
+    draft = write_draft(tmp_path / "draft", normed_target)
+    edit_config(**config)(draft)
+    with pytest.raises(HassError, match=f"{next(iter(config))}|d2t"):
+        read_draft(draft, normed_target)
 
 
 def test_the_identity_does_not_depend_on_the_engine(clean):
