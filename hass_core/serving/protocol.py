@@ -127,7 +127,7 @@ class ChatMessage(Body):
     def plain(self) -> dict[str, Any]:
         """For the chat template."""
         parts = self.content if isinstance(self.content, list) else ()
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in parts)  # as vLLM
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
         for name in ("name", "tool_call_id", "reasoning_content"):
             if (value := getattr(self, name)) is not None:

@@ -134,6 +134,18 @@ def test_the_official_client_reads_the_name_of_what_is_refused(client):
     assert refused.value.param == "tools"
 
 
+def test_parts_of_a_message_are_lines_of_it(client):
+    parts = [{"type": "text", "text": text} for text in ("Name three rivers.", "Briefly.")]
+    texts = [
+        client.chat.completions.create(
+            model="tiny", max_tokens=6, temperature=0, messages=[{"role": "user", "content": content}]
+        )
+        for content in (parts, "Name three rivers.\nBriefly.")
+    ]
+    assert texts[0].usage.prompt_tokens == texts[1].usage.prompt_tokens
+    assert texts[0].choices[0].message.content == texts[1].choices[0].message.content
+
+
 def test_a_developer_speaks_as_the_system(client):
     texts = [
         client.chat.completions.create(
