@@ -8,6 +8,7 @@ from rich.table import Table
 from hass_core.cli.common import console, settings, show, show_json
 from hass_core.cli.options import AsJson, ConfigName, Overrides
 from hass_core.config import Stage
+from hass_core.errors import FINDINGS
 
 if TYPE_CHECKING:
     from hass_core.store import Store
@@ -42,6 +43,27 @@ def size(config: ConfigName = "smollm2-cpu", overrides: Overrides = None, as_jso
         own = [entry for entry in held if entry.stage == stage]
         show(f"{stage:<12}{len(own):>5}  {_shown(sum(entry.bytes for entry in own)):>10}")
     show(f"{'all':<12}{len(held):>5}  {_shown(sum(entry.bytes for entry in held)):>10}")
+
+
+@app.command()
+def check(config: ConfigName = "smollm2-cpu", overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Compare the files of every finished stage with its manifest, by name and size; none is read.
+
+    Example: hass store check -s store=s3://BUCKET/FOLDER
+    """
+    from hass_core.store.housekeeping import problems
+
+    store, held = _open(config, overrides)
+    finished = [entry for entry in held if entry.finished]
+    found = {entry.name: told for entry in finished if (told := problems(store, entry))}
+    if as_json:
+        show_json(found)
+    else:
+        for name, told in found.items():
+            show(f"{name}: {'; '.join(told)}; remove this folder and run the stage again")
+        show(f"{len(finished) - len(found)} of {len(finished)} finished stages hold what their manifests say")
+    if found:
+        raise typer.Exit(FINDINGS)
 
 
 @app.command()

@@ -3,8 +3,9 @@
 from hass_core.store.artifacts import Artifact, FileRecord, Manifest, digest_of
 from hass_core.store.file_cache import sha256_of
 from hass_core.store.finished import FinishedStore, Unfinished
+from hass_core.store.places import full_disk_named
 from hass_core.store.releases import Release, Releases
-from hass_core.store.store import MANIFEST, StageFolder, Store, full_disk_named, store_at
+from hass_core.store.store import MANIFEST, StageFolder, Store, store_at
 
 __all__ = [
     "MANIFEST",

@@ -96,6 +96,11 @@ def removable(store: Store, held: list[Entry], newest: int) -> list[Entry]:
     return [e for e in held if e.finished and e.digest not in kept | measured]
 
 
+def problems(store: Store, entry: Entry) -> list[str]:
+    """What the files of a finished stage lack; see `StageFolder.problems`."""
+    return store.open(Artifact(stage=entry.stage, digest=entry.digest, root=store.root)).problems()
+
+
 def remove(store: Store, entry: Entry) -> None:
     """Remove a finished stage: the manifest first, so that what is left of it is unfinished at any moment."""
     base = f"{_base(store)}/{entry.name}"

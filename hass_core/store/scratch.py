@@ -13,16 +13,36 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PREFIX = "writing-"
+PUBLISHING, NAMES = "publishing", "names"  # folders of a stage's scratch that are only there to be locked
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` (made if missing) for this process alone; others on this machine wait."""
-    handle = _lock(folder)
+def locked(folder: Path, shared: bool = False) -> Iterator[None]:
+    """Hold `folder` (made if missing) for this thread alone, or beside others that share it; the rest of this machine
+    waits."""
+    handle = _lock(folder, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     try:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def publishing(scratch: Path, name: str) -> Iterator[None]:
+    """Put a file of this name in place: beside those of other names, one after the other with those of its own, and
+    never while the stage is being finished."""
+    own = scratch / PUBLISHING / NAMES / name
+    with locked(scratch / PUBLISHING, shared=True), locked(own):
+        yield
+        with suppress(FileNotFoundError):  # the stage was finished before, and all of its scratch is gone
+            own.rmdir()
+
+
+@contextmanager
+def finishing(scratch: Path) -> Iterator[None]:
+    """Finish the stage, while nobody puts a file in place."""
+    with locked(scratch / PUBLISHING):
+        yield
 
 
 @contextmanager
@@ -59,12 +79,12 @@ def clear(parent: Path) -> None:
             parent.rmdir()
 
 
-def _lock(folder: Path) -> int:
+def _lock(folder: Path, kind: int = fcntl.LOCK_EX) -> int:
     """An open handle that holds the lock. Starts again when the folder was removed while waiting for it."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, kind)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), folder.stat()):
                 return handle

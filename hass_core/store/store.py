@@ -10,7 +10,6 @@ operation, and only then recorded: a crash at any moment leaves finished files u
 Of two processes writing the same file, the last one's file and record stand; a finished stage never changes.
 """
 
-import errno
 import os
 import re
 import shutil
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import ValidationError
 
@@ -28,8 +26,10 @@ from hass_core.errors import BadInput, CorruptFile, HassError, StoreError
 from hass_core.store.artifacts import Artifact, FileRecord, Manifest, digest_of
 from hass_core.store.content import cache_folder
 from hass_core.store.file_cache import FileCache, sha256_of
+from hass_core.store.places import file_system, full_disk_named
 from hass_core.store.provenance import provenance
-from hass_core.store.scratch import clear, locked, remove_abandoned, temporary_folder
+from hass_core.store.records import listed, record_texts
+from hass_core.store.scratch import clear, finishing, publishing, remove_abandoned, temporary_folder
 
 MANIFEST = "manifest.json"
 RECORDS = "_records"
@@ -37,7 +37,7 @@ SCRATCH = "scratch"
 CACHE_GB = 50.0
 REMOTE_READ = {"block_size": 1 << 18, "cache_type": "readahead"}
 UPLOAD_PATIENCE_SECONDS = 300.0  # beyond a megabyte a second; the client waits for ever on a server that fell silent
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+PART_BYTES = 32 << 20  # of a file on S3 that has more than two parts, ten of which are sent at once
 
 
 class Store:
@@ -52,7 +52,7 @@ class Store:
         if "://" not in text:
             text = str(Path(text).expanduser().resolve())
         self.root = text.rstrip("/")
-        self.fs, self._base = _file_system(text)
+        self.fs, self._base = file_system(text)
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.is_s3 = self.root.startswith("s3://")
         self.cache = cache or cache_folder()
@@ -113,17 +113,6 @@ class Store:
             raise StoreError(f"cannot {what} the store {self.root}: {reason}; check the {check}") from error
 
 
-def _file_system(address: str) -> tuple[Any, str]:
-    """The file system and the path in it of a store's address. Raises StoreError for an address that names no place."""
-    scheme, remote, place = address.partition("://")
-    if remote and not place.strip("/"):
-        raise StoreError(f"the store {address} names no place; give it as {scheme}://BUCKET/PREFIX")
-    try:
-        return fsspec.core.url_to_fs(address.rstrip("/"))
-    except (ValueError, ImportError) as error:  # no such scheme, or its package is missing
-        raise StoreError(f"the store {address} cannot be used: {error}; give a folder or s3://BUCKET/PREFIX") from error
-
-
 def store_at(url: str, stage: str) -> tuple[Store, Artifact]:
     """The store and the finished stage behind a folder's address, STORE/STAGE/DIGEST.
 
@@ -138,18 +127,6 @@ def store_at(url: str, stage: str) -> tuple[Store, Artifact]:
     return store, artifact
 
 
-@contextmanager
-def full_disk_named(place: str | Path) -> Iterator[None]:
-    """Turn a write error for want of space into a StoreError that names the place."""
-    try:
-        yield
-    except Exception as error:
-        # safetensors raises its own class, with the system's words
-        if getattr(error, "errno", None) in DISK_FULL or os.strerror(errno.ENOSPC) in str(error):
-            raise StoreError(f"the disk of {place} is full; free space and run the same command again") from error
-        raise
-
-
 class StageFolder:
     """One stage's folder. See the module's docstring for what is on disk."""
 
@@ -157,6 +134,7 @@ class StageFolder:
         for part in (stage, digest):
             _check_name(part)
         self.store, self.stage, self.digest, self.key = store, stage, digest, key
+        self._final: Manifest | None = None  # a finished stage never changes
         self.url = f"{store.root}/{stage}/{digest}"
         self._base = f"{store._base}/{stage}/{digest}"
         cache = store.cache / "work" / digest_of(store.root) / stage / digest
@@ -180,23 +158,28 @@ class StageFolder:
             raise CorruptFile(self._corrupt(MANIFEST, "not a manifest")) from error
         if (manifest.stage, manifest.digest) != (self.stage, self.digest):
             raise CorruptFile(self._corrupt(MANIFEST, f"of {manifest.stage}/{manifest.digest}: a copied folder"))
+        self._final = manifest
         return manifest
 
     def _check_there(self, manifest: Manifest) -> None:
+        for record, _ in self._lacking(manifest):
+            raise CorruptFile(self._corrupt(record.name, "missing or truncated"))
+
+    def _lacking(self, manifest: Manifest) -> list[tuple[FileRecord, int | None]]:
+        """Files of the manifest that a listing tells other sizes of, with these; None where they are missing."""
         self.store.fs.invalidate_cache()
         with self.store.named_failures("read from"):
-            sizes = self._sizes(self._base)
-        if gone := [name for name, record in manifest.files.items() if sizes.get(name) != record.bytes]:
-            raise CorruptFile(self._corrupt(gone[0], "missing or truncated"))
+            sizes = {name: info["size"] for name, info in listed(self.store.fs, self._base).items()}
+        found = ((record, sizes.get(name)) for name, record in manifest.files.items())
+        return [(record, size) for record, size in found if size != record.bytes]
 
     def finished(self) -> dict[str, FileRecord]:
         """Records of the files in place with the recorded size, by name."""
         self.store.fs.invalidate_cache()
         with self.store.named_failures("read from"):
-            sizes = self._sizes(self._base)
-            paths = [f"{self._base}/{RECORDS}/{name}" for name in sorted(self._sizes(f"{self._base}/{RECORDS}"))]
-            texts = self.store.fs.cat(paths, on_error="omit") if paths else {}
-        records = [self._parsed(text.decode(), path) for path, text in texts.items()]
+            sizes = {name: info["size"] for name, info in listed(self.store.fs, self._base).items()}
+            texts = record_texts(self.store.fs, f"{self._base}/{RECORDS}")
+        records = [self._parsed(text, f"{RECORDS}/{name}") for name, text in texts.items()]
         return {record.name: record for record in records if sizes.get(record.name) == record.bytes}
 
     @contextmanager
@@ -218,7 +201,7 @@ class StageFolder:
                 rows=writing.rows,
                 notes=notes,
             )
-            with self.store.named_failures("write to"), locked(self.scratch_path):
+            with self.store.named_failures("write to"), publishing(self.scratch_path, name):
                 if self._read(MANIFEST) is None:  # else another process has finished the stage meanwhile
                     self._publish(folder, writing.path, record)
 
@@ -237,7 +220,7 @@ class StageFolder:
             summary=dict(summary),
             provenance=provenance(),
         )
-        with self._temporary() as folder, self.store.named_failures("write to"), locked(self.scratch_path):
+        with self._temporary() as folder, self.store.named_failures("write to"), finishing(self.scratch_path):
             if self._read(MANIFEST) is None:
                 self._put_text(folder, MANIFEST, manifest.model_dump_json(indent=2))
         clear(self.scratch_path)
@@ -261,6 +244,16 @@ class StageFolder:
             raise CorruptFile(self._corrupt(name, "the checksum differs"))
         return path
 
+    def problems(self) -> list[str]:
+        """What the files of a finished stage lack, from one listing: none is opened. [] where nothing does."""
+        manifest = self.manifest()
+        return [
+            f"{record.name} is missing"
+            if size is None
+            else f"{record.name} has {size:,} bytes instead of {record.bytes:,}"
+            for record, size in (self._lacking(manifest) if manifest else ())
+        ]
+
     def verify(self, name: str) -> None:
         """Compare a file's bytes with its recorded checksum. Raises CorruptFile."""
         self.local_path(name)
@@ -280,6 +273,8 @@ class StageFolder:
 
     def record(self, name: str) -> FileRecord:
         """The record of one finished file. Raises StoreError when there is none."""
+        if self._final and name in self._final.files:
+            return self._final.files[name]
         path = f"{RECORDS}/{name}.json"
         text = self._read(path)
         if text is None:
@@ -331,14 +326,6 @@ class StageFolder:
             except ValueError as error:
                 raise CorruptFile(self._corrupt(record.name, str(error))) from None
 
-    def _sizes(self, folder: str) -> dict[str, int]:
-        """Files in a folder, with their sizes; empty when there is no folder."""
-        try:
-            found = self.store.fs.ls(folder, detail=True)
-        except FileNotFoundError:
-            return {}
-        return {item["name"].rpartition("/")[2]: item["size"] for item in found if item["type"] == "file"}
-
     def _read(self, name: str) -> str | None:
         with self.store.named_failures("read from"):
             try:
@@ -349,8 +336,8 @@ class StageFolder:
     def _publish(self, folder: Path, source: Path, record: FileRecord) -> None:
         """Put the file in place, then its record, until the two belong together.
 
-        Processes of one machine take turns. On S3 the file carries its checksum, so that a process that was overtaken
-        between file and record by one elsewhere sees it, and goes again.
+        Those of one machine that write the same file take turns. On S3 the file carries its checksum, so that a process
+        that was overtaken between file and record by one elsewhere sees it, and goes again.
         """
         options = {"Metadata": {"sha256": record.sha256}} if self.store.is_s3 else {}
         while True:
@@ -365,7 +352,8 @@ class StageFolder:
         path = f"{self._base}/{name}"
         if not self.store.is_local:
             patience = UPLOAD_PATIENCE_SECONDS + source.stat().st_size / 1e6
-            self.store.fs.put_file(str(source), path, timeout=patience, **options)  # appears only when complete
+            parts = {"chunksize": PART_BYTES} if self.store.is_s3 else {}
+            self.store.fs.put_file(str(source), path, timeout=patience, **parts, **options)  # appears when complete
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -183,3 +187,94 @@ def test_wrong_credentials_and_a_wrong_address_are_told(store, monkeypatch, vari
     type(store.fs).clear_instance_cache()
     with pytest.raises(StoreError, match=r"cannot write to the store s3://drafts/y: .*credentials and AWS_ENDPOINT"):
         wrong.check_writable()
+
+
+def test_files_of_one_stage_are_uploaded_at_the_same_time(store):
+    together, put = threading.Barrier(6), store.fs.put_file
+
+    def put_file(source: str, path: str, **options: object) -> None:
+        if "_records" not in path:
+            together.wait(timeout=60)  # passes only when six uploads are under way
+        put(source, path, **options)
+
+    store.fs.put_file = put_file
+    folder = store.stage("demo", KEY)
+    try:
+        with ThreadPoolExecutor(6) as threads:
+            list(threads.map(lambda i: folder.write_text(f"part-{i}", f"{i}"), range(6)))
+    finally:
+        del store.fs.put_file
+    folder.finish({})
+    assert [folder.read_text(f"part-{i}") for i in range(6)] == list("012345")
+
+
+def test_a_stage_is_not_finished_while_a_file_is_put_in_place(store):
+    folder, order, put = store.stage("demo", KEY), [], store.fs.put_file
+    folder.write_text("a", "a")
+    begun = threading.Event()
+
+    def put_file(source: str, path: str, **options: object) -> None:
+        if path.endswith("/b"):
+            begun.set()
+            time.sleep(1)
+        order.append(path.rpartition("/")[2])
+        put(source, path, **options)
+
+    store.fs.put_file = put_file
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            writing = threads.submit(folder.write_text, "b", "b")
+            begun.wait()
+            threads.submit(folder.finish, {}).result()
+            writing.result()
+    finally:
+        del store.fs.put_file
+    assert order == ["b", "b.json", "manifest.json"]
+
+
+def test_a_large_file_goes_up_in_parts_and_keeps_its_checksum(store, tmp_path, monkeypatch):
+    patient = {"config_kwargs": {"read_timeout": 60}, "use_listings_cache": False}
+    monkeypatch.setitem(fsspec.config.conf, "s3", patient)  # twelve megabytes take more than a second here
+    store = elsewhere(store, tmp_path)
+    monkeypatch.setattr("hass_core.store.store.PART_BYTES", 5 << 20)
+    folder, parts = store.stage("demo", KEY), []
+    call = type(store.fs)._call_s3
+
+    async def counted(fs: object, method: str, *arguments: object, **options: object) -> object:
+        parts.append(method)
+        return await call(fs, method, *arguments, **options)
+
+    monkeypatch.setattr(type(store.fs), "_call_s3", counted)
+    data = os.urandom(12 << 20)
+    with folder.writing("large") as file:
+        file.path.write_bytes(data)
+    assert parts.count("upload_part") == 3
+    assert folder.local_path("large").read_bytes() == data
+
+
+def test_records_of_many_files_are_read_in_one_call_the_next_time(store, monkeypatch):
+    monkeypatch.setattr("hass_core.store.records.ROLLED_UP", 8)
+    folder = store.stage("demo", KEY)
+    for i in range(8):
+        folder.write_text(f"part-{i}", f"{i}")
+    first, read = folder.finished(), []
+    cat = store.fs.cat
+    monkeypatch.setattr(store.fs, "cat", lambda paths, **options: read.extend(paths) or cat(paths, **options))
+    assert folder.finished() == first
+    assert read == []
+    folder.write_text("part-3", "changed")
+    assert folder.finished()["part-3"].bytes == len("changed")
+    assert [path.rpartition("/")[2] for path in read] == ["part-3.json"]
+    store.fs.pipe_file(f"{folder.url}/_records.json", b"{broken")
+    assert len(folder.finished()) == 8
+
+
+def test_what_a_finished_stage_lacks_is_told_by_a_listing(store):
+    folder = store.stage("demo", KEY)
+    for name in "abc":
+        folder.write_text(name, "text")
+    folder.finish({})
+    assert folder.problems() == []
+    store.fs.rm_file(f"{folder.url}/a")
+    store.fs.pipe_file(f"{folder.url}/b", b"longer text")
+    assert folder.problems() == ["a is missing", "b has 11 bytes instead of 4"]
