@@ -30,30 +30,58 @@ class Sketch:
     collisions: int  # pieces that found their bit set already
 
 
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What is compared of a text: one integer for each band, equal for equal bands, and the sketch."""
+
+    bands: list[int]
+    sketch: Sketch
+
+
+class Signer:
+    """Signs texts; equal similarities and seeds give equal signatures, in every process."""
+
+    def __init__(self, similarity: float, seed: int = 0):
+        self.rows = band_rows(similarity)
+        random = np.random.default_rng(seed)
+        self._factors = random.integers(0, 2**31, size=(NUM_HASHES, 1), dtype=np.uint32) * np.uint32(2) + np.uint32(1)
+        self._folds = random.integers(0, 2**64, size=NUM_HASHES, dtype=np.uint64) | np.uint64(1)
+
+    def sign(self, text: str) -> Signature:
+        """The text's signature."""
+        pieces = pieces_of(text)
+        return Signature(self.bands(pieces), sketch_of(pieces))
+
+    def bands(self, pieces: NDArray[np.uint64]) -> list[int]:
+        """One integer for each band of the signature; equal bands have equal ones."""
+        signature = ((pieces >> np.uint64(32)).astype(np.uint32) * self._factors).min(axis=1)
+        return (signature * self._folds).reshape(-1, self.rows).sum(axis=1).tolist()
+
+
 class NearDuplicates:
     """Texts seen so far; `add` answers whether a similar one was among them."""
 
     def __init__(self, similarity: float, seed: int = 0):
         self.similarity = similarity
-        self._rows = band_rows(similarity)
-        random = np.random.default_rng(seed)
-        self._factors = random.integers(0, 2**31, size=(NUM_HASHES, 1), dtype=np.uint32) * np.uint32(2) + np.uint32(1)
-        self._folds = random.integers(0, 2**64, size=NUM_HASHES, dtype=np.uint64) | np.uint64(1)
+        self._signer = Signer(similarity, seed)
         self._texts: list[str] = []
         self._sketches: list[Sketch] = []
         # chains instead of a list per bucket: millions of small lists would cost memory and the collector's time
-        self._latest: list[dict[int, int]] = [{} for _ in range(NUM_HASHES // self._rows)]
+        self._latest: list[dict[int, int]] = [{} for _ in range(NUM_HASHES // self._signer.rows)]
         self._earlier = array("i")  # for each text and band: the text before it with the same band, or NOBODY
 
     def add(self, text: str) -> str | None:
         """The earlier text whose similarity to this one is at least the threshold; None keeps `text` as new."""
-        pieces = pieces_of(text)
-        bands, sketch = self._bands(pieces), sketch_of(pieces)
+        return self.add_signed(text, self._signer.sign(text))
+
+    def add_signed(self, text: str, signature: Signature) -> str | None:
+        """The same for a text that is signed already."""
+        bands, sketch = signature.bands, signature.sketch
         earlier = [latest.get(band, NOBODY) for latest, band in zip(self._latest, bands, strict=True)]
         for i in sorted(self._candidates(earlier)):
             if (
                 most_similar(sketch, self._sketches[i]) >= self.similarity
-                and jaccard(pieces, pieces_of(self._texts[i])) >= self.similarity
+                and jaccard(pieces_of(text), pieces_of(self._texts[i])) >= self.similarity
             ):
                 return self._texts[i]
         for latest, band in zip(self._latest, bands, strict=True):
@@ -71,11 +99,6 @@ class NearDuplicates:
                 found.add(i)
                 i = self._earlier[i * len(latest) + band]
         return found
-
-    def _bands(self, pieces: NDArray[np.uint64]) -> list[int]:
-        """One integer for each band of the signature; equal bands have equal ones."""
-        signature = ((pieces >> np.uint64(32)).astype(np.uint32) * self._factors).min(axis=1)
-        return (signature * self._folds).reshape(-1, self._rows).sum(axis=1).tolist()
 
 
 def band_rows(similarity: float) -> int:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from hass_core.config import RunConfig
 from hass_core.data.conversations import Record, as_stored, from_stored, user_text
 from hass_core.data.engines.local import LocalEngine
+from hass_core.data.examine import Examination
 from hass_core.data.holdout import (
     TRAINING_FILE,
     assert_no_leak,
@@ -69,14 +70,15 @@ def collect_prompts(config: RunConfig, store: Store, target: Target, progress: P
         return done
     check_template(target.tokenizer, target.eos_token_ids)
     selection = Selection(config.prompts, target.tokenizer, forbidden)
-    for candidate in _given(config, sources, window):
-        if selection.full:
-            break
-        selection.consider(candidate)
-    given = len(selection.kept)
-    wanted = _wanted(config, given)
-    if wanted and not selection.full:
-        _add_self_written(config, target, selection, folder, progress, wanted)
+    with Examination(target.tokenizer, config.prompts, forbidden) as examination:
+        for candidate, examined in examination.of(_given(config, sources, window)):
+            if selection.full:
+                break
+            selection.consider(candidate, examined)
+        given = len(selection.kept)
+        wanted = _wanted(config, given)
+        if wanted and not selection.full:
+            _add_self_written(config, target, _Judge(selection, examination, wanted), folder, progress)
     if not selection.kept:
         raise BadInput(f"no prompt is left: {_told(selection.reasons())}; add prompts.files or prompts.self_written")
     assert_no_leak((text for record in selection.kept for text in user_turns(record)), forbidden.hashes)
@@ -153,12 +155,12 @@ def _resolved(sources: Sources, window: list[Record | Skipped] | None) -> dict[s
 
 
 def _add_self_written(
-    config: RunConfig, target: Target, selection: Selection, folder: StageFolder, progress: Progress, wanted: int
+    config: RunConfig, target: Target, judge: "_Judge", folder: StageFolder, progress: Progress
 ) -> None:
     """Sample until enough texts are usable. While a thread judges one round, the next ones are sampled."""
     engine = LocalEngine(target, config.responses.max_sequences_per_batch)
     max_tokens = min(config.prompts.max_prompt_tokens, SELF_WRITTEN_MAX_TOKENS)
-    judge, number = _Judge(selection, wanted), 0
+    number = 0
     with ThreadPoolExecutor(1) as thread:
         while judge.open:
             count, judged = max(64, int(1.5 * judge.missing)), thread.submit(judge.judge, [], number)
@@ -176,9 +178,9 @@ def _add_self_written(
 class _Judge:
     """Puts self-written texts, round after round, before the selection, until `wanted` are kept."""
 
-    def __init__(self, selection: Selection, wanted: int):
+    def __init__(self, selection: Selection, examination: Examination, wanted: int):
         self.kept, self.wanted = 0, wanted
-        self._selection, self._hopeless = selection, False
+        self._selection, self._examination, self._hopeless = selection, examination, False
 
     @property
     def missing(self) -> int:
@@ -192,10 +194,11 @@ class _Judge:
     def judge(self, texts: list[str | None], number: int) -> None:
         """Round `number`, in order."""
         before = self.kept
-        for i, text in enumerate(texts):
+        candidates = (_self_written(text, f"self-written/{number:05d}-{i:04d}") for i, text in enumerate(texts))
+        for candidate, examined in self._examination.of(candidates):
             if not self.open:
                 return
-            self.kept += self._selection.consider(_self_written(text, f"self-written/{number:05d}-{i:04d}"))
+            self.kept += self._selection.consider(candidate, examined)
         self._hopeless = self.kept - before < MIN_YIELD * len(texts)
 
 

@@ -7,7 +7,6 @@ thread does. Nothing here loads torch, so that those processes are up soon.
 
 import hashlib
 import logging
-import multiprocessing
 import os
 import threading
 from collections import deque
@@ -18,18 +17,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow.parquet as pq
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from hass_core.config import FeaturesConfig
 from hass_core.data.conversations import from_stored
+from hass_core.data.processes import spare_processes, tokenizer_processes
 from hass_core.data.templates import SkippedConversation, encode_conversation
 
 MANY_CONVERSATIONS = 8192  # below, one thread is done before it matters
-CORES_FOR_OTHERS, CORES_PER_PROCESS, MOST_PROCESSES = 2, 2, 8
 LOOK_AGAIN_SECONDS = 0.05
 
 log = logging.getLogger(__name__)
@@ -96,17 +94,11 @@ PartsOf = Callable[[list[str], Callable[[str], Path]], Iterator[Part]]
 @contextmanager
 def tokenising(tokenizer: PreTrainedTokenizerBase, settings: FeaturesConfig, conversations: int) -> Iterator[PartsOf]:
     """What tokenises so many conversations. Entered early, its processes are up when they are needed."""
-    count = min(MOST_PROCESSES, ((os.cpu_count() or 1) - CORES_FOR_OTHERS) // CORES_PER_PROCESS)
-    if conversations < MANY_CONVERSATIONS or not isinstance(tokenizer, PreTrainedTokenizerFast):
-        count = 0
+    count = spare_processes(tokenizer) if conversations >= MANY_CONVERSATIONS else 0
     encode: Callable[[str, Path], Part] = partial(encode_part, tokenizer=tokenizer, settings=settings)
     with ExitStack() as stack:
         if count:
-            folder = stack.enter_context(TemporaryDirectory())
-            tokenizer.save_pretrained(folder)
-            context = multiprocessing.get_context("spawn")  # a fork would share CUDA and locks
-            processes = ProcessPoolExecutor(count, context, _begin, (folder, settings))
-            stack.callback(processes.shutdown, wait=False, cancel_futures=True)
+            processes = stack.enter_context(tokenizer_processes(count, tokenizer, _begin, settings))
             encode = _Elsewhere(processes, encode)
         threads = ThreadPoolExecutor(max(1, count))
         stack.callback(threads.shutdown, cancel_futures=True)
@@ -142,19 +134,9 @@ class _Elsewhere:
 _encode_here: Callable[[str, Path], Part]  # in a process that tokenises
 
 
-def _begin(folder: str, settings: FeaturesConfig) -> None:
-    """What a process does first. It ends with its parent, however that ends, and takes the tokenizer by its file as it
-    is: a model's own class may build the splitting of text anew."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _begin(tokenizer: PreTrainedTokenizerBase, settings: FeaturesConfig) -> None:
     global _encode_here
-    _encode_here = partial(encode_part, tokenizer=PreTrainedTokenizerFast.from_pretrained(folder), settings=settings)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent
-    parent.join()
-    os._exit(1)
+    _encode_here = partial(encode_part, tokenizer=tokenizer, settings=settings)
 
 
 def _encode(name: str, path: Path) -> Part:

@@ -11,6 +11,7 @@ from hass_core.data.dedupe import (
     MIN_RECALL,
     NUM_HASHES,
     NearDuplicates,
+    Signer,
     band_rows,
     jaccard,
     most_similar,
@@ -78,10 +79,10 @@ def test_pairs_at_the_threshold_are_found(similarity):
     """Not one by one as in the formula but by the hashes themselves, on random sets of exactly this similarity."""
     rng, trials, size = np.random.default_rng(2), 2000, 180
     common = round(2 * size * similarity / (1 + similarity))
-    dedupe, found = NearDuplicates(similarity), 0
+    signer, found = Signer(similarity), 0
     for _ in range(trials):
         pieces = rng.integers(0, 2**64, 2 * size - common, dtype=np.uint64)
-        first, second = dedupe._bands(pieces[:size]), dedupe._bands(pieces[-size:])
+        first, second = signer.bands(pieces[:size]), signer.bands(pieces[-size:])
         found += any(one == other for one, other in zip(first, second, strict=True))
     assert found / trials >= MIN_RECALL
 

@@ -37,9 +37,7 @@ def parts(source, tiny_target, config):
 @pytest.fixture
 def two_processes(monkeypatch):
     monkeypatch.setattr(tokenise, "MANY_CONVERSATIONS", 1)
-    monkeypatch.setattr(tokenise, "CORES_FOR_OTHERS", 0)
-    monkeypatch.setattr(tokenise, "CORES_PER_PROCESS", 1)
-    monkeypatch.setattr(tokenise, "MOST_PROCESSES", 2)
+    monkeypatch.setattr(tokenise, "spare_processes", lambda tokenizer: 2)
     monkeypatch.setattr(tokenise._Elsewhere, "up", lambda elsewhere: True)  # to be waited for
 
 
