@@ -132,8 +132,11 @@ class ResponsesConfig(Settings):
     server_url: Address | None = Field(
         default=None, description="Base URL of an OpenAI-compatible server, ending in /v1"
     )
+    more_servers: tuple[Address, ...] = Field(
+        default=(), description="Addresses of more servers with the same model; the one with least to do is asked"
+    )
     server_model: str | None = Field(default=None, description="Model name at that server")
-    server_concurrency: int = Field(default=32, ge=1, le=4096, description="Requests in flight")
+    server_concurrency: int = Field(default=32, ge=1, le=4096, description="Requests in flight at each server")
 
     @model_validator(mode="after")
     def _check(self) -> "ResponsesConfig":

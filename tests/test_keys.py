@@ -105,6 +105,7 @@ TABLE: dict[str, tuple[Any, str]] = {
     "responses.drop_repetitive": (False, "responses"),
     "responses.languages": (("en",), "responses"),
     "responses.server_url": ("http://127.0.0.1:2/v1", NONE),
+    "responses.more_servers": (("http://127.0.0.1:3/v1",), NONE),
     "responses.server_model": ("other", NONE),  # of a local engine; see SPECIAL
     "responses.server_concurrency": (9, NONE),
     "features.max_tokens_per_conversation": (99, "features"),
@@ -145,6 +146,7 @@ SPECIAL: list[tuple[dict[str, Any], str, Any, str]] = [
     (LOCAL | {"draft": {"architecture": "eagle3"}}, "draft.norm_output", True, "draft"),
     (SERVER, "responses.server_model", "other", "responses"),
     (SERVER, "responses.server_url", "http://127.0.0.1:2/v1", NONE),  # where, not what
+    (SERVER, "responses.more_servers", ("http://127.0.0.1:3/v1",), NONE),
     (SERVER, "target.dtype", "bfloat16", "features"),
     (WRITING, "seed", 7, "prompts"),
     (WRITING, "target.dtype", "bfloat16", "prompts"),

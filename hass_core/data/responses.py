@@ -48,7 +48,12 @@ RESPONSES_SCHEMA = pa.schema(
 )
 SKIPPED_SCHEMA = pa.schema([("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 JOURNAL = "answers.jsonl"
-SPEED_ONLY = {"max_sequences_per_batch", "server_concurrency", "server_url"}  # do not change what is answered
+SPEED_ONLY = {
+    "max_sequences_per_batch",
+    "server_concurrency",
+    "server_url",
+    "more_servers",
+}  # do not change what is answered
 
 
 def generate_responses(

@@ -1,4 +1,4 @@
-"""Answers from any server that speaks the OpenAI chat protocol: vLLM, SGLang, TGI and others.
+"""Answers from servers that speak the OpenAI chat protocol: vLLM, SGLang, TGI and others.
 
 Many requests are in flight at once, within a bound. What is worth repeating (busy, rate limit, server error, lost
 connection) is repeated with growing pauses, as long as the server asks for when it says so; so is, fewer times, a reply
@@ -7,7 +7,6 @@ later ones in a row by the server's fault, the run stops: the rest would fail to
 """
 
 import asyncio
-import os
 import random
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -18,90 +17,54 @@ from transformers import PreTrainedTokenizerBase
 from hass_core.config import ResponsesConfig
 from hass_core.data.engines.base import Completion, Request, RequestQueue
 from hass_core.data.engines.replies import OddReply, Reply, models_in, quoted, read_reply, says, without_refused
+from hass_core.data.engines.servers import TIMEOUT_SECONDS, Server, Servers
 from hass_core.data.messages import as_sent
 from hass_core.data.rendering import SkippedConversation, decode, special_token_ids
 from hass_core.data.templates import answer_tokens
 from hass_core.errors import ConfigError, TargetError
-from hass_core.trusted_hosts import VARIABLE, is_trusted
 
 MAX_ATTEMPTS = 6
 ODD_ATTEMPTS = 3
 FIRST_PAUSE_SECONDS = 0.5
 MAX_PAUSE_SECONDS = 60.0
-TIMEOUT_SECONDS = 600.0  # for a whole reply, also of a server that sends a byte now and then
-WORTH_REPEATING = {408, 409, 425, 429, 500, 502, 503, 504}
+BUSY = {408, 409, 425, 429}
+WORTH_REPEATING = BUSY | {500, 502, 503, 504}
 REFUSALS = {400, 422}
 OF_ONE_CONVERSATION = {f"server answered {status}" for status in (400, 413, 422)}  # too long for the server, say
 ALIKE = 8  # so many equal failures in a row stop the run
-KEY = "OPENAI_API_KEY"
 
 
 class OpenAIEngine:
-    """Requests to one server; a key, if it wants one, comes from the environment variable OPENAI_API_KEY.
-
-    Redirections are not followed: a key would go where nobody looked.
-    """
+    """Requests to one server or to several with the same model."""
 
     def __init__(self, settings: ResponsesConfig, tokenizer: PreTrainedTokenizerBase):
         if not settings.server_url:
             raise ConfigError("responses.server_url is empty; give the server's address, ending in /v1")
-        self._url = settings.server_url.rstrip("/")
+        self._urls = [settings.server_url, *settings.more_servers]
         self._model = settings.server_model
         self._concurrency = settings.server_concurrency
         self._tokenizer = tokenizer
-        self._unknown: set[str] = set()  # fields that this server refuses
-        self._withheld = bool(os.environ.get(KEY)) and not is_trusted(self._url)
 
     def complete(self, queue: RequestQueue) -> Iterator[Completion]:
-        """See `Engine`. Raises TargetError when the server cannot be reached, or fails again and again."""
+        """See `Engine`. Raises TargetError when no server can be reached, or they fail again and again."""
         with asyncio.Runner() as runner:
-            client = self._client()
+            self._servers = Servers(self._urls, self._concurrency)
             try:
-                model = self._model or runner.run(self._served_model(client))
-                with closing(self._completions(runner, client, model, queue)) as completions:
+                runner.run(self._find_models())
+                with closing(self._completions(runner, queue)) as completions:
                     yield from self._unless_failing(completions)
             finally:
-                runner.run(client.aclose())
+                runner.run(self._servers.close())
 
-    def _client(self) -> Any:
-        import httpx  # here, because the core works without it
-
-        key = None if self._withheld else os.environ.get(KEY)
-        limits = httpx.Limits(max_connections=self._concurrency, max_keepalive_connections=self._concurrency)
-        return httpx.AsyncClient(
-            base_url=self._url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            limits=limits,
-            timeout=httpx.Timeout(TIMEOUT_SECONDS, connect=10.0),
-        )
-
-    async def _served_model(self, client: Any) -> str:
-        """The one model the server offers: a first request that shows whether it is there."""
-        import httpx
-
-        problem = ""
-        for attempt in range(ODD_ATTEMPTS):
+    async def _find_models(self) -> None:
+        """Fill in what each server is asked for. One that lists no models is dropped, unless it is the last."""
+        for server in self._servers.known:
             try:
-                reply = await client.get("/models")
-            except (httpx.RequestError, httpx.InvalidURL) as error:
-                problem = f"{error!r}"
-                break
-            names = models_in(reply.content) if reply.status_code == 200 else []
-            if len(names) > 1:
-                raise TargetError(
-                    f"the server {self._url} has the models {', '.join(names)}; say in responses.server_model which "
-                    "is the target"
-                )
-            if names:
-                return names[0]
-            problem = f"status {reply.status_code}, it said {_said(reply)}"
-            if reply.status_code != 200 and reply.status_code not in WORTH_REPEATING:
-                break
-            await asyncio.sleep(backoff_seconds(attempt, reply.headers.get("retry-after")))
-        raise TargetError(
-            f"the server {self._url} does not list its models: {problem}{self._hint()}; check that it runs, or set "
-            "responses.server_model"
-        )
+                server.model = self._model or await _served_model(server)
+            except TargetError as error:
+                if not self._servers.drop(server, str(error)):
+                    raise
+        self._servers.check_models()
 
     def _unless_failing(self, completions: Iterator[Completion]) -> Iterator[Completion]:
         """Hold failures of the server back until there is an answer, so that a run that stops leaves them to the next.
@@ -129,28 +92,24 @@ class OpenAIEngine:
         failed = f"{ALIKE} × {last.error} (it said: {last.detail})"
         if answered:
             return TargetError(
-                f"the server {self._url} answers no more: {failed}{self._hint()}; check it and run the same command "
-                "again, finished answers are kept"
+                f"the server {self._servers} answers no more: {failed}{self._hint()}; check it and run the same "
+                "command again, finished answers are kept"
             )
         return TargetError(
-            f"no prompt was answered: {failed}, and nothing else from {self._url}{self._hint()}; check the server and "
-            "the responses settings"
+            f"no prompt was answered: {failed}, and nothing else from {self._servers}{self._hint()}; check the server "
+            "and the responses settings"
         )
 
     def _hint(self) -> str:
-        """That a key was kept back, which may be why a server refuses."""
-        host = self._url.partition("://")[2].partition("/")[0]
-        return f"; {KEY} was not sent, for {VARIABLE} does not name {host}" if self._withheld else ""
+        return "".join(server.hint for server in self._servers.alive)
 
-    def _completions(
-        self, runner: asyncio.Runner, client: Any, model: str, queue: RequestQueue
-    ) -> Generator[Completion]:
-        """Keep `concurrency` requests in flight; yield what has arrived between two waits."""
+    def _completions(self, runner: asyncio.Runner, queue: RequestQueue) -> Generator[Completion]:
+        """Keep `concurrency` requests in flight at each server; yield what has arrived between two waits."""
         running: set[asyncio.Task[Completion]] = set()
 
         async def turn() -> set[asyncio.Task[Completion]]:
-            for request in queue.take(self._concurrency - len(running)):
-                running.add(asyncio.ensure_future(self._answer(client, model, request)))
+            for request in queue.take(max(0, self._servers.room - len(running))):
+                running.add(asyncio.ensure_future(self._answer(request)))
             if not running:
                 return set()
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -164,46 +123,68 @@ class OpenAIEngine:
         finally:
             runner.run(_abandon(running))
 
-    async def _answer(self, client: Any, model: str, request: Request) -> Completion:
-        """One answer, or the error that remained after all attempts. Raises TargetError when the server is gone."""
-        error, said = "", ""
-        for attempt in range(MAX_ATTEMPTS):
-            reply = await self._posted(client, model, request, attempt)
-            if reply is not None and reply.status_code == 200:
-                try:
-                    return self._completion(request, read_reply(reply.content))
-                except OddReply as odd:
-                    error, said = odd.reason, odd.said
-                    if attempt >= ODD_ATTEMPTS - 1:
-                        break
-            elif reply is not None:
+    async def _answer(self, request: Request) -> Completion:
+        """One answer, or the error that remained after all attempts, each at the server with least to do and, after a
+        failure, at another one. Raises TargetError when the last server is gone."""
+        error, said, server, attempt, odd = "", "", None, 0, 0
+        while attempt < MAX_ATTEMPTS:
+            server = self._servers.least_loaded(but=server if error or attempt else None)
+            reply = await self._posted(server, request, last=attempt == MAX_ATTEMPTS - 1)
+            if reply is None:  # the connection was lost
+                attempt += server in self._servers.alive  # else it is asked of the others as if for the first time
+                await asyncio.sleep(backoff_seconds(attempt, None))
+                continue
+            try:
+                found = read_reply(reply.content) if reply.status_code == 200 else None
+            except OddReply as problem:
+                error, said, found, odd = problem.reason, problem.said, None, odd + 1
+            else:
+                if found is not None:
+                    server.failures = 0
+                    return self._completion(request, found)
                 error, said = f"server answered {reply.status_code}", _said(reply)
-                if reply.status_code not in WORTH_REPEATING or attempt == MAX_ATTEMPTS - 1:
-                    break
-            await asyncio.sleep(backoff_seconds(attempt, reply.headers.get("retry-after") if reply else None))
+            attempt += 1
+            if (
+                error in OF_ONE_CONVERSATION
+                or odd >= ODD_ATTEMPTS
+                or not self._is_worth_repeating(server, reply, error)
+            ):
+                break
+            await asyncio.sleep(backoff_seconds(attempt - 1, reply.headers.get("retry-after")))
         return Completion(request.key, [], finished=False, error=error, detail=said)
 
-    async def _posted(self, client: Any, model: str, request: Request, attempt: int) -> Any:
-        """The reply (httpx.Response); None when the connection was lost. Raises TargetError."""
+    def _is_worth_repeating(self, server: Server, reply: Any, error: str) -> bool:
+        """Count a server's failure, which being busy is not. What one refuses, a wrong key say, another may not."""
+        if reply.status_code not in BUSY:
+            self._servers.failed(server, error)
+        return reply.status_code in WORTH_REPEATING | {200} or len(self._servers.alive) > 1
+
+    async def _posted(self, server: Server, request: Request, last: bool) -> Any:
+        """The reply (httpx.Response); None when the connection was lost. Raises TargetError where it is lost for the
+        `last` time at the last server."""
         import httpx
 
-        body = {key: value for key, value in _body(model, request).items() if key not in self._unknown}
-        if "max_tokens" in self._unknown:
+        body = {key: value for key, value in _body(server.model, request).items() if key not in server.unknown}
+        if "max_tokens" in server.unknown:
             body["max_completion_tokens"] = request.max_new_tokens
+        server.in_flight += 1
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
-                reply = await client.post("/chat/completions", json=body)
+                reply = await server.client.post("/chat/completions", json=body)
         except (httpx.RequestError, TimeoutError) as error:
-            if attempt == MAX_ATTEMPTS - 1:
+            self._servers.failed(server, repr(error))
+            if last and not self._servers.drop(server, repr(error)):
                 raise TargetError(
-                    f"the server {self._url} cannot be reached: {error!r}; start it and run the same command "
+                    f"the server {server.url} cannot be reached: {error!r}; start it and run the same command "
                     "again, finished answers are kept"
                 ) from error
             return None
+        finally:
+            server.in_flight -= 1
         known = without_refused(body, reply.text) if reply.status_code in REFUSALS else None
         if known is not None:
-            self._unknown |= body.keys() - known.keys()
-            return await self._posted(client, model, request, attempt)
+            server.unknown |= body.keys() - known.keys()
+            return await self._posted(server, request, last)
         return reply
 
     def _completion(self, request: Request, reply: Reply) -> Completion:
@@ -226,6 +207,35 @@ class OpenAIEngine:
             return False
         ends = ids[-1] in special_token_ids(self._tokenizer)
         return ends == reply.finished and says(decode(self._tokenizer, ids[:-1] if ends else ids), reply)
+
+
+async def _served_model(server: Server) -> str:
+    """The one model the server offers: a first request that shows whether it is there. Raises TargetError."""
+    import httpx
+
+    problem = ""
+    for attempt in range(ODD_ATTEMPTS):
+        try:
+            reply = await server.client.get("/models")
+        except (httpx.RequestError, httpx.InvalidURL) as error:
+            problem = f"{error!r}"
+            break
+        names = models_in(reply.content) if reply.status_code == 200 else []
+        if len(names) > 1:
+            raise TargetError(
+                f"the server {server.url} has the models {', '.join(names)}; say in responses.server_model which "
+                "is the target"
+            )
+        if names:
+            return names[0]
+        problem = f"status {reply.status_code}, it said {_said(reply)}"
+        if reply.status_code != 200 and reply.status_code not in WORTH_REPEATING:
+            break
+        await asyncio.sleep(backoff_seconds(attempt, reply.headers.get("retry-after")))
+    raise TargetError(
+        f"the server {server.url} does not list its models: {problem}{server.hint}; check that it runs, or set "
+        "responses.server_model"
+    )
 
 
 async def _abandon(tasks: set[asyncio.Task[Completion]]) -> None:

@@ -1,4 +1,4 @@
-"""A small chat server for tests: `python chat_server.py PORT [FAULT …]` fails some requests on purpose.
+"""A small chat server for tests: `python chat_server.py [sick] [MODEL]` fails some requests on purpose, `sick` all.
 
 Every question's first request is answered 429, with Retry-After, when it contains "busy"; 500 when it contains
 "broken"; always 400 when it contains "refuse"; always 503 when it contains "down".
@@ -10,7 +10,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 seen: set[str] = set()
-state = {"now": 0, "most": 0, "models": 0}
+state = {"now": 0, "most": 0, "models": 0, "answered": 0}
+sick = "sick" in sys.argv[1:]
+served = next((word for word in sys.argv[1:] if word != "sick"), "tiny")
 lock = threading.Lock()
 
 
@@ -25,7 +27,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(401, {"error": {"message": "no key, no models"}})
         if self.path.startswith("/two"):
             return self.reply(200, {"data": [{"id": "tiny"}, {"id": "other"}]})
-        return self.reply(200, state if self.path.endswith("/state") else {"data": [{"id": "tiny"}]})
+        return self.reply(200, state if self.path.endswith("/state") else {"data": [{"id": served}]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -38,7 +40,8 @@ class Handler(BaseHTTPRequestHandler):
         threading.Event().wait(0.02)
         with lock:
             state["now"] -= 1
-        status = self.fault(question, first)
+        status = 503 if sick else self.fault(question, first)
+        state["answered"] += status == 200
         if "dripping" in question:
             return self.drip()
         if "moved" in question:

@@ -2,9 +2,11 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,14 +18,23 @@ from hass_core.data.engines.replies import Reply, says, without_refused
 from hass_core.data.templates import decode, encode_prompt
 from hass_core.errors import ConfigError, TargetError
 
+REQUESTS = int(os.environ.get("HASS_TEST_REQUESTS", "300"))
+
+
+@contextmanager
+def chat_server(*words: str):
+    """A server's process and its address."""
+    command = [sys.executable, str(Path(__file__).with_name("chat_server.py")), *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        yield process, f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
+        process.kill()
+
 
 @pytest.fixture(scope="module")
 def server_url():
-    command = [sys.executable, str(Path(__file__).with_name("chat_server.py"))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
-        process.kill()
+    with chat_server() as (_, url):
+        yield url
 
 
 def engine(url: str, target, concurrency: int = 8) -> OpenAIEngine:
@@ -242,3 +253,60 @@ def test_pauses_grow_and_obey_the_server():
     assert backoff_seconds(0, "9999") == 60.0
     assert 0.25 <= backoff_seconds(0, None) <= 0.5
     assert 4.0 <= backoff_seconds(4, "Wed, 21 Oct 2026 07:28:00 GMT") <= 8.0
+
+
+def of_several(urls: list[str], target, concurrency: int = 8, **more: object) -> OpenAIEngine:
+    first, *others = urls
+    settings = {
+        "engine": "openai",
+        "server_url": first,
+        "more_servers": others,
+        "server_concurrency": concurrency,
+        **more,
+    }
+    return OpenAIEngine(ResponsesConfig.model_validate(settings), target.tokenizer)
+
+
+@pytest.mark.slow
+def test_several_servers_lose_and_double_nothing_when_one_is_sick_and_one_dies(tiny_target, monkeypatch, caplog):
+    monkeypatch.setattr("hass_core.data.engines.openai.FIRST_PAUSE_SECONDS", 0.01)
+    words = ("hello", "busy", "broken", "refuse", "html")
+    questions = [f"{words[i % 5]} {i}" for i in range(REQUESTS)]
+    with chat_server() as (_, sound), chat_server("sick") as (_, sick), chat_server() as (dying, mortal):
+        queue = RequestQueue(request(question, tiny_target) for question in questions)
+        found: list[Completion] = []
+        for completion in of_several([sick, mortal, sound], tiny_target).complete(queue):
+            found.append(completion)
+            if len(found) == REQUESTS // 4:
+                dying.kill()
+    assert sorted(completion.key for completion in found) == sorted(questions)
+    errors = {completion.key.split()[0]: completion.error for completion in found}
+    assert errors == {word: "server answered 400" if word == "refuse" else None for word in words}
+    dropped = [record.args[0] for record in caplog.records if "is dropped" in record.message]
+    assert sorted(dropped) == sorted([sick, mortal])
+
+
+def test_work_goes_to_the_server_with_least_to_do(tiny_target):
+    with chat_server() as (_, one), chat_server() as (_, other):
+        queue = RequestQueue(request(f"question {i}", tiny_target) for i in range(60))
+        assert len(list(of_several([one, other], tiny_target, concurrency=4).complete(queue))) == 60
+        answered = []
+        for url in (one, other):
+            with urllib.request.urlopen(f"{url}/state") as reply:
+                answered.append(json.load(reply)["answered"])
+    assert sum(answered) == 60
+    assert min(answered) >= 15
+
+
+def test_servers_of_different_models_are_refused_unless_one_is_named(tiny_target):
+    with chat_server() as (_, one), chat_server("other") as (_, two):
+        with pytest.raises(TargetError, match=r"the servers have different models: .* has tiny, .* has other; say in"):
+            list(of_several([one, two], tiny_target).complete(RequestQueue([request("hello", tiny_target)])))
+        named = of_several([one, two], tiny_target, server_model="tiny")
+        assert len(list(named.complete(RequestQueue([request("hello", tiny_target)])))) == 1
+
+
+def test_a_server_that_is_not_there_at_the_beginning_is_named_and_the_others_answer(server_url, tiny_target, caplog):
+    engine = of_several(["http://127.0.0.1:9/v1", server_url], tiny_target)
+    assert [c.error for c in engine.complete(RequestQueue([request("fine and well", tiny_target)]))] == [None]
+    assert "the server http://127.0.0.1:9/v1 is dropped, 1 are left" in caplog.text
