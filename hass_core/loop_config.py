@@ -117,13 +117,21 @@ class WatchConfig(Settings):
 
 
 class ExecutionConfig(Settings):
-    """Who does the work of a stage that can be divided by shards; the result is the same."""
+    """Who does the work of a stage that can be divided, by shards or by packs; the result is the same."""
 
     workers: int = Field(
         default=1, ge=1, le=4096, description="Shards extracted at once; 1 = one after the other in this process"
     )
     runner: Literal["threads", "ray"] = Field(
         default="threads", description="threads = this machine, one process for each of several GPUs; ray = a cluster"
+    )
+    gpus: int = Field(
+        default=1, ge=1, le=4096, description="Processes of this host that train the draft, each with a GPU of its own"
+    )
+    accelerate: str | None = Field(
+        default=None,
+        description="A configuration of accelerate for them, such as infra/accelerate/fsdp2.yaml, or one over several "
+        "hosts; each host runs this stage with its own",
     )
     ray_address: str | None = Field(
         default=None, description="A running cluster, as ray://HOST:10001; None = one started on this machine"
