@@ -78,16 +78,17 @@ def train(run: Run, steps: Prefetcher[list[Batch]], at: Position, progress: Prog
 
 
 def _validate(run: Run, at: Position) -> Position:
-    """All processes validate, since weights may be divided among them; what the first one found counts."""
+    """Each process validates on its share; what the first one found counts."""
     trainer = run.trainer
     if not run.held:
         return at
     if trainer.average:
         trainer.average.swap(trainer.draft)
     with gathered(trainer.wrapped):
-        record = validate(trainer.alignment, trainer.head, run.held, trainer.objective, trainer.dtype)
+        among = trainer.accelerator
+        record = validate(trainer.alignment, trainer.head, run.held, trainer.objective, trainer.dtype, among)
         if run.answers:
-            record |= validate_tree(trainer.draft, trainer.head, run.answers, run.tree)
+            record |= validate_tree(trainer.draft, trainer.head, run.answers, run.tree, among)
     if trainer.average:
         trainer.average.swap(trainer.draft)
     record = as_first_process(record, trainer.accelerator)

@@ -54,6 +54,20 @@ def average(tensors: Sequence[Tensor], accelerator: Accelerator) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
+def own_share(items: Sequence[T], accelerator: Accelerator | None) -> Sequence[T]:
+    """This process's part of work that any of them could do."""
+    return items[accelerator.process_index :: accelerator.num_processes] if accelerator else items
+
+
+def total(tensor: Tensor, accelerator: Accelerator | None) -> Tensor:
+    """The sum of all processes' tensors, on each of them."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return tensor
+    summed = tensor.clone()
+    torch.distributed.all_reduce(summed)
+    return summed
+
+
 def as_first_process(value: T, accelerator: Accelerator) -> T:
     """The first process's `value`, on all of them: what it decides is then decided alike."""
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value

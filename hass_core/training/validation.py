@@ -19,6 +19,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from hass_core.config import SamplingConfig, TreeConfig
@@ -32,7 +33,8 @@ from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
 from hass_core.training.alignment import Alignment
 from hass_core.training.batch import Batch, Conversation, collate
-from hass_core.training.losses import Objective, distill
+from hass_core.training.losses import PARTS, Objective, distill
+from hass_core.training.sharding import own_share, total
 
 DEPTH = 5  # of the chains behind tau, whatever the number of alignment steps
 MAX_TOKENS = 65_536  # enough for an error of about 0.005 in tau
@@ -53,11 +55,11 @@ def held_out(
     """Batches of up to MAX_TOKENS tokens in all, for the chains and `align_steps` of the loss; `head` [V, H] is the
     target's whole head."""
     groups: list[list[Conversation]] = [[]]
-    total = 0
+    tokens = 0
     for conversation in conversations:
         groups[-1].append(conversation)
-        total += len(conversation.token_ids)
-        if total >= MAX_TOKENS:
+        tokens += len(conversation.token_ids)
+        if tokens >= MAX_TOKENS:
             break
         if sum(len(c.token_ids) for c in groups[-1]) >= tokens_per_batch:
             groups.append([])
@@ -67,17 +69,23 @@ def held_out(
 
 @torch.no_grad()
 def validate(
-    alignment: Alignment, head: DraftHead, held: Sequence[HeldOut], objective: Objective, dtype: torch.dtype
+    alignment: Alignment,
+    head: DraftHead,
+    held: Sequence[HeldOut],
+    objective: Objective,
+    dtype: torch.dtype,
+    accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
-    """The record of one validation, keys as in metrics.py. The draft's weights are used as they are."""
+    """The record of one validation, keys as in metrics.py, divided among the processes of `accelerator`. The draft's
+    weights are used as they are."""
     steps = len(objective.step_weights)
     runner = Alignment(alignment.draft, max(DEPTH, steps))
     counts = sum(h.batch.counts for h in held)
     right = torch.zeros_like(held[0].batch.counts)
     chains = torch.zeros_like(right)
-    parts = 0
+    parts = torch.zeros(steps, len(PARTS), device=right.device)
     assert isinstance(counts, Tensor)
-    for part in held:
+    for part in own_share(held, accelerator):
         batch = part.batch
         with torch.autocast(batch.features.device.type, dtype, enabled=dtype != torch.float32):
             outputs = runner(batch, batch.features.to(alignment.draft.dtype))
@@ -87,7 +95,7 @@ def validate(
         trained = replace(batch, target_anchors=batch.target_anchors[:steps], supervised=batch.supervised[:steps])
         read = [*outputs[:steps], *alignment.draft.own_head()]
         parts = parts + distill(read, trained, head, objective, counts[:steps])[0]
-    assert isinstance(parts, Tensor)
+    right, chains, parts = (total(tensor, accelerator) for tensor in (right, chains, parts))
     accuracy, chain = (right / counts.clamp(min=1)).tolist(), (chains / counts[0].clamp(min=1)).tolist()
     return {
         "val/loss": float(objective.combine(parts)),
@@ -131,10 +139,19 @@ def recorded_answers(conversations: Iterable[Conversation], head: DraftHead, lim
 
 
 @torch.no_grad()
-def validate_tree(draft: DraftModel, head: DraftHead, answers: list[Recording], tree: TreeConfig) -> dict[str, float]:
-    """`val/tree_tau`: tokens per cycle."""
+def validate_tree(
+    draft: DraftModel,
+    head: DraftHead,
+    answers: Sequence[Recording],
+    tree: TreeConfig,
+    accelerator: Accelerator | None = None,
+) -> dict[str, float]:
+    """`val/tree_tau`: tokens per cycle, the answers divided among the processes of `accelerator`."""
     drafter = Drafter(as_decoded(draft, head, {}), TreeShape.of(tree, head.size))
-    return {"val/tree_tau": tree_tau(replay(drafter, answers, head.weight))}
+    cycles = replay(drafter, own_share(answers, accelerator), head.weight)
+    accepted = [count for answer in cycles for count in answer]
+    counts = total(torch.tensor([sum(accepted), len(accepted)], device=head.weight.device), accelerator)
+    return {"val/tree_tau": 1 + int(counts[0]) / max(1, int(counts[1]))}
 
 
 def validate_sampling(

@@ -115,6 +115,9 @@ def test_two_processes_equal_one(tmp_path, tiny_target, variables):
     assert two_processes(tmp_path / "two", **variables) == [0, 0]
     (weights,) = (tmp_path / "two" / "draft").glob("*/model.safetensors")
     assert_equal(trained(tmp_path / "one", tiny_target, 4, variables.get("ARCHITECTURE", "eagle")), load_file(weights))
+    (one,) = (tmp_path / "one" / "draft").glob("*/")
+    for name in ("val/loss", "val/tau", "val/tree_tau"):  # which the two have divided
+        assert curve(weights.parent, name) == pytest.approx(curve(one, name), abs=1e-4), name
 
 
 @pytest.mark.slow
