@@ -44,6 +44,7 @@ LLAMA3_ROPE = {"rope_type": "default", "rope_theta": 500_000.0}
 SHAPES: dict[str, dict[str, int]] = {
     "smollm2-135m": {"hidden": 576, "inner": 1536, "heads": 9, "groups": 3, "head_dim": 64, "vocabulary": 49_152},
     "llama3-8b": {"hidden": 4096, "inner": 14_336, "heads": 32, "groups": 8, "head_dim": 128, "vocabulary": 128_256},
+    "llama3-70b": {"hidden": 8192, "inner": 28_672, "heads": 64, "groups": 8, "head_dim": 128, "vocabulary": 128_256},
     "tiny": {"hidden": 64, "inner": 128, "heads": 4, "groups": 2, "head_dim": 16, "vocabulary": 512},
 }
 

@@ -19,7 +19,7 @@ from hass_core.errors import ConfigError
 from hass_core.target_model.source import check_source
 
 app = typer.Typer()
-Shape = Literal["smollm2-135m", "llama3-8b", "tiny"]
+Shape = Literal["smollm2-135m", "llama3-8b", "llama3-70b", "tiny"]
 Target = Annotated[
     str | None, typer.Option("--target", "-t", help="Default: the settings' target", callback=target_there)
 ]
