@@ -116,10 +116,14 @@ def test_a_heartbeat_that_stops_crashes_runs_tagged_hass_and_no_others(stack):
         httpx.post(f"{stack.api}/events", json=[heartbeat], timeout=30).raise_for_status()
         return run_id
 
-    foreign, ours = run_with(["billing"]), run_with(["hass", "retrain"])
+    foreign, waiting = run_with(["billing"]), run_with(["hass", "retrain"])
+    suspended = {"state": {"type": "PAUSED", "name": "Suspended"}}
+    httpx.post(f"{stack.api}/flow_runs/{waiting}/set_state", json=suspended, timeout=30).raise_for_status()
+    ours = run_with(["hass", "retrain"])
     wait_for(lambda: state(stack, ours) == "CRASHED", "the automation", 180)
-    time.sleep(10)  # theirs began before ours
+    time.sleep(10)  # the others began before ours
     assert state(stack, foreign) == "RUNNING"
+    assert state(stack, waiting) == "PAUSED", "who waits for a person has no process and no heartbeat"
 
 
 def test_a_crashed_run_starts_again_by_itself_and_completes(stack, tiny_preset):
