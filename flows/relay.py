@@ -1,6 +1,6 @@
 """A retraining whose stages run elsewhere, one deployment after the other. This process waits, and loads no model."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from prefect import State, flow
 from prefect.deployments import run_deployment
@@ -30,8 +30,8 @@ def relay(run: RunParameters, via: Deployments = GPU) -> State[None]:
     return Completed(name=ended[-1].name, message=ended[-1].message)
 
 
-def _completed(deployment: str, parameters: dict) -> State:
-    ran = run_deployment(deployment, parameters=parameters, as_subflow=True)
+def _completed(deployment: str, parameters: dict[str, Any]) -> State[Any]:
+    ran: Any = run_deployment(deployment, parameters=parameters, as_subflow=True)
     state = ran.state
     if state is None or not state.is_completed():
         end = state.name if state else "no state"

@@ -86,7 +86,10 @@ def _core(automation: AutomationCore) -> dict[str, Any]:
 def _without_ids(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_ids(part) for name, part in value.items() if name not in ("id", "owner_resource")}
-    return [_without_ids(part) for part in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        parts = [_without_ids(part) for part in value]
+        return sorted(parts) if all(isinstance(part, str) for part in parts) else parts  # sets have no order
+    return value
 
 
 def with_code(definition: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def traffic_drift(trained: Sequence[str], recent: Sequence[str], seed: int = 0) 
 
 
 def _drawn(texts: Sequence[str], random: np.random.Generator) -> list[str]:
-    places = random.permutation(len(texts))[:MOST]
+    places: list[int] = random.permutation(len(texts))[:MOST].tolist()
     return [texts[place] for place in sorted(places)]
 
 
