@@ -41,11 +41,11 @@ PYTHON = os.environ.get("HASS_VLLM_PYTHON")
 DRAFT = os.environ.get("HASS_ORACLE_DRAFT")  # a trained draft's folder, instead of one fitted here
 DEPTH, NEW_TOKENS, PROMPTS = 3, 32, 4
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512, "initializer_range": 0.2}
 TINY: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS, head_dim=32, initializer_range=0.2)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS, initializer_range=0.2)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, **HEADS, head_dim=64, initializer_range=0.2)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig.from_dict(SIZES | HEADS | {"head_dim": 32})),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config.from_dict(SIZES | HEADS)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config.from_dict(SIZES | HEADS | {"head_dim": 64})),
 }
 CHAIN = TreeConfig(kind="chain", depth=DEPTH, top_k=1, nodes=DEPTH + 1)
 

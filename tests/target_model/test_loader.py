@@ -42,7 +42,7 @@ def edit(folder: Path, name: str = "config.json", **fields: Any) -> None:
     (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
