@@ -17,7 +17,9 @@ from tests.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, FaultyProxy, seaweed
 
 IMPATIENT = {"read_timeout": 1, "connect_timeout": 1, "retries": {"max_attempts": 2, "mode": "standard"}}
 
-hypothesis.settings.register_profile("busy machine", deadline=None)  # tests do not time
+hypothesis.settings.register_profile(  # tests do not time, and try the same examples everywhere
+    "busy machine", deadline=None, derandomize=True, database=None
+)
 hypothesis.settings.load_profile("busy machine")
 
 CHAT_TEMPLATE = (

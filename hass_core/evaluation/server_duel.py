@@ -6,7 +6,7 @@ Each question goes to both, one right after the other, in turns; the clock runs 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -20,6 +20,7 @@ from hass_core.evaluation.metrics import Measurement
 from hass_core.progress import Progress, no_progress
 
 ANSWER_SECONDS = 600
+Value = TypeVar("Value", str, int)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Server:
     def __init__(self, url: str):
         self.url = url.rstrip("/").removesuffix("/v1")
         self._client = httpx.Client(base_url=self.url, timeout=ANSWER_SECONDS)
-        self._model = str(self._get("/v1/models")["data"][0]["id"])
+        self._model = self._told(self._get("/v1/models"), str, "data", 0, "id")
 
     def counts(self) -> Acceptance:
         """What it has counted so far."""
@@ -52,22 +53,35 @@ class Server:
         started = time.perf_counter()
         answer = self._checked(self._client.post("/v1/chat/completions", json=asked))
         seconds = time.perf_counter() - started
-        usage = answer["usage"]
+        told, made = (self._told(answer, int, "usage", f"{kind}_tokens") for kind in ("prompt", "completion"))
         return Measurement(
             benchmark=question.benchmark, question=question.id, category=question.category,
-            temperature=sampling.temperature, method="server", prompt_tokens=usage["prompt_tokens"],
-            new_tokens=usage["completion_tokens"], seconds=seconds, decode_seconds=seconds,
+            temperature=sampling.temperature, method="server", prompt_tokens=told,
+            new_tokens=made, seconds=seconds, decode_seconds=seconds,
             accepted=[], drafted_depth=[], token_ids=[],
         )  # fmt: skip
 
-    def _get(self, path: str) -> dict[str, Any]:
+    def _told(self, reply: Any, kind: type[Value], *place: str | int) -> Value:
+        """What stands at a place of a reply. Raises BadInput where nothing does, or something of another type."""
+        found = reply
+        for key in place:
+            try:
+                found = found[key]
+            except (LookupError, TypeError):
+                found = None
+        if not isinstance(found, kind):
+            missing = ".".join(map(str, place))
+            raise BadInput(f"{self.url} does not answer as an OpenAI server: its reply has no {missing}")
+        return found
+
+    def _get(self, path: str) -> Any:
         return self._checked(self._client.get(path))
 
-    def _checked(self, response: httpx.Response) -> dict[str, Any]:
+    def _checked(self, response: httpx.Response) -> Any:
         try:
             response.raise_for_status()
             return response.json()
-        except (httpx.HTTPStatusError, ValueError) as error:
+        except (httpx.HTTPStatusError, ValueError, RecursionError) as error:
             raise BadInput(f"{self.url} does not answer as an OpenAI server: {error}") from error
 
 

@@ -4,7 +4,7 @@ import json
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hass_core.config import PromptsConfig
@@ -56,6 +56,7 @@ def check_record(record: Record) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama-2", "smollm2"])
+@settings(max_examples=30)
 @given(st.lists(TURN, min_size=1, max_size=4), JSON)
 def test_any_conversation_is_kept_or_skipped_by_every_template(family, turns, tools):
     selection = Selection(PromptsConfig(), family_tokenizer(family), Forbidden([]))
@@ -67,6 +68,7 @@ def test_any_conversation_is_kept_or_skipped_by_every_template(family, turns, to
     assert len(selection.kept) + len(selection.skipped) == 1
 
 
+@settings(max_examples=40)
 @given(st.lists(ROW, max_size=3), st.sampled_from(["lines", "list", "object", "indented"]))
 def test_any_file_is_read_or_refused(tmp_path_factory, rows, form):
     path = tmp_path_factory.mktemp("rows") / "rows.json"
