@@ -219,7 +219,7 @@ REQUEST = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(REQUEST | JSON)
 def test_whatever_is_sent_is_answered_or_refused(server, body):
     limited = body | {"max_tokens": 2} if isinstance(body, dict) else body
