@@ -17,7 +17,7 @@ from hass_core.serving.metrics import Metrics
 from tests.flows.stack import ROOT, Stack, answers, end, free_port, wait_for
 from tests.infra.dashboard import unanswered
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 CLONED = "0.0.0+clone"
 WATCHED = """
 hass_champion_served_tau{model="hass-draft-tiny"} 2

@@ -15,7 +15,7 @@ from tasks import tracking
 from tests.flows.stack import ROOT
 from tests.tasks.conftest import crowned, make_draft
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture

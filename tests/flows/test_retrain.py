@@ -21,7 +21,7 @@ from tasks.tracking.runs import UNTRACKED, flatten
 from tests.flows import names
 from tests.flows.stack import ROOT, end, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "planted-aws-secret-4711",
