@@ -106,6 +106,7 @@ class DraftArchitecture(BaseModel):
             raise CorruptFile(f"the draft's config.json lacks {', '.join(missing)}; take it from the draft's source")
         try:
             heads = config["num_attention_heads"]
+            part, _ = partial_rotary(config), contradicting_ropes(config)  # both forms of rope can be read
             read = cls(
                 hidden_size=config["hidden_size"],
                 intermediate_size=config["intermediate_size"],
@@ -127,7 +128,7 @@ class DraftArchitecture(BaseModel):
             )
         except (ValidationError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise CorruptFile(f"the draft's config.json makes no sense: {_first_line(error)}") from None
-        if (part := partial_rotary(config)) != 1:
+        if part != 1:
             raise DraftMismatch(
                 f"the draft rotates {part:g} of each head (partial_rotary_factor in its config.json), which is not "
                 "supported; train a draft for this target instead"

@@ -359,6 +359,9 @@ def test_an_own_embedding_is_looked_at_like_any_tensor(write, tiny_target):
     ("config", "told"),
     [
         ({"head_dim": 0}, "head_dim: Input should be greater than 0"),
+        ({"partial_rotary_factor": ":"}, "could not convert string to float"),
+        ({"partial_rotary_factor": {"a": 1}}, "makes no sense"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": [1]}, "makes no sense"),
         ({"head_dim": 13}, "head_dim: Input should be a multiple of 2"),
         ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps: Input should be a valid number"),
