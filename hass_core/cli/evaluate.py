@@ -50,7 +50,7 @@ def evaluate(
         chosen = with_target_of(own, chosen, changes)
     check_methods(chosen.evaluation.methods, ({HASS: own} if own else {}) | others)
     check_benchmarks(chosen.evaluation.benchmarks)
-    from hass_core.evaluation.evaluate import evaluate_folder  # imports torch: only when the command line is right
+    from hass_core.evaluation.evaluate import PAGE, evaluate_folder  # imports torch: only when the command line is right
     from hass_core.evaluation.terminal import terminal
 
     with progress_bar("evaluate") as report:
@@ -60,7 +60,7 @@ def evaluate(
     if as_json:
         return show_json(result)
     console.print(terminal(result))
-    show(f"report and figures are in {out}")
+    show(f"report: {out.resolve() / PAGE}")
 
 
 def split_drafts(given: list[str]) -> tuple[Path | None, dict[str, Path]]:
