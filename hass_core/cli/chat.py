@@ -114,6 +114,8 @@ class Talk:
                 if console.is_terminal:
                     live.update(shown.text(), refresh=True)
             live.update(shown.text(), refresh=True)
+        if not console.is_terminal:  # there the display leaves its line open
+            console.print()
         self.history.append({"role": "assistant", "content": text.shown})
 
 

@@ -50,7 +50,7 @@ def evaluate(
         chosen = with_target_of(own, chosen, changes)
     check_methods(chosen.evaluation.methods, ({HASS: own} if own else {}) | others)
     check_benchmarks(chosen.evaluation.benchmarks)
-    from hass_core.evaluation.evaluate import PAGE, evaluate_folder  # imports torch: only when the command line is right
+    from hass_core.evaluation.evaluate import PAGE, evaluate_folder  # imports torch
     from hass_core.evaluation.terminal import terminal
 
     with progress_bar("evaluate") as report:
