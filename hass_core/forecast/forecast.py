@@ -118,7 +118,7 @@ def forecast(config: RunConfig, gpus: Sequence[str] = DEFAULT_GPUS, conversation
 def _hours(config: RunConfig, shape: Shape, work: cost.Work, name: str) -> Hours:
     gpu, count = parse_gpus(name)
     seconds = cost.stage_seconds(config, shape, work, gpu, count)
-    stages = {stage: time / 3600 for stage, time in seconds.items()}
+    stages: dict[Stage, float] = {stage: time / 3600 for stage, time in seconds.items()}
     total = sum(stages.values()) if len(stages) == len(get_args(Stage)) else None
     return Hours(gpus=f"{count} × {gpu.title}", stages=stages, total=total)
 

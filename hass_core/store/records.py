@@ -7,7 +7,7 @@ rests on the object: it may be missing, old or broken.
 
 import json
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from fsspec import AbstractFileSystem
 
@@ -21,7 +21,7 @@ def record_texts(fs: AbstractFileSystem, folder: str) -> dict[str, str]:
     copies = _copies(fs, together) if any(versions.values()) else {}
     known = {name: text for name, (version, text) in copies.items() if versions.get(name, "") == version}
     paths = {f"{folder}/{name}": name for name in versions.keys() - known.keys()}
-    found = fs.cat(list(paths), on_error="omit") if paths else {}
+    found: dict[str, bytes] = cast(Any, fs).cat(list(paths), on_error="omit") if paths else {}
     read = {paths[path]: text.decode() for path, text in found.items()}
     texts = dict(sorted((known | read).items()))
     if len(read) >= ROLLED_UP and all(versions.values()):

@@ -7,6 +7,7 @@ ends: the features tell whose they are (`Whose`), and the ends that they were ma
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -117,8 +118,9 @@ def load_ends(config: TargetConfig, whose: Whose) -> TargetEnds:
 
 
 def _generation_config(folder: str, config: PretrainedConfig, revision: str | None) -> GenerationConfig:
+    options: dict[str, Any] = {"revision": revision} if revision else {}
     try:
-        return GenerationConfig.from_pretrained(folder, **({"revision": revision} if revision else {}))
+        return GenerationConfig.from_pretrained(folder, **options)
     except OSError:  # it has none: the model makes one of its configuration
         return GenerationConfig.from_model_config(config)
 
