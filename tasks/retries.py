@@ -48,8 +48,8 @@ def _status(error: BaseException) -> int | None:
 def after_network_failure(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     """Prefect's `retry_condition_fn`; the state of a task that raised holds the exception. One that took too long is
     not tried again."""
-    failed = isinstance(state.data, BaseException) and not isinstance(state.data, TaskRunTimeoutError)
-    return failed and is_transient(state.data)
+    error = state.data
+    return isinstance(error, BaseException) and not isinstance(error, TaskRunTimeoutError) and is_transient(error)
 
 
 NETWORK_RETRIES: dict[str, Any] = {

@@ -47,7 +47,7 @@ PLACES = (
     HubDataset("openai/openai_humaneval", None, "test", "prompt", "Complete the code I provided.\n\n"),
     HubDataset("openai/gsm8k", "main", "test", "question"),
 )
-HUB = dict(zip(ON_HUB, PLACES, strict=True))
+HUB: dict[str, HubDataset] = dict(zip(ON_HUB, PLACES, strict=True))
 
 
 def load_benchmarks(config: EvaluationConfig) -> list[Question]:

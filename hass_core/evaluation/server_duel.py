@@ -63,7 +63,7 @@ class Server:
 
     def _told(self, reply: Any, kind: type[Value], *place: str | int) -> Value:
         """What stands at a place of a reply. Raises BadInput where nothing does, or something of another type."""
-        found = reply
+        found: Any = reply
         for key in place:
             try:
                 found = found[key]
