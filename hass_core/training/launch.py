@@ -61,6 +61,8 @@ def train_on_all(
             time.sleep(LOOK_SECONDS)
             _pass_on(place, progress)
     if done := folder.artifact():
+        steps, rate = done.summary["steps"], done.summary["tokens_per_second"]
+        progress(steps, steps, f"{rate:,.0f} tokens/s")  # the last look may have been before the last step
         return done
     raise _failure(place, process.returncode)
 

@@ -168,7 +168,7 @@ def test_the_benchmark_decodes_plainly_where_no_tree_wins(monkeypatch, capsys, t
     plan = Plan(device="cpu", dtype="float32", rows=1, plain_tokens_per_second=plain, best=choice, curve=[choice])
     monkeypatch.setattr(bench, "load_target", lambda config: tiny_target)
     monkeypatch.setattr(bench, "make_plan", lambda *arguments: plan)
-    options = f"bench decode --draft {tmp_path} --plan --questions 2 --max-new-tokens 4"
+    options = f"bench decode {tmp_path} --target tiny --plan --questions 2 --max-new-tokens 4"
     app(options.split(), standalone_mode=False)
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["plain_tokens_per_second"] > 0
@@ -181,7 +181,9 @@ def test_hass_plan_prints_the_curve_and_writes_it(monkeypatch, tmp_path, tiny_ta
     save_draft(tmp_path / "draft", draft.model, draft.head, draft_info(tiny_target))
     monkeypatch.setattr("hass_core.target_model.loader.load_target", lambda config: tiny_target)
     monkeypatch.setattr("hass_core.evaluation.session.planning_prompts", lambda target: [[5, 6, 7]])
-    result = CliRunner().invoke(app, ["plan", str(tmp_path / "draft"), "-o", str(tmp_path / "plan.json")])
+    result = CliRunner().invoke(
+        app, ["plan", str(tmp_path / "draft"), "--target", "tiny", "-o", str(tmp_path / "plan.json")]
+    )
     assert result.exit_code == 0, result.output
     plan = Plan.model_validate_json((tmp_path / "plan.json").read_text())
     assert f"best {plan.best.tokens_per_second:.1f}" in result.output

@@ -91,6 +91,7 @@ def test_a_trimmed_vocabulary_costs_the_tau_it_takes(planted, healthy, tiny_targ
     said = [token for answer in answers[1] for token in answer]
     kept = sorted(set(range(tiny_target.head.shape[0])) - set(sorted(set(said), key=said.count)[-8:]))
     (planted / "draft_vocab.json").write_text(json.dumps(kept))
+    edit(planted, hass={"draft_vocab_size": len(kept)})
     found = diagnose(planted, tiny_target, questions, SETTINGS)
     vocabulary = cause(found, "vocabulary")
     assert vocabulary.loss == pytest.approx(healthy.tau - found.tau)

@@ -99,7 +99,7 @@ def test_a_store_that_fails_in_the_middle_is_named_and_the_rerun_finishes_the_re
     tiny_target, s3_store, s3_proxy, mode
 ):
     responses = responses_artifact(s3_store, answers(24), parts=4)
-    s3_proxy.fail(mode, after_requests=30)
+    s3_proxy.fail(mode, after_requests=20)
     with pytest.raises(StoreError, match=r"cannot (read from|write to) the store s3://"):
         extract_features(RunConfig(), responses, s3_store, tiny_target)
     s3_proxy.mode = "pass"

@@ -94,15 +94,17 @@ def kill_own_process(name: str, path: Path) -> Part:
 
 
 PARENT = """
-import multiprocessing, sys, time
-from concurrent.futures import ProcessPoolExecutor
+import sys, time
 import os
+from transformers import PreTrainedTokenizerFast
 from hass_core.config import FeaturesConfig
+from hass_core.data.processes import tokenizer_processes
 from hass_core.features.tokenise import _begin
 
-pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (sys.argv[1], FeaturesConfig()))
-print(pool.submit(os.getpid).result(), flush=True)
-time.sleep(600)
+tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
+with tokenizer_processes(1, tokenizer, _begin, FeaturesConfig()) as pool:
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(600)
 """
 
 
