@@ -1,6 +1,6 @@
 """Speculative decoding of sampled answers: candidates that share the target's noise beside the ways that do not.
 
-    python infra/evidence/sampling.py ../shared/drafts/smollm2-hass-148m ../shared/data/*.jsonl [--device cuda]
+    python infra/evidence/sampling.py DRAFT QUESTIONS.jsonl … [--device cuda]
 
 Ways to draft: `likeliest` tokens of the draft; `coupled` ones, with the score that the fitted sharpness and width give,
 with both left at 1 (`unfitted`), or with plain confidence as score; `rsd`, recursive rejection over tokens drawn
