@@ -119,17 +119,25 @@ class StageRun:
             yield
 
     def record(self, store: Store, artifact: Artifact, inputs: Mapping[str, Artifact]) -> None:
-        """Write down a finished stage once: numbers, files people look at, digests, inputs."""
-        stage = artifact.stage
-        if self.run.data.tags.get(f"hass.digest.{stage}") == artifact.digest:
-            return
+        """Write down a finished stage once: numbers, files people look at, digests, inputs; and end its run.
+
+        Last comes the digest at the parent: where it stands the stage is never opened again.
+        """
         self._record_files(store, artifact)
-        self.client.update_run(self.id, name=f"{stage}-{artifact.digest[:6]}")
-        self.client.set_tag(self.id, f"hass.url.{stage}", artifact.url)
-        for run_id in (self.parent, self.id):
-            _log_numbers(self.client, run_id, stage_metrics(artifact))
-            self.client.log_inputs(run_id, [_dataset(store, name, value) for name, value in inputs.items()])
-            self.client.set_tag(run_id, f"hass.digest.{stage}", artifact.digest)  # last: its presence ends the record
+        self.client.update_run(self.id, name=f"{artifact.stage}-{artifact.digest[:6]}")
+        self.client.set_tag(self.id, f"hass.url.{artifact.stage}", artifact.url)
+        self._record_numbers(self.id, store, artifact, inputs)
+        self.client.set_terminated(self.id, FINISHED)
+        self._record_numbers(self.parent, store, artifact, inputs)
+
+    def _record_numbers(self, run_id: str, store: Store, artifact: Artifact, inputs: Mapping[str, Artifact]) -> None:
+        """Numbers and inputs, and behind them the digest: where it stands they are not written twice."""
+        recorded = f"hass.digest.{artifact.stage}"
+        if tags_of(self.client, run_id).get(recorded) == artifact.digest:
+            return
+        _log_numbers(self.client, run_id, stage_metrics(artifact))
+        self.client.log_inputs(run_id, [_dataset(store, name, value) for name, value in inputs.items()])
+        self.client.set_tag(run_id, recorded, artifact.digest)
 
     def _record_files(self, store: Store, artifact: Artifact) -> None:
         folder = store.open(artifact)

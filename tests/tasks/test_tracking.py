@@ -1,15 +1,19 @@
 """The MLflow record: one parent and one child per stage, whatever happens in between."""
 
+import functools
+import itertools
 import json
 import threading
+from contextlib import suppress
 
 import pytest
+from mlflow import MlflowClient
 
 from hass_core.config import parse_config
 from hass_core.errors import TrackingError
 from hass_core.store import Artifact
 from tasks.tracking import client as client_module
-from tasks.tracking import connect, find_recorded, open_retraining, stage_run
+from tasks.tracking import connect, find_recorded, is_recorded, open_retraining, stage_run
 from tasks.tracking.client import experiment_id, tracking_uri
 from tasks.tracking.metrics import Follower, read_metrics
 from tasks.tracking.names import stage_metrics
@@ -124,6 +128,60 @@ def test_an_interrupted_run_says_so_and_is_continued(config, store, prompts, dra
     assert connect(config).get_run(interrupted).info.status == status
     assert record_once(config, store, prompts, draft) == interrupted
     assert connect(config).get_run(interrupted).info.status == "FINISHED"
+
+
+class Died(BaseException):
+    """What ends a process at once: nothing is written after it."""
+
+
+def die_after(monkeypatch, writes: int) -> None:
+    """Let the main thread write to MLflow so many times; it dies before the next write, and can do nothing after."""
+    left = writes
+
+    def counted(method):
+        @functools.wraps(method)
+        def call(*arguments, **named):
+            nonlocal left
+            if threading.current_thread() is threading.main_thread():
+                left -= 1
+                if left < 0:
+                    raise Died
+            return method(*arguments, **named)
+
+        return call
+
+    for name in ("create_run", "update_run", "set_tag", "log_batch", "log_inputs", "log_artifact", "set_terminated"):
+        monkeypatch.setattr(MlflowClient, name, counted(getattr(MlflowClient, name)))
+
+
+def record_prompts(config, store, prompts) -> None:
+    """As the flow does it: what is recorded is not opened again."""
+    with open_retraining(config, prompts, {}) as run_id:
+        if not is_recorded(config, run_id, prompts):
+            with stage_run(config, run_id, "prompts") as run:
+                run.record(store, prompts, {})
+
+
+def test_a_process_killed_between_any_two_writes_leaves_a_record_that_the_next_one_completes(
+    config, store, prompts, monkeypatch
+):
+    for writes in itertools.count(1):
+        asked = parse_config({**config.model_dump(mode="json"), "seed": writes})
+        died = True
+        with monkeypatch.context() as dying, suppress(Died):
+            die_after(dying, writes)
+            record_prompts(asked, store, prompts)
+            died = False
+        if not died:
+            break
+        record_prompts(asked, store, prompts)
+        parent, child = sorted(all_runs(asked)[-2:], key=lambda run: "hass.stage" in run.data.tags)
+        for run in (parent, child):
+            assert run.info.status == "FINISHED", writes
+            assert run.data.tags["hass.digest.prompts"] == prompts.digest
+            assert len(connect(asked).get_metric_history(run.info.run_id, "prompts/prompts")) >= 1
+        assert len(all_runs(asked)) == 2 * writes
+    assert writes > 8
 
 
 def test_two_processes_that_open_a_retraining_at_once_share_one_run(config, prompts):
