@@ -1,12 +1,15 @@
 """Speculative decoding of sampled answers: candidates that share the target's noise beside the ways that do not.
 
-    python infra/evidence/sampling.py DRAFT QUESTIONS.jsonl … [--device cuda]
+    python infra/evidence/sampling.py DRAFT BENCHMARK … [--device cuda]
+
+A BENCHMARK is what evaluation.benchmarks takes: heldout, a file of questions, NAME=FILE.
 
 Ways to draft: `likeliest` tokens of the draft; `coupled` ones, with the score that the fitted sharpness and width give,
 with both left at 1 (`unfitted`), or with plain confidence as score; `rsd`, recursive rejection over tokens drawn
 without replacement. Every question is decoded plainly and by every way, at T = 0, 0.6, 0.7 (top-p 0.95) and 1, in trees
-6/10/60 and 3/4/12 and a chain of 3. Prints JSON: tokens per cycle τ with bootstrap intervals over questions, its
-ratio to `likeliest`, tokens/s beside plain decoding's, and the median cycle at T = 1 over that at T = 0.
+6/10/60 and 3/4/12 and a chain of 3. At T = 0 the
+two first ways are one, and only it is measured. Prints JSON: tokens per cycle τ with bootstrap intervals over
+questions and of each benchmark, its ratio to `likeliest`, tokens/s beside plain decoding's, and the median cycle.
 
 With `--replay` only τ is measured: answers are sampled plainly in one batch and the cycles replayed over them, which
 needs no pass of the target (`hass_core.decoding.replay`; rsd has no such shortcut and is left out).
@@ -24,8 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hass_core.config import SamplingConfig, TargetConfig, TreeConfig
-from hass_core.data.templates import encode_prompt
+from hass_core.config import EvaluationConfig, SamplingConfig, TargetConfig, TreeConfig
 from hass_core.decoding.answers import Generation, StopRule
 from hass_core.decoding.decoder import Decoder, PlainDecoder, TreeDecoder
 from hass_core.decoding.drafter import Children, Drafter
@@ -35,6 +37,8 @@ from hass_core.decoding.sampler import Sampler
 from hass_core.decoding.session import prefill
 from hass_core.decoding.tree import Tree, TreeShape
 from hass_core.draft_model.checkpoint import Draft, load_draft
+from hass_core.evaluation.benchmarks import Question, load_benchmarks
+from hass_core.evaluation.measure import encode, opening
 from hass_core.evaluation.statistics import bootstrap
 from hass_core.store.provenance import provenance
 from hass_core.target_model.loader import Target, load_target
@@ -86,23 +90,30 @@ DRAFTERS: dict[str, Callable[[Draft, TreeShape], Drafter]] = {
     "likeliest": Likeliest, "coupled": Drafter, "unfitted": Unfitted, "plain confidence": PlainConfidence,
 }  # fmt: skip
 WAYS = [*DRAFTERS, "rsd"]
+Asked = tuple[str, list[int]]  # a question's benchmark and its prompt
 
 
 @dataclass
 class Counted:
     """Of each question tokens and cycles; whole decoding also tells seconds, and each cycle's."""
 
+    benchmarks: list[str]
     tokens: list[int]
     cycles: list[int]
     seconds: list[float]
     cycle_seconds: list[float]
 
     def record(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"tau": bootstrap(_tau, *self.columns).model_dump()}
+        found: dict[str, Any] = {"tau": bootstrap(_tau, *self.columns).model_dump(), "tau_of": self._tau_of()}
         if self.seconds:
             found["tokens_per_second"] = round(sum(self.tokens) / sum(self.seconds), 1)
             found["cycle_ms"] = round(1000 * statistics.median(self.cycle_seconds), 3)
         return found
+
+    def _tau_of(self) -> dict[str, float]:
+        tokens, cycles = self.columns
+        chosen = {name: [own == name for own in self.benchmarks] for name in dict.fromkeys(self.benchmarks)}
+        return {name: round(float(_tau(tokens[own], cycles[own])), 3) for name, own in chosen.items()}
 
     @property
     def columns(self) -> tuple[np.ndarray, np.ndarray]:
@@ -121,15 +132,15 @@ def _speed_up(tokens: np.ndarray, seconds: np.ndarray, other_tokens: np.ndarray,
     return _tau(tokens, seconds) / _tau(other_tokens, other)
 
 
-def decoded(
-    decoder: Decoder, prompts: list[list[int]], sampling: SamplingConfig, count: int, stop: StopRule
-) -> Counted:
+def decoded(decoder: Decoder, asked: list[Asked], sampling: SamplingConfig, count: int, stop: StopRule) -> Counted:
     """Question by question, after the longest, which sizes the session and compiles what it needs."""
+    prompts = [prompt for _, prompt in asked]
     decoder.generate([max(prompts, key=len)], sampling, count, stop, seed=0)
     found: list[Generation] = [
         decoder.generate([prompt], sampling, count, stop, seed=number)[0] for number, prompt in enumerate(prompts)
     ]
     return Counted(
+        [name for name, _ in asked],
         [len(g.token_ids) - 1 for g in found],
         [max(1, len(g.cycles)) for g in found],
         [g.decode_seconds for g in found],
@@ -138,26 +149,28 @@ def decoded(
 
 
 def recorded(
-    runner: Runner, prompts: list[list[int]], sampling: SamplingConfig, count: int, stop: StopRule
-) -> list[Recording]:
-    """Answers sampled plainly as one batch, with their features."""
+    runner: Runner, asked: list[Asked], sampling: SamplingConfig, count: int, stop: StopRule
+) -> list[tuple[str, Recording]]:
+    """Answers sampled plainly as one batch, with their benchmark and features."""
     answers = []
-    generations = PlainDecoder(runner).generate(prompts, sampling, count, stop, seed=0)
+    generations = PlainDecoder(runner).generate([prompt for _, prompt in asked], sampling, count, stop, seed=0)
     with torch.inference_mode():
-        for prompt, generation in zip(prompts, generations, strict=True):
+        for (name, prompt), generation in zip(asked, generations, strict=True):
+            if len(generation.token_ids) < 2:
+                continue
             ids = torch.tensor([prompt + generation.token_ids], device=runner.device)
             cache = runner.new_cache(1, ids.shape[1])
             features = prefill(runner, ids, [ids.shape[1]], cache)[0]
-            answers.append(Recording(ids[0], features.clone(), len(prompt)))
-    return [answer for answer in answers if len(answer.token_ids) - answer.start > 1]
+            answers.append((name, Recording(ids[0], features.clone(), len(prompt))))
+    return answers
 
 
-def replayed(drafter: Drafter, answers: list[Recording], head: Tensor, sampling: SamplingConfig) -> Counted:
-    counts = replay(drafter, answers, head, sampling)
-    return Counted([sum(c) + len(c) for c in counts], [len(c) for c in counts], [], [])
+def replayed(drafter: Drafter, answers: list[tuple[str, Recording]], head: Tensor, sampling: SamplingConfig) -> Counted:
+    counts = replay(drafter, [answer for _, answer in answers], head, sampling)
+    return Counted([name for name, _ in answers], [sum(c) + len(c) for c in counts], [len(c) for c in counts], [], [])
 
 
-def measured(target: Target, draft: Draft, prompts: list[list[int]], options: argparse.Namespace) -> dict[str, Any]:
+def measured(target: Target, draft: Draft, prompts: list[Asked], options: argparse.Namespace) -> dict[str, Any]:
     """By setting and tree, what every way gives."""
     runner, stop, found = make_runner(target), StopRule.of(target), {}
     for name in options.settings or SETTINGS:
@@ -167,7 +180,7 @@ def measured(target: Target, draft: Draft, prompts: list[list[int]], options: ar
         for tree in options.trees or TREES:
             shape, ways = TreeShape.of(TREES[tree], draft.head.size), {}
             for way, drafter in DRAFTERS.items():
-                if way not in options.ways:
+                if way not in options.ways or (way == "coupled" and not sampling.temperature):
                     continue
                 if options.replay:
                     ways[way] = replayed(drafter(draft, shape), answers, target.head, sampling)
@@ -193,24 +206,24 @@ def _compared(counted: Counted, likeliest: Counted, plain: Counted | None) -> di
     }
 
 
-def prompts_of(target: Target, files: list[Path], each: int) -> list[list[int]]:
-    """The first turns of `each` evenly spaced questions of every file."""
-    found = []
-    for file in files:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        for row in rows[:: max(1, len(rows) // each)][:each]:
-            found.append(encode_prompt(target.tokenizer, [{"role": "user", "content": row["turns"][0]}]))
-    return found
+def prompts_of(target: Target, benchmarks: list[str], each: int) -> list[Asked]:
+    """The first turns of `each` evenly spaced questions of every benchmark."""
+
+    def first(question: Question) -> Asked:
+        return question.benchmark, encode(target, question, opening(question))
+
+    config = EvaluationConfig(benchmarks=tuple(benchmarks), max_questions=each)
+    return [first(question) for question in load_benchmarks(config)]
 
 
 def main() -> None:
     """Parse the command line, measure, print the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("draft", type=Path)
-    parser.add_argument("questions", type=Path, nargs="+")
+    parser.add_argument("benchmarks", nargs="+")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--each", type=int, default=8, help="questions of each file")
+    parser.add_argument("--each", type=int, default=8, help="questions of each benchmark")
     parser.add_argument("--tokens", type=int, default=96, help="tokens of an answer")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS)
     parser.add_argument("--trees", nargs="+", choices=TREES)
@@ -220,7 +233,7 @@ def main() -> None:
     options = parser.parse_args()
     options.ways = {"likeliest", *options.ways}
     target = load_target(TargetConfig(device=options.device, dtype=options.dtype))
-    prompts = prompts_of(target, options.questions, options.each)
+    prompts = prompts_of(target, options.benchmarks, options.each)
     name = (
         torch.cuda.get_device_name() if options.device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
     )
