@@ -37,6 +37,7 @@ class Run:
     held: list[HeldOut]
     answers: list[Recording]  # replayed with trees of the shape `tree`
     tree: TreeConfig
+    continues: bool  # from a draft, which is a candidate for the best
     packs_per_pass: int
     total_steps: int
 
@@ -44,9 +45,11 @@ class Run:
 def train(run: Run, steps: Prefetcher[list[Batch]], at: Position, progress: Progress) -> Position:
     """Train from `at` to the end; the last state is saved. Raises NonFinite.
 
+    A draft that it continues from is validated first: what no validation finds better is kept.
     After a SIGTERM to any process all end behind the same step: the state is saved and SystemExit(143) raised.
     """
     config, total = run.trainer.config, run.total_steps
+    at = _begun(run, at)
     window, pace = Window(), Pace(at.step)
     saved, stop = at.step, False
     with stop_signal() as asked_to_stop:
@@ -74,6 +77,13 @@ def train(run: Run, steps: Prefetcher[list[Batch]], at: Position, progress: Prog
         _save(run, at)
     if stop:
         raise SystemExit(128 + signal.SIGTERM)
+    return at
+
+
+def _begun(run: Run, at: Position) -> Position:
+    if run.continues and at == Position():
+        at = _validate(run, at)
+        _save(run, at)
     return at
 
 

@@ -115,17 +115,19 @@ def _accumulate(squares: Tensor, products: Tensor, pending: list[tuple[Tensor, T
     return len(x)
 
 
-def frequent_tokens(
-    conversations: Iterable[Answered], size: int, vocab_size: int, always: tuple[int, ...] = ()
+def ranked_tokens(
+    conversations: Iterable[Answered], vocab_size: int, always: tuple[int, ...] = (), before: Tensor | None = None
 ) -> Tensor:
-    """The `size` most frequent answer tokens in ascending order [D]; `always` (the end tokens) are among them."""
-    return ranked_tokens(conversations, vocab_size, always)[:size].sort().values
+    """All tokens [V], those `always` wanted (the end tokens) first, then by how often they occur in answers.
 
-
-def ranked_tokens(conversations: Iterable[Answered], vocab_size: int, always: tuple[int, ...] = ()) -> Tensor:
-    """All tokens [V], those `always` wanted first, then by how often they occur in answers."""
+    A few answers hold a few tokens: those equally frequent stand as `before` ranks them, from more answers, then by
+    their number.
+    """
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for conversation in islice(conversations, MAX_CONVERSATIONS):
         counts += torch.bincount(conversation.token_ids[conversation.loss_mask.bool()].long(), minlength=vocab_size)
     counts[list(always)] = counts.max() + 1
-    return counts.argsort(descending=True, stable=True)
+    order = torch.arange(vocab_size)
+    if before is not None:
+        order = torch.cat([before, order[~torch.isin(order, before)]])
+    return order[counts[order].argsort(descending=True, stable=True)]

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from hass_core.config import RunConfig, TrainingConfig, TreeConfig
 from hass_core.decoding.calibration import FIELD
@@ -43,12 +44,13 @@ from hass_core.training.loop import Run, train
 from hass_core.training.metrics import MetricsFile
 from hass_core.training.packing import PackStream, sample_order
 from hass_core.training.sharding import make_accelerator
-from hass_core.training.start import frequent_tokens, ranked_tokens, start_from_target, start_least_squares
+from hass_core.training.start import ranked_tokens, start_from_target, start_least_squares
 from hass_core.training.step import Trainer, compute_dtype
 from hass_core.training.validation import held_out, recorded_answers, validate_sampling
 
 # 4: the target by its identity, a warm start by its content; steps divided by packs_per_step, noise of a pack its own
 STEP_VERSION = 4
+CONTINUING_VERSION = 2  # of what continues from a draft; 2: that draft is validated too, and its ranks are the ties'
 METRICS = "metrics.jsonl"
 READING_THREADS = 3
 STEPS_AHEAD = 12  # half a second of a GPU's work: now and then a row group is late
@@ -91,6 +93,7 @@ def train_draft(
         held=held_out(_all(validation), target.head, config.training.tokens_per_pack, config.training.align_steps),
         answers=recorded_answers(_all(validation), head, config.training.tree_answers),
         tree=config.tree,
+        continues=config.draft.warm_start is not None,
         packs_per_pass=stream.packs_in(1),
         total_steps=total_steps(config.training, stream),
     )
@@ -104,7 +107,7 @@ def train_draft(
     finally:
         steps.close()
     rate = (at.tokens_seen - before.tokens_seen) / (time.monotonic() - started)
-    return _finish(run, at, target, rate, stored)
+    return _finish(run, at, target, rate, ranked(config, stored, target), int(stored.lengths.max()))
 
 
 def pretrained(
@@ -142,6 +145,7 @@ def draft_folder(config: RunConfig, features: Artifact, store: Store, target: Kn
         "version": STEP_VERSION,
     }
     key |= {} if warm else shape_key(target.config, config.draft)
+    key |= {"continuing": CONTINUING_VERSION} if warm or config.pretraining else {}
     return store.stage("draft", key)
 
 
@@ -165,7 +169,16 @@ def make_head(config: RunConfig, dataset: FeatureDataset, target: KnownTarget) -
         return DraftHead.from_target(target.head, warm_start(draft_at(config.draft.warm_start), target).vocabulary)
     if size is None or size >= rows:
         return DraftHead.from_target(target.head)
-    return DraftHead.from_target(target.head, frequent_tokens(dataset.answers(), size, rows, target.eos_token_ids))
+    return DraftHead.from_target(target.head, ranked(config, dataset, target)[:size].sort().values)
+
+
+def ranked(config: RunConfig, dataset: FeatureDataset, target: KnownTarget) -> Tensor:
+    """All tokens [V], the answers' most frequent first; a draft to continue from ranks those equally frequent."""
+    before = None
+    if config.draft.warm_start:
+        start = warm_start(draft_at(config.draft.warm_start), target)
+        before = start.vocabulary if start.ranks is None else start.ranks
+    return ranked_tokens(dataset.answers(), target.head.shape[0], target.eos_token_ids, before)
 
 
 def _all(dataset: FeatureDataset | LiveFeatures) -> Iterator[Conversation]:
@@ -226,11 +239,22 @@ def _division(training: TrainingConfig, accelerator: Accelerator) -> Division:
     return Division(training.packs_per_step, training.packs_per_micro_batch, processes, process)
 
 
-def _finish(run: Run, at: Position, target: KnownTarget, tokens_per_second: float, dataset: FeatureDataset) -> Artifact:
-    """Publish the best draft and the curves, the manifest last: by the first process, the others wait for it."""
+def _finish(
+    run: Run, at: Position, target: KnownTarget, tokens_per_second: float, ranks: Tensor, longest: int
+) -> Artifact:
+    """Publish the best draft and the curves, the manifest last: by the first process, the others wait for it.
+
+    `ranks` are the tokens by frequency, `longest` the tokens of the longest conversation trained on.
+    """
     if run.metrics:
-        best = at.best_step or at.step
-        files, sampled = _written(run, at, best, target, dataset)
+        best = at.best_step if at.best_tau else at.step  # without validation the last
+        extra = {
+            "trained_steps": best,
+            "tokens_seen": at.tokens_seen,
+            "val_tau": at.best_tau,
+            "trained_tokens": longest,
+        }
+        files, sampled = _written(run, best, target, extra, ranks)
         for name, source in files.items():
             with run.folder.writing(name) as file:
                 file.path.write_bytes(source.read_bytes())
@@ -242,21 +266,18 @@ def _finish(run: Run, at: Position, target: KnownTarget, tokens_per_second: floa
 
 
 def _written(
-    run: Run, at: Position, best: int, target: KnownTarget, dataset: FeatureDataset
+    run: Run, best: int, target: KnownTarget, extra: dict[str, Any], ranks: Tensor
 ) -> tuple[dict[str, Path], dict[str, float]]:
-    """The stage's files, written to the scratch folder: the draft of step `best`, and the curves; and what the draft is
-    worth where answers are sampled."""
+    """The stage's files, written to the scratch folder: the draft of step `best`, with what its record tells beside the
+    target, and the curves; and what the draft is worth where answers are sampled."""
     scratch, trainer = run.folder.scratch(), run.trainer
-    extra: dict[str, Any] = {"trained_steps": best, "tokens_seen": at.tokens_seen, "val_tau": at.best_tau}
-    extra["trained_tokens"] = int(dataset.lengths.max())  # of the longest conversation
     draft = build_draft(trainer.draft.architecture, trainer.draft.embedding)
     load_weights(run.folder, best, draft)
     sampled: dict[str, float] = {}
     if run.answers:
         calibration, sampled = validate_sampling(draft, trainer.head, run.answers, run.tree, target.head)
         extra |= {FIELD: calibration} if calibration else {}
-    ranks = ranked_tokens(dataset.answers(), target.head.shape[0], target.eos_token_ids)[:MOST_RANKS]
-    names = save_draft(scratch / "draft", draft, trainer.head, draft_info(target, extra), ranks)
+    names = save_draft(scratch / "draft", draft, trainer.head, draft_info(target, extra), ranks[:MOST_RANKS])
     return {name: scratch / "draft" / name for name in names} | {METRICS: scratch / METRICS}, sampled
 
 

@@ -16,7 +16,7 @@ from hass_core.target_model.loader import Target
 from hass_core.training.alignment import Alignment
 from hass_core.training.batch import collate
 from hass_core.training.losses import Objective, distill
-from hass_core.training.start import frequent_tokens, start_from_target, start_least_squares
+from hass_core.training.start import ranked_tokens, start_from_target, start_least_squares
 from tests.training.conftest import Talk
 
 
@@ -49,7 +49,7 @@ def fitted_eagle3(
     """An eagle3 draft over half of the tokens, the answers' most frequent, after `steps` steps of HASS's objective."""
     torch.manual_seed(0)
     rows, talks = target.head.shape[0], _talks(target, prompts, answers)
-    head = DraftHead.from_target(target.head.float(), frequent_tokens(talks, rows // 2, rows))
+    head = DraftHead.from_target(target.head.float(), ranked_tokens(talks, rows)[: rows // 2].sort().values)
     settings = DraftConfig(architecture="eagle3", norm_output=norm_output)
     draft = build_draft(new_architecture(target.model.config, settings, head.size), target.embedding).float()
     assert isinstance(draft, Eagle3Model)

@@ -4,7 +4,7 @@ import torch
 
 from hass_core.training.alignment import Alignment
 from hass_core.training.batch import collate
-from hass_core.training.start import frequent_tokens, start_least_squares
+from hass_core.training.start import ranked_tokens, start_least_squares
 from tests.training.conftest import HIDDEN, Talk, make_draft, make_talk
 
 
@@ -51,4 +51,7 @@ def test_the_start_does_not_depend_on_how_rows_are_grouped(monkeypatch):
 def test_the_most_frequent_answer_tokens_are_kept_with_the_end_token():
     mask = torch.tensor([False, False, True, True, True, True, True, True])
     talk = Talk("one", torch.tensor([9, 9, 4, 4, 4, 7, 7, 2]), mask, torch.zeros(8, HIDDEN))
-    assert frequent_tokens([talk], 3, 20, always=(11,)).tolist() == [4, 7, 11], "9 is only in the prompt"
+    assert ranked_tokens([talk], 20, always=(11,))[:4].tolist() == [11, 4, 7, 2], "9 is only in the prompt"
+    after = ranked_tokens([talk], 20, (11,), before=torch.tensor([9, 2, 7, 15, 4]))
+    assert after.tolist()[:7] == [11, 4, 7, 2, 9, 15, 0], "what these answers do not tell, others told before"
+    assert sorted(after.tolist()) == list(range(20))

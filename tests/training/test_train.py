@@ -264,6 +264,17 @@ def test_a_warm_start_continues_from_the_given_weights(store, tiny_target, featu
         torch.testing.assert_close(value, weights(store, first)[name], rtol=0, atol=1e-9)
 
 
+def test_a_draft_that_training_makes_worse_is_kept_as_it_was(store, tiny_target, features, monkeypatch):
+    first = train_draft(settings(max_steps=1), features, store, tiny_target)
+    folder = Path(store.open(first).local_path("model.safetensors")).parent
+    draft = settings().draft.model_copy(update={"warm_start": str(folder)})
+    found = iter([2.0, 1.9])  # before the first step, and after the last
+    monkeypatch.setattr(loop, "validate", lambda *given: {"val/tau": next(found)})
+    second = train_draft(settings(max_steps=2).model_copy(update={"draft": draft}), features, store, tiny_target)
+    assert (second.summary["steps"], second.summary["best_step"], second.summary["val/tau"]) == (2, 0, 2.0)
+    assert all(torch.equal(value, weights(store, first)[name]) for name, value in weights(store, second).items())
+
+
 TWO_STAGES = {**SETTINGS, "pretraining": SETTINGS["training"] | {"top_k_weight": 0.0, "passes": 2}}
 
 
