@@ -1,5 +1,6 @@
 """The causes of a low τ. Each takes what was measured and says what mending it would add to τ."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,13 +37,14 @@ def from_variant(name: str, what: str, mend: str, base: Sequence[Cycle], mended:
 
 def depth_cause(cycles: Sequence[Cycle]) -> Cause:
     """The draft's own features as input: what deeper positions lose against the first one."""
-    shares = right_after(cycles)
+    shares = [share for share in right_after(cycles) if not math.isnan(share)]
     even = sum(shares[0] ** depth for depth in range(1, DEPTH + 1)) + 1
     listed = ", ".join(f"{share:.0%}" for share in shares)
+    deeper = "" if len(shares) == DEPTH else "; no cycle got deeper"
     return Cause(
         "depth",
         even - tau(cycles),
-        f"right drafts at depth 1 to {DEPTH}, of those tried: {listed}",
+        f"right drafts at depth 1 to {len(shares)}, of those tried: {listed}{deeper}",
         "train with more alignment steps (training.align_steps): they make deeper positions as good as the first",
     )
 
