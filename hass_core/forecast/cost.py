@@ -64,7 +64,7 @@ JUDGED = _measured(510, "prompt candidates judged a second, one process", "curve
 EVALUATION_START = _measured(55, "seconds of an evaluation's start, and again of each method's", WHOLE_RUN)
 DRAFTED = _measured(0.7, "time of a speculative method over plain decoding's", WHOLE_RUN)
 KEPT = _measured(0.927, "share of answers that are kept", "curve-h100.json, 71,015 of 76,612")
-ANSWER_SHARE = _measured(0.577, "tokens of an answer over the most it may have", "curve-h100.json, 295 of 512")
+LONG_ANSWER = _measured(418, "tokens of an answer that may be as long as it likes", "curve-h100.json, 295 cut at 512")
 FRAME = _measured(68, "tokens of a conversation beside its answer", "curve-h100.json")
 PROMPT_TOKENS = _measured(45, "tokens of a self-written prompt", "curve-h100.json, 30 words")
 CANDIDATES = _measured(1.14, "candidates for a self-written prompt that is kept", "curve-h100.json")
@@ -103,9 +103,14 @@ def work_of(config: RunConfig, conversations: int | None = None) -> Work:
     written = prompts.self_written or round(given * prompts.self_written_share / (1 - prompts.self_written_share))
     asked = max(1, min(given + written, prompts.max_prompts or 2**62, responses.max_conversations or 2**62))
     kept = max(1, round(KEPT * asked))
-    answer = ANSWER_SHARE * responses.max_new_tokens
+    answer = answer_tokens(responses.max_new_tokens)
     length = min(answer + FRAME, config.features.max_tokens_per_conversation)
     return Work(kept, round(kept * answer), round(kept * length), written)
+
+
+def answer_tokens(most: int) -> float:
+    """Mean tokens of an answer that is cut at `most`, where it ends with the same chance at every token."""
+    return LONG_ANSWER * -math.expm1(-most / LONG_ANSWER)
 
 
 def share_of_matrix_rate(hidden: int) -> float:
