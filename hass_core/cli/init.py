@@ -17,6 +17,11 @@ from hass_core.target_model.source import portable, target_name
 SMALL = 2e9  # parameters: below, a preset of SmolLM2's fits, above one of Llama's
 ENGINES_ASKED = ("vllm", "sglang", "eagle")
 WIDTH = 116
+FROM_THE_START = {  # on a machine without a GPU, where SmolLM2's preset continues from a draft
+    "prompts": {"self_written": 150, "max_prompts": None},
+    "responses": {"max_new_tokens": 160},
+    "training": {"passes": 3, "lr_peak": 1e-3},
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -68,7 +73,8 @@ def _values(model: str, name: str, prompts: list[str]) -> dict[str, Any]:
     values["prompts"] = {"builtin": not given, "files": given} | values["prompts"]
     draft = {key: value for key, value in values.pop("draft", {}).items() if key != "warm_start"}
     if not gpu and parameters < SMALL:
-        values["training"] |= {"passes": 3, "lr_peak": 1e-3}
+        for section, changes in FROM_THE_START.items():
+            values[section] = {name: value for name, value in (values[section] | changes).items() if value is not None}
     return values | ({"draft": draft} if draft else {}) | {"promotion": {"engines": engines}}
 
 
