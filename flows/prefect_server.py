@@ -4,6 +4,7 @@ Looked at before anything starts: Prefect itself waits two minutes in silence fo
 with a traceback that names neither address nor file.
 """
 
+import re
 import sqlite3
 import sys
 import time
@@ -14,13 +15,21 @@ from urllib.parse import urlsplit
 
 import httpx
 import prefect
-from prefect.settings import get_current_settings
+from prefect.client.base import ServerType
+from prefect.client.orchestration import get_client
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
+    get_current_settings,
+    temporary_settings,
+)
 from sqlalchemy.engine import make_url
 
 from hass_core.errors import ConfigError, Unreachable
 
 PAUSES_SECONDS = (1, 2, 4, 8, 15)
-AWAY = (502, 503, 504)  # a proxy answers in the server's place
+VERSION = re.compile(r"\d+\.\d+")
+EXAMPLE = "PREFECT_API_URL is to be as http://HOST:4200/api"
 
 
 def check_server() -> None:
@@ -37,26 +46,56 @@ def check_server() -> None:
 
 
 def wait_for_server(url: str, pauses: tuple[float, ...] = PAUSES_SECONDS) -> None:
-    """Return when the server at `url` answers; that it does not is told at the first miss. Raises Unreachable."""
+    """Return when the server at `url` answers; that it does not is told at the first miss.
+
+    Raises Unreachable, and ConfigError where it answers but is no Prefect server, or refuses this machine's key.
+    """
     parts = urlsplit(url)
     shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     for number, pause in enumerate(pauses):
-        if (why := _why_away(url)) is None:
+        if (why := _why_away(url, shown)) is None:
             return
         if number == 0:
             print(f"Prefect at {shown} does not answer ({why}); asking again for {sum(pauses):.0f} s", file=sys.stderr)
         time.sleep(pause)
-    if (why := _why_away(url)) is not None:
+    if (why := _why_away(url, shown)) is not None:
         raise Unreachable(f"Prefect at {shown} does not answer ({why}): start it, or change or unset PREFECT_API_URL")
 
 
-def _why_away(url: str) -> str | None:
-    """None where a server answers, whatever it says."""
+def _why_away(url: str, shown: str) -> str | None:
+    """None where a Prefect server lets us in. Raises ConfigError where asking again is of no use."""
     try:
-        status = httpx.get(f"{url.rstrip('/')}/health", timeout=10).status_code
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        version = _version(url)
+    except httpx.HTTPStatusError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise ConfigError(
+                f"Prefect at {shown} refuses this machine (status {status}): set "
+                "PREFECT_API_AUTH_STRING (user:password) or PREFECT_API_KEY as that server's operator has told"
+            ) from None
+        if status >= 500 or status == 429:
+            return f"status {status}"
+        version = f"status {status}"
+    except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+        raise ConfigError(f"PREFECT_API_URL is {shown!r}, which is no address ({error}): {EXAMPLE}") from None
+    except httpx.HTTPError as error:
         return str(error) or type(error).__name__
-    return f"status {status}" if status in AWAY else None
+    except ValueError:  # no JSON
+        version = "another program's page"
+    if not VERSION.match(str(version)):
+        raise ConfigError(f"what answers at {shown} is no Prefect server ({version!s:.40}): {EXAMPLE}")
+    return None
+
+
+def _version(url: str) -> object:
+    """What a Prefect server at `url` says when asked for its version, which it tells only those whom it lets in."""
+    with temporary_settings({PREFECT_API_URL: url, PREFECT_CLIENT_MAX_RETRIES: 0}):
+        client = get_client(sync_client=True, httpx_settings={"timeout": 10})
+        if client.server_type == ServerType.CLOUD:
+            if error := client.api_healthcheck():
+                raise error
+            return prefect.__version__  # it has none of its own
+        return client.api_version()
 
 
 def check_database(url: str) -> None:

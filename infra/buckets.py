@@ -7,6 +7,10 @@ import argparse
 from pathlib import Path
 
 import s3fs
+from botocore.exceptions import BotoCoreError
+
+from hass_core.errors import StoreError
+from infra.mistakes import in_one_sentence, needed
 
 BUCKETS = ("hass", "mlflow")
 
@@ -35,9 +39,16 @@ def main() -> None:
     parser.add_argument("action", choices=("save", "load"))
     parser.add_argument("folder", type=Path)
     given = parser.parse_args()
-    copied = (save if given.action == "save" else load)(given.folder)
+    endpoint = needed("AWS_ENDPOINT_URL")
+    try:
+        copied = (save if given.action == "save" else load)(given.folder)
+    except (BotoCoreError, OSError) as error:  # s3fs has its own names for what a server refuses
+        raise StoreError(
+            f"cannot copy between {given.folder} and the buckets {', '.join(BUCKETS)} of {endpoint}: {error}; check "
+            "the address, the AWS keys and the folder"
+        ) from error
     print(f"{copied} files of {', '.join(BUCKETS)}")
 
 
 if __name__ == "__main__":
-    main()
+    in_one_sentence(main)

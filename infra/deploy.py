@@ -27,6 +27,11 @@ from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
+
+from flows.prefect_server import wait_for_server
+from hass_core.errors import ConfigError
+from infra.mistakes import in_one_sentence
 
 INFRA = Path(__file__).parent
 ROOT = INFRA.parent
@@ -74,7 +79,7 @@ async def _resolved(client: PrefectClient, action: dict[str, Any]) -> dict[str, 
         try:
             action["block_document_id"] = (await client.read_block_document_by_name(name, kind)).id
         except ObjectNotFound:
-            raise SystemExit(f"{variable} = {kind}/{name}: Prefect has no such block; make it in its UI") from None
+            raise ConfigError(f"{variable} = {kind}/{name}: Prefect has no such block; make it in its UI") from None
     return action
 
 
@@ -105,7 +110,7 @@ def with_code(definition: dict[str, Any]) -> dict[str, Any]:
 def _commit() -> str:
     done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit("HASS_CODE_COMMIT is not set, and this folder is no git checkout that could name one")
+        raise ConfigError("HASS_CODE_COMMIT is not set, and this folder is no git checkout that could name one")
     return done.stdout.strip()
 
 
@@ -118,7 +123,7 @@ def deploy_all() -> None:
         command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", file.name]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"prefect deploy --all failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise ConfigError(f"prefect deploy --all failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
 async def restore(client: PrefectClient, before: DeploymentResponse) -> None:
@@ -147,8 +152,14 @@ def with_job_variables(set_before: dict[str, Any], ours: dict[str, Any]) -> dict
     return both
 
 
-async def main() -> None:
-    """Create what is absent, change what is ours."""
+async def deploy() -> None:
+    """Create what is absent, change what is ours. Raises HassError naming what the server or a block lacks."""
+    if not (url := get_current_settings().api.url):
+        raise ConfigError(
+            "PREFECT_API_URL is not set, and deployments live on a server: make stack or `prefect server "
+            "start` starts one, then PREFECT_API_URL=http://127.0.0.1:4200/api make deploy"
+        )
+    wait_for_server(url)
     async with get_client() as client:
         await create_pools(client)
         before = await client.read_deployments()
@@ -161,4 +172,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    in_one_sentence(lambda: asyncio.run(deploy()))

@@ -17,9 +17,10 @@ from prefect.settings import get_current_settings
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from hass_core.config import STAGES, RunConfig, load_config
-from hass_core.errors import TrackingError
+from hass_core.errors import ConfigError, TrackingError
 from hass_core.store import Store
 from hass_core.store.housekeeping import entries
+from infra.mistakes import in_one_sentence
 from tasks.tracking import champion_records, last_stages
 
 STATES = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING", "COMPLETED", "FAILED", "CANCELLED", "CRASHED")
@@ -134,7 +135,13 @@ def main(arguments: Iterable[str] | None = None) -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # it is asked again soon anyway
     config, registry = load_config(options.preset, []), CollectorRegistry()
     metrics = PipelineMetrics(registry)
-    start_http_server(options.port, options.address, registry)
+    try:
+        start_http_server(options.port, options.address, registry)
+    except OSError as error:
+        reason = (error.strerror or f"{error}").lower()
+        raise ConfigError(
+            f"cannot listen on {options.address}:{options.port}: {reason}; choose another --port"
+        ) from None
     store_read = -options.store_seconds
     while True:
         due = time.monotonic() - store_read >= options.store_seconds
@@ -145,4 +152,4 @@ def main(arguments: Iterable[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_sentence(main)

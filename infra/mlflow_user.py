@@ -10,22 +10,33 @@ import os
 from mlflow.exceptions import MlflowException
 from mlflow.server import get_app_client
 
+from infra.mistakes import in_one_sentence, needed
+from tasks.tracking import unusable
+
 USER = "worker"
 
 
 def main() -> None:
-    """Create the user, or give it its password of now."""
-    client = get_app_client("basic-auth", tracking_uri=os.environ["MLFLOW_TRACKING_URI"])
-    password = os.environ["MLFLOW_WORKER_PASSWORD"]
+    """Create the user, or give it its password of now. Raises TrackingError where MLflow is away or refuses."""
+    uri, password = needed("MLFLOW_TRACKING_URI"), needed("MLFLOW_WORKER_PASSWORD")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # who started this waits for it
+    try:
+        print(f"user {USER} {_put(uri, password)}")
+    except MlflowException as error:
+        raise unusable(uri, error) from None
+
+
+def _put(uri: str, password: str) -> str:
+    client = get_app_client("basic-auth", tracking_uri=uri)
     try:
         client.create_user(USER, password)
-        print(f"user {USER} created")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
         client.update_user_password(USER, password)
-        print(f"user {USER} has its password of now")
+        return "has its password of now"
+    return "created"
 
 
 if __name__ == "__main__":
-    main()
+    in_one_sentence(main)

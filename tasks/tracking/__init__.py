@@ -10,7 +10,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read while mlflow i
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the flow prints the address itself
 
-from tasks.tracking.client import as_default, connect, run_url, ui_command
+from tasks.tracking.client import as_default, connect, run_url, ui_command, unusable
 from tasks.tracking.outage import as_told
 from tasks.tracking.overview import ChampionRecord, StageRecord, champion_records, last_stages
 from tasks.tracking.registry import (
@@ -104,5 +104,6 @@ __all__ = [
     "tags_of",
     "target_identity",
     "ui_command",
+    "unusable",
     "watch_state",
 ]

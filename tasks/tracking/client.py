@@ -24,7 +24,7 @@ from hass_core.config import RunConfig
 from hass_core.errors import TrackingError
 from hass_core.trusted_hosts import VARIABLE, is_trusted
 from tasks.tracking.in_place import follow_the_folder
-from tasks.tracking.outage import outage_in, tell_outages
+from tasks.tracking.outage import outage_in, refusal_in, tell_outages
 from tasks.tracking.view import MODEL_TRAINING, VIEW, add_view, experiment_tags
 
 
@@ -48,11 +48,13 @@ def connect(config: RunConfig) -> MlflowClient:
         client = _client(uri, local_folder(config))
         experiment_id(client, config)
     except MlflowException as error:
-        if told := outage_in(error):
-            raise told from None
-        reason = str(error).replace(uri, _shown(uri))  # no cause: its text has the password too
-        raise TrackingError(f"cannot use MLflow at {_shown(uri)}: {reason}; start it or change tracking.uri") from None
+        raise unusable(uri, error) from None  # no cause: its text has the password too
     return client
+
+
+def unusable(uri: str, error: MlflowException) -> TrackingError:
+    """What to tell of the first request to `uri`, which failed: without its password."""
+    return outage_in(error) or refusal_in(MlflowException(str(error).replace(uri, _shown(uri))), _shown(uri))
 
 
 def _check_trust(uri: str) -> None:

@@ -1,4 +1,5 @@
-"""MLflow is away: told at once with its address, asked again for some minutes, and then one sentence.
+"""MLflow is away: told at once with its address, asked again for some minutes, and then one sentence. One too where
+it lets nobody in, or where another program answers in its place.
 
 MLflow's client asks again by itself, but says nothing while it does, and ends with pages of traceback.
 """
@@ -15,6 +16,8 @@ from hass_core.errors import TrackingError
 REQUESTS = logging.getLogger("urllib3.connectionpool")
 QUIET_SECONDS = 60.0
 GIVEN_UP = re.compile(r"API request to (?P<scheme>https?://)(?P<host>[^/\s]+)\S* failed with (timeout )?exception")
+STATUS = re.compile(r"API request to endpoint \S+ failed with error code (?P<status>\d+)")
+OF_ANOTHER = ("API request to endpoint was successful but the response body was not", "INTERNAL_ERROR: Response: ")
 ASKED_AGAIN = ("Retrying (", "Retry: ")  # how urllib3 begins its notes on a request that it repeats
 
 
@@ -33,6 +36,24 @@ def outage_in(error: BaseException) -> TrackingError | None:
         return None
     address = found["scheme"] + found["host"].rpartition("@")[2]
     return TrackingError(f"MLflow at {address} does not answer: start it or change tracking.uri; what is done is kept")
+
+
+def refusal_in(error: MlflowException, address: str) -> TrackingError:
+    """One sentence for MLflow's first answer, where that is an error and no outage."""
+    text = str(error)
+    found = STATUS.match(text)
+    if (found and found["status"] in ("401", "403")) or text.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED")):
+        return TrackingError(
+            f"MLflow at {address} refuses this machine: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN, as that server's operator has told"
+        )
+    if found or text.startswith(OF_ANOTHER):
+        why = f"status {found['status']}" if found else "its answer is another program's"
+        return TrackingError(
+            f"what answers at {address} is no MLflow server ({why}): tracking.uri and MLFLOW_TRACKING_URI are to be as "
+            "http://HOST:5000"
+        )
+    return TrackingError(f"cannot use MLflow at {address}: {text}; start it or change tracking.uri")
 
 
 def as_told(error: Exception) -> Exception:

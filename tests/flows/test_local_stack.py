@@ -1,5 +1,6 @@
 """`make stack`: a retraining through PostgreSQL, S3, MLflow, Prefect and a worker, all real and on loopback."""
 
+import json
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -21,7 +23,7 @@ from tests.flows.stack import PREFECT, ROOT, wait_for
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 pytestmark = [
     pytest.mark.recovery,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),  # of a busy machine
     pytest.mark.skipif(not POSTGRES and not shutil.which("initdb"), reason="PostgreSQL is not installed"),
 ]
 PORTS = ("--prefect-port", "0", "--mlflow-port", "0", "--exporter-port", "0")
@@ -60,6 +62,13 @@ class RunningStack:
         """A command as in a shell that has read `env`."""
         return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
 
+    def retrain(self, run: dict[str, object]) -> str:
+        """Ask for a retraining and wait for its end; what the command printed."""
+        given = f"run={json.dumps(run)}"
+        done = self.run(*PREFECT, "deployment", "run", "retrain/smollm2-cpu", "-p", given, "--watch")
+        assert done.returncode == 0, done.stdout + done.stderr + (self.folder / "logs/worker-cpu.log").read_text()
+        return done.stdout
+
     def command(self, action: str, *options: str) -> subprocess.CompletedProcess[str]:
         """`make stack-status` and `make stack-logs`."""
         return self.run(sys.executable, "-m", "infra.stack", action, "--folder", str(self.folder), *options)
@@ -85,6 +94,16 @@ class RunningStack:
         wait_for(self.stopped, "all parts to end", 90)
 
 
+@contextmanager
+def running_stack(folder: Path, *options: str) -> Iterator[RunningStack]:
+    """A stack that has ended, with all its parts, after the block."""
+    stack = RunningStack(folder, *options)
+    try:
+        yield stack
+    finally:
+        stack.end()
+
+
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """Not under pytest's own, which only its owner may enter: where root runs the tests, PostgreSQL is another user."""
@@ -105,85 +124,80 @@ def versions(stack: RunningStack) -> list:
     return MlflowClient(stack.environment["MLFLOW_TRACKING_URI"]).search_model_versions("name = 'hass-draft-tiny'")
 
 
-def test_a_retraining_goes_through_the_stack_and_is_there_after_a_restart_and_a_loss(shared_preset, folder, tmp_path):
+def test_a_stack_retrains_restarts_loses_a_part_and_is_begun_again_from_its_copy(shared_preset, folder, tmp_path):
     copy = tmp_path / "copy"
-    stack = RunningStack(folder)
-    try:
-        run = f'run={{"preset": "{shared_preset}"}}'
-        done = stack.run(*PREFECT, "deployment", "run", "retrain/smollm2-cpu", "-p", run, "--watch")
-        assert done.returncode == 0, done.stdout + done.stderr + (stack.folder / "logs/worker-cpu.log").read_text()
-        client = MlflowClient(stack.environment["MLFLOW_TRACKING_URI"])
-        experiment = client.get_experiment_by_name("hass")
-        runs = client.search_runs([experiment.experiment_id])
-        assert len([run for run in runs if "mlflow.parentRunId" not in run.data.tags]) == 1
-        assert len(runs) > 4
-        assert client.get_model_version_by_alias("hass-draft-tiny", "champion").version == "1"
-        stages = files_of(stack).ls("hass/store")
-        assert {Path(name).name for name in stages} >= {"prompts", "responses", "features", "draft", "evaluation"}
-        kept = stack.dump("mlflow") + stack.dump("prefect") + done.stdout
-        assert not [secret for secret in stack.secrets if secret in kept]
-        done = stack.command("backup", "--copy", str(copy))
-        assert done.returncode == 0, done.stderr
-        assert "exists already" in stack.command("backup", "--copy", str(copy)).stderr
-    finally:
-        stack.end()
+    with running_stack(folder) as stack:
+        a_retraining_goes_through(stack, shared_preset)
+        a_copy_is_written_once(stack, copy)
     assert stack.process.returncode == 0, stack.output
-
-    again = RunningStack(folder)
-    try:
-        assert [version.version for version in versions(again)] == ["1"]
-        assert files_of(again).exists("hass/store/draft")
-    finally:
-        again.end(signal.SIGTERM)
-
+    with running_stack(folder) as stack:
+        assert [version.version for version in versions(stack)] == ["1"]
+        assert files_of(stack).exists("hass/store/draft")
+        when_a_part_dies_it_is_named_and_the_others_are_stopped(stack)
     shutil.rmtree(folder)
     folder.mkdir(mode=0o755)
-    a_retraining_continues_from(copy, folder, shared_preset)
-
-
-def a_retraining_continues_from(copy: Path, folder: Path, preset: Path) -> None:
-    """All is lost but the copy: a stack from it trains on the features of before, against the champion of before."""
-    stack = RunningStack(folder, "--copy", str(copy))
-    try:
-        files = files_of(stack)
-        before = {name: files.info(name)["LastModified"] for name in files.find("hass/store/features")}
-        assert before
-        run = f'run={{"preset": "{preset}", "training": {{"passes": 5}}}}'
-        done = stack.run(*PREFECT, "deployment", "run", "retrain/smollm2-cpu", "-p", run, "--watch")
-        assert done.returncode == 0, done.stdout + done.stderr + (stack.folder / "logs/worker-cpu.log").read_text()
-        files.invalidate_cache()
-        assert {name: files.info(name)["LastModified"] for name in files.find("hass/store/features")} == before
-        assert sorted(version.version for version in versions(stack)) == ["1", "2"]
-        judged = next(version for version in versions(stack) if version.version == "2")
-        assert "version 1" in judged.description
-        completed = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
-        assert httpx.post(f"{stack.environment['PREFECT_API_URL']}/flow_runs/count", json=completed).json() == 2
+    with running_stack(folder, "--copy", str(copy)) as stack:
+        a_retraining_continues(stack, shared_preset)
         again = [sys.executable, "-m", "infra.stack", "--folder", str(folder), "--copy", str(copy)]
         assert "restoring would mix two" in subprocess.run(again, cwd=ROOT, capture_output=True, text=True).stderr
-    finally:
-        stack.end()
+        stack.end(signal.SIGTERM)
 
 
-def test_when_a_part_dies_it_is_named_and_the_others_are_stopped(folder):
-    stack = RunningStack(folder)
-    try:
-        shown = stack.command("status")
-        assert shown.returncode == 0, shown.stdout
-        assert {line.split()[0]: line.split()[1] for line in shown.stdout.splitlines()} == {
-            name: "running" for name in ("postgres", "s3", "mlflow", "prefect", "worker-cpu", "exporter")
-        }
-        store = next(part for part in stack.parts if "weed" in Path(part.exe()).name)
-        os.kill(store.pid, signal.SIGKILL)
-        wait_for(stack.stopped, "all parts to end", 90)
-        assert stack.process.returncode == 1
-        assert "s3 has ended" in stack.output
-        shown = stack.command("status")
-        assert shown.returncode == 1
-        assert "running" not in shown.stdout
-        assert "Worker" in stack.command("logs", "--part", "worker-cpu").stdout
-        assert "worker-cpu" in stack.command("logs", "--part", "worker").stderr
-    finally:
-        stack.end()
+def a_retraining_goes_through(stack: RunningStack, preset: Path) -> None:
+    """Runs, files and a champion are where they belong, and secrets nowhere."""
+    told = stack.retrain({"preset": str(preset)})
+    client = MlflowClient(stack.environment["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name("hass")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert len([run for run in runs if "mlflow.parentRunId" not in run.data.tags]) == 1
+    assert len(runs) > 4
+    assert client.get_model_version_by_alias("hass-draft-tiny", "champion").version == "1"
+    stages = files_of(stack).ls("hass/store")
+    assert {Path(name).name for name in stages} >= {"prompts", "responses", "features", "draft", "evaluation"}
+    kept = stack.dump("mlflow") + stack.dump("prefect") + told
+    assert not [secret for secret in stack.secrets if secret in kept]
+
+
+def a_copy_is_written_once(stack: RunningStack, copy: Path) -> None:
+    """Of the running stack; a second one needs a folder of its own."""
+    done = stack.command("backup", "--copy", str(copy))
+    assert done.returncode == 0, done.stderr
+    assert "exists already" in stack.command("backup", "--copy", str(copy)).stderr
+
+
+def when_a_part_dies_it_is_named_and_the_others_are_stopped(stack: RunningStack) -> None:
+    """`status` and `logs` tell of it, before and after."""
+    shown = stack.command("status")
+    assert shown.returncode == 0, shown.stdout
+    assert {line.split()[0]: line.split()[1] for line in shown.stdout.splitlines()} == dict.fromkeys(
+        ("postgres", "s3", "mlflow", "prefect", "worker-cpu", "exporter"), "running"
+    )
+    store = next(part for part in stack.parts if "weed" in Path(part.exe()).name)
+    os.kill(store.pid, signal.SIGKILL)
+    wait_for(stack.stopped, "all parts to end", 90)
+    assert stack.process.returncode == 1
+    assert "s3 has ended" in stack.output
+    shown = stack.command("status")
+    assert shown.returncode == 1
+    assert "running" not in shown.stdout
+    assert "Worker" in stack.command("logs", "--part", "worker-cpu").stdout
+    assert "worker-cpu" in stack.command("logs", "--part", "worker").stderr
+
+
+def a_retraining_continues(stack: RunningStack, preset: Path) -> None:
+    """All was lost but the copy: it trains on the features of before, against the champion of before."""
+    files = files_of(stack)
+    before = {name: files.info(name)["LastModified"] for name in files.find("hass/store/features")}
+    assert before
+    stack.retrain({"preset": str(preset), "training": {"passes": 5}})
+    files.invalidate_cache()
+    assert {name: files.info(name)["LastModified"] for name in files.find("hass/store/features")} == before
+    assert sorted(version.version for version in versions(stack)) == ["1", "2"]
+    judged = next(version for version in versions(stack) if version.version == "2")
+    assert "version 1" in judged.description
+    completed = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
+    assert httpx.post(f"{stack.environment['PREFECT_API_URL']}/flow_runs/count", json=completed).json() == 2
 
 
 def test_a_busy_port_is_told_before_anything_starts(folder):

@@ -6,6 +6,7 @@ import pytest
 
 from flows.prefect_server import check_database, wait_for_server
 from hass_core.errors import ConfigError, Unreachable
+from tests.answering import answering
 from tests.flows.stack import free_port
 
 
@@ -23,6 +24,33 @@ def test_a_server_that_is_away_is_told_at_once_and_named(capsys):
     with pytest.raises(Unreachable, match=rf"^Prefect at {shown} does not answer \(.*refused.*PREFECT_API_URL"):
         wait_for_server(url, pauses=(0.01, 0.01))
     assert capsys.readouterr().err.count(f"Prefect at {shown} does not answer") == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [
+        (401, "Unauthorized", r"refuses this machine \(status 401\): set PREFECT_API_AUTH_STRING"),
+        (404, '{"detail": "Not Found"}', r"is no Prefect server \(status 404\): .*http://HOST:4200/api"),
+        (200, "<html>Welcome</html>", "is no Prefect server .another program's page"),
+        (200, "{}", "is no Prefect server"),
+    ],
+)
+def test_what_is_no_prefect_server_or_lets_nobody_in_is_told_without_waiting(capsys, status, body, told):
+    with answering(status, body) as url, pytest.raises(ConfigError, match=told):
+        wait_for_server(f"{url}/api", pauses=(3600,))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_server_that_starts_late_is_waited_for():
+    with answering(200, '"3.8.8"') as url:
+        wait_for_server(f"{url}/api", pauses=())
+    with answering(503) as url, pytest.raises(Unreachable, match="status 503"):
+        wait_for_server(f"{url}/api", pauses=(0.01,))
+
+
+def test_an_address_that_is_none_is_told():
+    with pytest.raises(ConfigError, match="'localhost', which is no address"):
+        wait_for_server("localhost", pauses=(3600,))
 
 
 def test_a_database_of_another_version_is_named_with_its_revision(tmp_path):

@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -116,14 +117,29 @@ def test_a_heartbeat_that_stops_crashes_runs_tagged_hass_and_no_others(stack):
         httpx.post(f"{stack.api}/events", json=[heartbeat], timeout=30).raise_for_status()
         return run_id
 
-    foreign, waiting = run_with(["billing"]), run_with(["hass", "retrain"])
-    suspended = {"state": {"type": "PAUSED", "name": "Suspended"}}
-    httpx.post(f"{stack.api}/flow_runs/{waiting}/set_state", json=suspended, timeout=30).raise_for_status()
+    def becomes(run_id: str, kind: str, name: str) -> str:
+        body = {"state": {"type": kind, "name": name}}
+        httpx.post(f"{stack.api}/flow_runs/{run_id}/set_state", json=body, timeout=30).raise_for_status()
+        return run_id
+
+    foreign = run_with(["billing"])
+    waiting = becomes(run_with(["hass", "retrain"]), "PAUSED", "Suspended")
+    ended = becomes(run_with(["hass", "retrain"]), "COMPLETED", "Nothing new")
     ours = run_with(["hass", "retrain"])
     wait_for(lambda: state(stack, ours) == "CRASHED", "the automation", 180)
+    wait_for(lambda: ours in touched_by_automations(stack), "the automation's own record", 60)
     time.sleep(10)  # the others began before ours
     assert state(stack, foreign) == "RUNNING"
     assert state(stack, waiting) == "PAUSED", "who waits for a person has no process and no heartbeat"
+    assert state(stack, ended) == "COMPLETED"
+    assert not {foreign, waiting, ended} & touched_by_automations(stack)
+
+
+def touched_by_automations(stack: Stack) -> set[str]:
+    """The flow runs whose state an automation changed, or tried to change."""
+    acts = {"filter": {"event": {"prefix": ["prefect.automation.action."]}}, "limit": 50}
+    events = httpx.post(f"{stack.api}/events/filter", json=acts, timeout=30).raise_for_status().json()["events"]
+    return set(re.findall(r"prefect\.flow-run\.([0-9a-f-]{36})", json.dumps(events)))
 
 
 def test_a_crashed_run_starts_again_by_itself_and_completes(stack, tiny_preset):
@@ -171,6 +187,10 @@ def test_a_promotion_waits_for_a_person_without_a_process_and_goes_on_when_resum
     client = MlflowClient(f"sqlite:///{tiny_preset.parent}/.hass/mlflow.db")
     assert client.get_registered_model("hass-draft-tiny").aliases == {"challenger": 1}
     before = manifests(tiny_preset)
+    crashed = {"state": {"type": "CRASHED", "message": "as a heartbeat sent after it was suspended brings about"}}
+    httpx.post(f"{stack.api}/flow_runs/{run}/set_state", json=crashed, timeout=30).raise_for_status()
+    wait_for(lambda: state(stack, run) == "PAUSED", "it to be started again, and to wait again", 300)
+    wait_for(lambda: stack.flow_process() is None, "the process to end", 60)
     answer = {"run_input": {"approved": True}}
     httpx.post(f"{stack.api}/flow_runs/{run}/resume", json=answer, timeout=30).raise_for_status()
     wait_for(lambda: state(stack, run) == "COMPLETED", "the run to complete", 300)

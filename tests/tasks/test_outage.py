@@ -1,8 +1,6 @@
 """MLflow is away: told at once with its address, and one sentence at the end."""
 
 import logging
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from mlflow.exceptions import MlflowException
@@ -10,6 +8,7 @@ from mlflow.exceptions import MlflowException
 from hass_core.config import parse_config
 from hass_core.errors import TrackingError
 from tasks import tracking
+from tests.answering import answering
 from tests.flows.stack import free_port
 
 
@@ -19,27 +18,6 @@ def impatient(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
-
-
-@pytest.fixture
-def server():
-    """(address, what was asked): a server that answers 503 to everything."""
-    asked: list[dict[str, str]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(dict(self.headers))
-            self.send_response(503)
-            self.send_header("content-length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
 
 
 def settings_for(uri: str):
@@ -58,12 +36,28 @@ def test_a_server_that_is_not_there_is_told_once_and_ends_in_one_sentence(impati
     assert told(caplog) == [f"MLflow at {address} does not answer; it is asked again for some minutes"]
 
 
-def test_a_server_that_is_busy_is_asked_again_and_named(impatient, server, caplog):
-    address, asked = server
-    with pytest.raises(TrackingError, match=f"MLflow at {address} does not answer"):
+def test_a_server_that_is_busy_is_asked_again_and_named(impatient, caplog):
+    asked: list[dict[str, str]] = []
+    with answering(503, asked=asked) as address, pytest.raises(TrackingError, match=f"{address} does not answer"):
         tracking.connect(settings_for(address))
     assert len(asked) == 3
     assert told(caplog) == [f"MLflow at {address} does not answer; it is asked again for some minutes"]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [
+        (401, "You are not authenticated.", "refuses this machine: set MLFLOW_TRACKING_USERNAME"),
+        (403, '{"error_code": "PERMISSION_DENIED", "message": "Permission denied"}', "refuses this machine"),
+        (404, '{"detail": "Not Found"}', "is no MLflow server"),
+        (404, "<html>nginx</html>", r"is no MLflow server \(status 404\)"),
+        (200, "<html>Welcome</html>", "is no MLflow server"),
+    ],
+)
+def test_what_is_no_mlflow_or_lets_nobody_in_is_told(impatient, status, body, told):
+    with answering(status, body) as address, pytest.raises(TrackingError, match=f"{address} {told}") as caught:
+        tracking.connect(settings_for(address))
+    assert "<html>" not in str(caught.value)
 
 
 def test_an_outage_during_a_run_is_one_sentence_without_the_password():
