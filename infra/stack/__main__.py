@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import infra.stack
+from hass_core.errors import sentence_of
 from infra.stack.backup import back_up, check_copy, restore_buckets, restore_databases
-from infra.stack.machine import StackError, claim_port, write_private
+from infra.stack.machine import StackError, claim_ports, write_private
 from infra.stack.parts import show_logs, show_status, write_parts
 from infra.stack.postgres import start_postgres
 from infra.stack.processes import Processes
@@ -143,9 +144,9 @@ def main() -> int:
         processes = Processes(folder / "logs", ROOT)
         with held(folder):
             asked = {name: getattr(given, f"{name}_port") for name in SERVERS}
-            run(processes, folder, {name: claim_port(port, name) for name, port in asked.items()}, given.copy)
-    except StackError as error:
-        print(error, file=sys.stderr, flush=True)
+            run(processes, folder, claim_ports(asked), given.copy)
+    except (StackError, OSError) as error:  # a folder that nobody may write to
+        print(sentence_of(error) or error, file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         return 0
     return 1

@@ -8,10 +8,12 @@ import sys
 import urllib.request
 from pathlib import Path
 
+from hass_core.errors import HassError
+
 SEAWEEDFS_OFFSET = 10_000  # its gRPC side listens so far above the port it is given
 
 
-class StackError(Exception):
+class StackError(HassError):
     """The stack cannot start; the message says which part, why, and what to do."""
 
 
@@ -43,10 +45,21 @@ def free_port() -> int:
             return port
 
 
-def claim_port(port: int, name: str) -> int:
-    """The port asked for, or any free one for 0. Raises StackError when somebody uses it."""
+def claim_ports(asked: dict[str, int]) -> dict[str, int]:
+    """By name the port asked for, any free one for 0. Raises StackError where somebody uses it, or two parts would."""
+    claimed: dict[str, int] = {}
+    for name, port in asked.items():
+        if port in claimed.values():
+            raise StackError(f"--{name}-port is {port}, which another part has: give each its own, or 0 for a free one")
+        claimed[name] = _claimed(port, name)
+    return claimed
+
+
+def _claimed(port: int, name: str) -> int:
     if port == 0:
         return free_port()
+    if not 0 < port < 65_536:
+        raise StackError(f"--{name}-port is {port}, and ports go from 1 to 65535 (0 takes any free one)")
     if not is_free(port):
         raise StackError(
             f"port {port} of 127.0.0.1 is in use, and {name} needs it: stop what listens there, or choose another "

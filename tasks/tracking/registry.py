@@ -310,7 +310,7 @@ def _former(client: MlflowClient, present: DraftVersion, target: str) -> tuple[D
 
 def _create_model(client: MlflowClient, name: str, target: Target) -> None:
     try:
-        client.create_registered_model(name, {"hass.target": target.fingerprint}, f"HASS drafts for {target.name}")
+        client.create_registered_model(name, description=f"HASS drafts for {target.name}")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

@@ -211,6 +211,21 @@ def test_a_busy_port_is_told_before_anything_starts(folder):
     assert not list(folder.rglob("*.log"))
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--mlflow-port", "4299", "--prefect-port", "4299"), "--mlflow-port is 4299, which another part has"),
+        (("--prefect-port", "70000"), "--prefect-port is 70000, and ports go from 1 to 65535"),
+        (("--folder", "/dev/null/stack"), "/dev/null/stack: not a directory"),
+    ],
+)
+def test_what_cannot_be_started_is_told_in_one_line(folder, options, told):
+    command = [sys.executable, "-m", "infra.stack", "--folder", str(folder), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert told in done.stderr
+
+
 def files_of(stack: RunningStack) -> s3fs.S3FileSystem:
     """The store, as the pipeline's own user sees it."""
     region = {"endpoint_url": stack.environment["AWS_ENDPOINT_URL"], "region_name": "us-east-1"}

@@ -106,3 +106,17 @@ def test_the_table_and_the_comparison_show_results_and_the_settings_that_differ(
     shown = page.locator("body").inner_text().split()
     assert "draft/best_tau" in shown
     assert {f"{round(run.data.metrics['draft/best_tau'], 3):g}" for run in runs} <= set(shown)
+    champion_and_challenger_are_compared_under_models(server, page, runs)
+
+
+def champion_and_challenger_are_compared_under_models(server: str, page: Any, runs: list[Run]) -> None:
+    """Two versions, ticked in the Models tab: their settings that differ, and the results of each."""
+    page.goto(f"{server}/#/models/hass-draft-tiny")
+    for row in ("Version 1", "Version 2"):
+        page.get_by_role("row", name=row).get_by_role("checkbox").check(force=True)
+    page.get_by_test_id("compareButton").click()
+    page.get_by_text("Comparing 2 Versions").wait_for()
+    page.get_by_role("row", name="training.align_steps").wait_for()
+    row = page.get_by_role("row", name="evaluation/tau_macro").inner_text().split()
+    measured = {f"{round(run.data.metrics['evaluation/tau_macro'], 3):g}" for run in runs}
+    assert set(row[1:]) == measured

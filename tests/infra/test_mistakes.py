@@ -53,7 +53,7 @@ def test_buckets_of_a_store_that_is_away_are_named(tmp_path, monkeypatch):
 
 
 def test_the_exporter_names_a_port_that_is_taken():
-    with answering(200) as url, pytest.raises(ConfigError, match=r"cannot listen on .*, address already in use"):
+    with answering(200) as url, pytest.raises(ConfigError, match=r"cannot listen on .*: address already in use;"):
         exporter.main(["--port", url.rpartition(":")[2]])
 
 
