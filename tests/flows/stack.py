@@ -99,16 +99,35 @@ class Stack:
 
     def api_get(self, path: str) -> dict[str, Any]:
         """What the server tells of something."""
-        return httpx.get(f"{self.api}/{path}", timeout=30).raise_for_status().json()
+        return self._asked("GET", path, None).json()
 
-    def api_patch(self, path: str, change: dict) -> None:
-        """Change something on the server as its UI does; a server on SQLite is busy now and then."""
-        wait_for(lambda: httpx.patch(f"{self.api}/{path}", json=change, timeout=30).is_success, f"{path} to change", 60)
+    def api_post(self, path: str, body: object) -> Any:
+        """Make or ask for something; None where nothing is answered."""
+        answer = self._asked("POST", path, body)
+        return answer.json() if answer.content else None
 
-    def flow_runs(self) -> list[dict]:
+    def api_patch(self, path: str, change: dict[str, Any]) -> None:
+        """Change something on the server as its UI does."""
+        self._asked("PATCH", path, change)
+
+    def _asked(self, method: str, path: str, body: object) -> httpx.Response:
+        """Its answer, asked for as Prefect's client does: a server on SQLite is busy now and then, and says 503."""
+        answers: list[httpx.Response] = []
+
+        def answered() -> bool:
+            answers.append(httpx.request(method, f"{self.api}/{path}", json=body, timeout=60))
+            return answers[-1].status_code != 503
+
+        wait_for(answered, f"{method} {path}", 60)
+        return answers[-1].raise_for_status()
+
+    def set_state(self, run_id: str, kind: str, name: str | None = None) -> None:
+        """Put a flow run into a state, as a person or an engine does."""
+        self.api_post(f"flow_runs/{run_id}/set_state", {"state": {"type": kind, "name": name}})
+
+    def flow_runs(self) -> list[dict[str, Any]]:
         """All flow runs, newest first."""
-        answer = httpx.post(f"{self.api}/flow_runs/filter", json={"sort": "START_TIME_DESC"}, timeout=30)
-        return answer.raise_for_status().json()
+        return self.api_post("flow_runs/filter", {"sort": "START_TIME_DESC"})
 
     def flow_process(self) -> psutil.Process | None:
         """The process that executes a flow run for the worker."""

@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
-import httpx
 import psutil
 import pytest
 from mlflow import MlflowClient
@@ -100,12 +99,12 @@ def test_worker_and_flow_killed_the_slot_comes_back_and_the_next_run_completes(s
 
 
 def test_a_heartbeat_that_stops_crashes_runs_tagged_hass_and_no_others(stack):
-    flow = httpx.post(f"{stack.api}/flows/", json={"name": "of-somebody"}, timeout=30).json()["id"]
+    flow = stack.api_post("flows/", {"name": "of-somebody"})["id"]
 
     def run_with(tags: list[str]) -> str:
         """A run that sends one heartbeat and then no more."""
         made = {"flow_id": flow, "tags": tags, "state": {"type": "RUNNING"}}
-        run_id = httpx.post(f"{stack.api}/flow_runs/", json=made, timeout=30).raise_for_status().json()["id"]
+        run_id = stack.api_post("flow_runs/", made)["id"]
         related = [{"prefect.resource.id": f"prefect.tag.{tag}", "prefect.resource.role": "tag"} for tag in tags]
         heartbeat = {
             "id": str(uuid4()),
@@ -114,17 +113,12 @@ def test_a_heartbeat_that_stops_crashes_runs_tagged_hass_and_no_others(stack):
             "resource": {"prefect.resource.id": f"prefect.flow-run.{run_id}"},
             "related": related,
         }
-        httpx.post(f"{stack.api}/events", json=[heartbeat], timeout=30).raise_for_status()
+        stack.api_post("events", [heartbeat])
         return run_id
 
-    def becomes(run_id: str, kind: str, name: str) -> str:
-        body = {"state": {"type": kind, "name": name}}
-        httpx.post(f"{stack.api}/flow_runs/{run_id}/set_state", json=body, timeout=30).raise_for_status()
-        return run_id
-
-    foreign = run_with(["billing"])
-    waiting = becomes(run_with(["hass", "retrain"]), "PAUSED", "Suspended")
-    ended = becomes(run_with(["hass", "retrain"]), "COMPLETED", "Nothing new")
+    foreign, waiting, ended = (run_with(tags) for tags in (["billing"], ["hass", "retrain"], ["hass", "retrain"]))
+    stack.set_state(waiting, "PAUSED", "Suspended")
+    stack.set_state(ended, "COMPLETED", "Nothing new")
     ours = run_with(["hass", "retrain"])
     wait_for(lambda: state(stack, ours) == "CRASHED", "the automation", 180)
     wait_for(lambda: ours in touched_by_automations(stack), "the automation's own record", 60)
@@ -138,7 +132,7 @@ def test_a_heartbeat_that_stops_crashes_runs_tagged_hass_and_no_others(stack):
 def touched_by_automations(stack: Stack) -> set[str]:
     """The flow runs whose state an automation changed, or tried to change."""
     acts = {"filter": {"event": {"prefix": ["prefect.automation.action."]}}, "limit": 50}
-    events = httpx.post(f"{stack.api}/events/filter", json=acts, timeout=30).raise_for_status().json()["events"]
+    events = stack.api_post("events/filter", acts)["events"]
     return set(re.findall(r"prefect\.flow-run\.([0-9a-f-]{36})", json.dumps(events)))
 
 
@@ -158,22 +152,19 @@ def test_a_crashed_run_starts_again_by_itself_and_completes(stack, tiny_preset):
 
 
 def test_a_run_that_crashes_for_the_third_time_is_left_to_people(stack):
-    def post(path: str, body: dict) -> dict:
-        return httpx.post(f"{stack.api}/{path}", json=body, timeout=30).raise_for_status().json()
-
     def run_with(crashes: int) -> str:
         """A run that nobody executes, after so many crashes; after all but the last, people were faster."""
-        run = post(f"deployments/{deployment}/create_flow_run", {})["id"]
+        run = stack.api_post(f"deployments/{deployment}/create_flow_run", {})["id"]
         for number in range(crashes):
             if number:
-                post(f"flow_runs/{run}/set_state", {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}})
+                stack.set_state(run, "SCHEDULED", "AwaitingRetry")
             for kind in ("PENDING", "RUNNING", "CRASHED"):
-                post(f"flow_runs/{run}/set_state", {"state": {"type": kind}})
+                stack.set_state(run, kind)
         return run
 
-    flow = post("flows/", {"name": "nobodys"})["id"]
+    flow = stack.api_post("flows/", {"name": "nobodys"})["id"]
     made = {"name": "nobodys", "flow_id": flow, "tags": ["hass", "retrain"]}
-    deployment = post("deployments/", made)["id"]
+    deployment = stack.api_post("deployments/", made)["id"]
     often, once = run_with(3), run_with(1)
     wait_for(lambda: state(stack, once) == "SCHEDULED", "the automation", 180)
     time.sleep(10)  # the other one crashed before
@@ -187,12 +178,10 @@ def test_a_promotion_waits_for_a_person_without_a_process_and_goes_on_when_resum
     client = MlflowClient(f"sqlite:///{tiny_preset.parent}/.hass/mlflow.db")
     assert client.get_registered_model("hass-draft-tiny").aliases == {"challenger": 1}
     before = manifests(tiny_preset)
-    crashed = {"state": {"type": "CRASHED", "message": "as a heartbeat sent after it was suspended brings about"}}
-    httpx.post(f"{stack.api}/flow_runs/{run}/set_state", json=crashed, timeout=30).raise_for_status()
+    stack.set_state(run, "CRASHED")  # as the automation does when a last heartbeat comes after the suspension
     wait_for(lambda: state(stack, run) == "PAUSED", "it to be started again, and to wait again", 300)
     wait_for(lambda: stack.flow_process() is None, "the process to end", 60)
-    answer = {"run_input": {"approved": True}}
-    httpx.post(f"{stack.api}/flow_runs/{run}/resume", json=answer, timeout=30).raise_for_status()
+    stack.api_post(f"flow_runs/{run}/resume", {"run_input": {"approved": True}})
     wait_for(lambda: state(stack, run) == "COMPLETED", "the run to complete", 300)
     assert client.get_registered_model("hass-draft-tiny").aliases == {"champion": 1}
     assert manifests(tiny_preset) == before
