@@ -153,6 +153,17 @@ class FeaturesConfig(Settings):
 
     idle: ClassVar[frozenset[str]] = frozenset({"conversations_per_shard"})  # the responses' one decides
 
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers", description="The target's own pass, or vLLM servers that give its hidden states"
+    )
+    server_urls: tuple[Address, ...] = Field(
+        default=(), description="For engine = vllm: base URLs of servers with the target, ending in /v1"
+    )
+    server_folder: str | None = Field(
+        default=None, description="For engine = vllm: where this machine sees their shared_storage_path"
+    )
+    server_model: str | None = Field(default=None, description="Model name at those servers")
+    server_concurrency: int = Field(default=16, ge=1, le=4096, description="Requests in flight at each server")
     max_tokens_per_conversation: int = Field(default=2048, ge=16, description="Longer conversations are cut")
     max_tokens_per_batch: int = Field(default=16_384, ge=16, description="Tokens of one forward pass, padding included")
     encoding: Literal["bf16", "int8", "none"] = Field(
@@ -169,6 +180,14 @@ class FeaturesConfig(Settings):
         if encoding in ("fp8", "bf16-planes-zstd"):
             raise ValueError(f'features.encoding = {encoding!r} is gone: "bf16" is lossless, "int8" halves the space')
         return encoding
+
+    @model_validator(mode="after")
+    def _check(self) -> "FeaturesConfig":
+        if self.engine == "vllm" and not (self.server_urls and self.server_folder):
+            raise ValueError('features.engine = "vllm" needs features.server_urls and features.server_folder')
+        if self.engine == "vllm" and self.encoding == "none":
+            raise ValueError('features.encoding = "none" makes features while training; servers make them before')
+        return self
 
 
 Rate = Annotated[float, Field(ge=0, lt=1)]

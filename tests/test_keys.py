@@ -108,6 +108,11 @@ TABLE: dict[str, tuple[Any, str]] = {
     "responses.more_servers": (("http://127.0.0.1:3/v1",), NONE),
     "responses.server_model": ("other", NONE),  # of a local engine; see SPECIAL
     "responses.server_concurrency": (9, NONE),
+    "features.engine": ("vllm", "features"),
+    "features.server_urls": (("http://127.0.0.1:2/v1",), NONE),  # where, not what
+    "features.server_folder": ("/elsewhere", NONE),
+    "features.server_model": ("other", NONE),  # what it serves is held against the target
+    "features.server_concurrency": (9, NONE),
     "features.max_tokens_per_conversation": (99, "features"),
     "features.max_tokens_per_batch": (99, NONE),
     "features.encoding": ("int8", "features"),
@@ -184,6 +189,9 @@ def with_setting(base: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 
 def settings(values: dict[str, Any], mine: Path) -> RunConfig:
+    if values.get("features", {}).get("engine") == "vllm":
+        values = with_setting(values, "features.server_urls", ("http://h/v1",))
+        values = with_setting(values, "features.server_folder", "/states")
     if values.get("responses", {}).get("engine") == "openai":
         values = with_setting(values, "responses.server_url", values["responses"].get("server_url", "http://h/v1"))
     return RunConfig.model_validate(placed(values, mine))

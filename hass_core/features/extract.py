@@ -8,6 +8,7 @@ batches before it are encoded and written, and the parts before that are hashed 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,11 +23,12 @@ from hass_core.errors import HassError, StoreError
 from hass_core.features.checks import AUDIT, audit_masks
 from hass_core.features.reader import shard_names
 from hass_core.features.schema import SKIPPED, Encoding, FeatureInfo, encode
+from hass_core.features.served import ServedStates
 from hass_core.features.tokenise import Encoded, Part, encode_part, tokenising
 from hass_core.features.writer import Computed, PartsWriter
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, FileRecord, StageFolder, Store
-from hass_core.target_model.capture import Capture, TokenIds, batches_for, capture_features
+from hass_core.target_model.capture import Capture, TokenIds, batches_for
 from hass_core.target_model.ends import Whose
 from hass_core.target_model.loader import Target
 
@@ -37,7 +39,10 @@ RESERVE = 1.05
 TIMED_BATCHES = 2
 WHOSE = "target.json"  # which target made them: training may do without its layers
 SPEED_ONLY = {"max_tokens_per_batch"}  # row groups decide in which order conversations are trained on
+SERVERS = {"engine", "server_urls", "server_folder", "server_model", "server_concurrency"}  # where, not what
 
+States = Callable[[Sequence[TokenIds], Sequence[str]], Callable[[], list[Tensor]]]
+"""Rows of token ids and their names → what waits for their features, [L, H] each, bfloat16 on the CPU."""
 Spread = Callable[[list[str]], Iterable[str]]
 """Has `extract_part` run for each of these parts, anywhere, and gives each name once its part is in the store."""
 
@@ -61,17 +66,18 @@ def extract_features(
     rows = {name: source.record(name).rows or 0 for name in shard_names(source)}
     finished = folder.finished().keys()
     unfinished = [name for name in rows if name not in finished]
-    run = _Extraction(config, source, folder, target, progress, rows)
-    if spread:
-        run.forecast(run.sample(unfinished), unfinished)
-        speed = run.follow(unfinished, spread)
-    else:
-        with tokenising(target.tokenizer, config.features, sum(rows[name] for name in unfinished)) as parts_of:
-            sample = run.sample(unfinished)
-            # begun now: the forecast is a GPU's first pass, which loads its kernels and takes seconds
-            parts = parts_of(unfinished, source.local_path)
-            run.forecast(sample, unfinished)
-            speed = run.complete(unfinished, parts)
+    with states_of(config.features, target) as states:
+        run = _Extraction(config, source, folder, target, progress, rows, states)
+        if spread:
+            run.forecast(run.sample(unfinished), unfinished)
+            speed = run.follow(unfinished, spread)
+        else:
+            with tokenising(target.tokenizer, config.features, sum(rows[name] for name in unfinished)) as parts_of:
+                sample = run.sample(unfinished)
+                # begun now: the forecast is a GPU's first pass, which loads its kernels and takes seconds
+                parts = parts_of(unfinished, source.local_path)
+                run.forecast(sample, unfinished)
+                speed = run.complete(unfinished, parts)
     summary = _finish(folder, sum(rows.values()), speed)
     audit = audit_masks(folder, [name for name in rows if folder.record(name).rows], target.tokenizer)
     folder.write_text(AUDIT, audit.model_dump_json(indent=1))
@@ -86,9 +92,12 @@ def extract_part(config: RunConfig, responses: Artifact, store: Store, target: T
     """
     folder, source = store.stage("features", _key(config, responses, target)), store.open(responses)
     rows = {name: source.record(name).rows or 0}
-    with tokenising(target.tokenizer, config.features, rows[name]) as parts_of:
+    with (
+        states_of(config.features, target) as states,
+        tokenising(target.tokenizer, config.features, rows[name]) as parts_of,
+    ):
         parts = parts_of([name], source.local_path)
-        _Extraction(config, source, folder, target, no_progress, rows).complete([name], parts)
+        _Extraction(config, source, folder, target, no_progress, rows, states).complete([name], parts)
     return name
 
 
@@ -112,16 +121,22 @@ class Measured:
     tokens_per_second: float
 
 
-def measure(target: Target, sample: Sequence[TokenIds], max_tokens: int, encoding: Encoding) -> Measured:
-    """Capture and encode a few batches of the sample's token ids; the first pass, which warms up, is not timed."""
+def measure(
+    target: Target, sample: Sequence[TokenIds], max_tokens: int, encoding: Encoding, states: States
+) -> Measured:
+    """Make by `states` and encode a few batches of the sample's token ids; the first, which warms up, is not timed."""
     batches = list(batches_for(target, [len(ids) for ids in sample], max_tokens))[:TIMED_BATCHES]
     size = tokens = 0
+
+    def rows(batch: list[int]) -> list[Tensor]:
+        return states([sample[i] for i in batch], [f"{i} of the sample" for i in batch])()
+
     for batch in batches[:1]:
-        for row in capture_features(target, [sample[i] for i in batch]):
+        for row in rows(batch):
             size += len(encode(row, encoding))
             tokens += len(row)
     started = time.perf_counter()
-    timed = sum(len(row) for batch in batches for row in capture_features(target, [sample[i] for i in batch]))
+    timed = sum(len(row) for batch in batches for row in rows(batch))
     return Measured(size / tokens + OTHER_BYTES_PER_TOKEN, timed / (time.perf_counter() - started))
 
 
@@ -154,8 +169,10 @@ class _Extraction:
         target: Target,
         progress: Progress,
         rows: dict[str, int],
+        states: States,
     ):
         self._config, self._source, self._folder, self._target = config, source, folder, target
+        self._states = states
         self._progress, self._rows = progress, rows
         self._tokens = 0
         self._info = FeatureInfo(
@@ -197,7 +214,7 @@ class _Extraction:
         settings = self._config.features
         if not sample or settings.encoding == "none":
             return  # there is nothing to store, or next to nothing
-        measured = measure(self._target, sample, settings.max_tokens_per_batch, settings.encoding)
+        measured = measure(self._target, sample, settings.max_tokens_per_batch, settings.encoding, self._states)
         expected = forecast([len(ids) for ids in sample], sum(self._rows[name] for name in names), measured)
         refuse_if_too_large(expected, self._folder.store)
         self._progress(0, sum(self._rows.values()), f"expecting {expected}")
@@ -205,7 +222,10 @@ class _Extraction:
     def _capture(self, part: Part, writers: PartsWriter) -> None:
         """Compute a part's features while a thread writes them; the thread still has to put the file in place."""
         with writers.part(part) as hand_over:
-            for batch in _captured(part.conversations, self._target, self._config.features):
+            if isinstance(self._states, ServedStates) and part.conversations:
+                shortest = min(part.conversations, key=lambda c: len(c.token_ids))
+                self._states.check(shortest.token_ids, shortest.id)
+            for batch in _captured(part.conversations, self._target, self._config.features, self._states):
                 hand_over(batch)
                 self._report(batch[0])
         self._done += len(part.skipped)
@@ -227,21 +247,36 @@ class _Extraction:
 def _key(config: RunConfig, responses: Artifact, target: Target) -> dict[str, Any]:
     return {
         "responses": responses.digest,
-        "features": config.features.model_dump(exclude=SPEED_ONLY),
+        "features": config.features.model_dump(exclude=SPEED_ONLY | SERVERS) | _decided_by_engine(config.features),
         "target": target.identity.parts(),
         "dtype": str(target.dtype),
         "version": STEP_VERSION,
     }
 
 
-def _captured(encoded: list[Encoded], target: Target, settings: FeaturesConfig) -> Iterator[Computed]:
+def _decided_by_engine(settings: FeaturesConfig) -> dict[str, str]:
+    """Another engine rounds otherwise. The target's own pass is not named, as before there was a choice."""
+    return {} if settings.engine == "transformers" else {"engine": settings.engine}
+
+
+@contextmanager
+def states_of(settings: FeaturesConfig, target: Target) -> Iterator[States]:
+    """The target's own pass, or the servers of the settings."""
+    if settings.engine == "vllm":
+        with ServedStates(settings, target) as served:
+            yield served
+    else:
+        yield lambda token_ids, names: Capture(target, token_ids, names).rows
+
+
+def _captured(encoded: list[Encoded], target: Target, settings: FeaturesConfig, states: States) -> Iterator[Computed]:
     nothing = target.embedding.new_zeros(1, target.embedding.shape[1])
     for indices in batches_for(target, [len(c.token_ids) for c in encoded], settings.max_tokens_per_batch):
         batch = [encoded[i] for i in indices]
         if settings.encoding == "none":
             yield batch, partial(_nothing, nothing, batch)
         else:
-            yield batch, Capture(target, [c.token_ids for c in batch], [c.id for c in batch]).rows
+            yield batch, states([c.token_ids for c in batch], [c.id for c in batch])
 
 
 def _nothing(row: Tensor, batch: list[Encoded]) -> list[Tensor]:

@@ -17,7 +17,15 @@ from hass_core.bench.features import bench_features
 from hass_core.config import parse_config
 from hass_core.errors import HassError, NonFinite, StoreError
 from hass_core.features.checks import validate_features
-from hass_core.features.extract import Measured, _Extraction, extract_features, forecast, measure, refuse_if_too_large
+from hass_core.features.extract import (
+    Measured,
+    _Extraction,
+    extract_features,
+    forecast,
+    measure,
+    refuse_if_too_large,
+    states_of,
+)
 from hass_core.features.reader import FeatureDataset
 from hass_core.features.schema import FeatureInfo
 from hass_core.features.tokenise import split_of
@@ -138,7 +146,8 @@ def test_the_forecast_is_near_what_is_then_stored(tiny_target, store, config, ro
         config, responses_artifact(store, rows, 3), store, tiny_target, lambda *told: notes.append(told)
     )
     sample = [list(range(3, 3 + n)) for n in (10, 20, 30)]
-    measured = measure(tiny_target, sample, 64, "bf16")
+    with states_of(config.features, tiny_target) as states:
+        measured = measure(tiny_target, sample, 64, "bf16", states)
     assert measured.bytes_per_token == 2 * 48 + 6
     assert measured.tokens_per_second > 0
     assert notes[0][2].startswith(f"expecting {artifact.summary['tokens']:,} tokens")

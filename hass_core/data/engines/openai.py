@@ -50,21 +50,11 @@ class OpenAIEngine:
         with asyncio.Runner() as runner:
             self._servers = Servers(self._urls, self._concurrency)
             try:
-                runner.run(self._find_models())
+                runner.run(find_models(self._servers, self._model))
                 with closing(self._completions(runner, queue)) as completions:
                     yield from self._unless_failing(completions)
             finally:
                 runner.run(self._servers.close())
-
-    async def _find_models(self) -> None:
-        """Fill in what each server is asked for. One that lists no models is dropped, unless it is the last."""
-        for server in self._servers.known:
-            try:
-                server.model = self._model or await _served_model(server)
-            except TargetError as error:
-                if not self._servers.drop(server, str(error)):
-                    raise
-        self._servers.check_models()
 
     def _unless_failing(self, completions: Iterator[Completion]) -> Iterator[Completion]:
         """Hold failures of the server back until there is an answer, so that a run that stops leaves them to the next.
@@ -142,7 +132,7 @@ class OpenAIEngine:
                 if found is not None:
                     server.failures = 0
                     return self._completion(request, found)
-                error, said = f"server answered {reply.status_code}", _said(reply)
+                error, said = f"server answered {reply.status_code}", said_by(reply)
             attempt += 1
             if (
                 error in OF_ONE_CONVERSATION
@@ -209,7 +199,19 @@ class OpenAIEngine:
         return ends == reply.finished and says(decode(self._tokenizer, ids[:-1] if ends else ids), reply)
 
 
-async def _served_model(server: Server) -> str:
+async def find_models(servers: Servers, model: str | None) -> None:
+    """Fill in what each server is asked for: `model`, else the one it has. One that lists no models is dropped, unless
+    it is the last. Raises TargetError."""
+    for server in list(servers.alive):
+        try:
+            server.model = model or await _served_model(server, servers.model_setting)
+        except TargetError as error:
+            if not servers.drop(server, str(error)):
+                raise
+    servers.check_models()
+
+
+async def _served_model(server: Server, setting: str) -> str:
     """The one model the server offers: a first request that shows whether it is there. Raises TargetError."""
     import httpx
 
@@ -223,18 +225,17 @@ async def _served_model(server: Server) -> str:
         names = models_in(reply.content) if reply.status_code == 200 else []
         if len(names) > 1:
             raise TargetError(
-                f"the server {server.url} has the models {', '.join(names)}; say in responses.server_model which "
-                "is the target"
+                f"the server {server.url} has the models {', '.join(names)}; say in {setting} which is the target"
             )
         if names:
             return names[0]
-        problem = f"status {reply.status_code}, it said {_said(reply)}"
+        problem = f"status {reply.status_code}, it said {said_by(reply)}"
         if reply.status_code != 200 and reply.status_code not in WORTH_REPEATING:
             break
         await asyncio.sleep(backoff_seconds(attempt, reply.headers.get("retry-after")))
     raise TargetError(
         f"the server {server.url} does not list its models: {problem}{server.hint}; check that it runs, or set "
-        "responses.server_model"
+        f"{setting}"
     )
 
 
@@ -245,7 +246,7 @@ async def _abandon(tasks: set[asyncio.Task[Completion]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _said(reply: Any) -> str:
+def said_by(reply: Any) -> str:
     """What a reply (httpx.Response) without an answer says, quoted."""
     moved = reply.headers.get("location") if reply.is_redirect else None
     return repr(f"moved to {moved}") if moved else quoted(reply.content)

@@ -53,7 +53,8 @@ class Server:
 class Servers:
     """Servers of the same model. The last one is never dropped: what it lacks is told by the requests that fail."""
 
-    def __init__(self, urls: list[str], concurrency: int):
+    def __init__(self, urls: list[str], concurrency: int, asked_by: str = "responses"):
+        self.model_setting = f"{asked_by}.server_model"
         self.known = [Server.at(url, concurrency) for url in dict.fromkeys(urls)]
         self.alive = list(self.known)
         self._concurrency = concurrency
@@ -86,7 +87,7 @@ class Servers:
         names = {server.model: server.url for server in self.alive}
         if len(names) > 1:
             told = ", ".join(f"{url} has {name}" for name, url in names.items())
-            raise TargetError(f"the servers have different models: {told}; say in responses.server_model which it is")
+            raise TargetError(f"the servers have different models: {told}; say in {self.model_setting} which it is")
 
     def __str__(self) -> str:
         return " and ".join(server.url for server in self.alive)

@@ -1,0 +1,211 @@
+"""Hidden states from vLLM servers that run its `extract_hidden_states`: a target too large for this machine's GPUs is
+served once, and answers as well as gives features.
+
+A request of token ids makes the server write a safetensors file, `hidden_states` [L, n, H] and `token_ids` [L], into
+its `shared_storage_path`, which this machine sees as `features.server_folder`. The state behind the last layer comes
+before the final norm; the norm is applied here. What a server runs cannot be seen from here, so every row is held
+against the token that the server drew behind it, and of every part of the answers one row against the target's own
+pass.
+"""
+
+import asyncio
+import fcntl
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hass_core.config import FeaturesConfig
+from hass_core.data.engines.openai import MAX_ATTEMPTS, WORTH_REPEATING, backoff_seconds, find_models, said_by
+from hass_core.data.engines.servers import TIMEOUT_SECONDS, Server, Servers
+from hass_core.errors import NonFinite, TargetError
+from hass_core.target_model.capture import TokenIds, capture_features
+from hass_core.target_model.loader import Target
+
+NEAR_TIE = 1.0  # logits: a server's token may fall short of the best one by so much, its sums are rounded otherwise
+FARTHEST = 0.25  # of a row's norm: how far two computations of a hidden state in bfloat16 may lie apart
+
+
+class ServedStates:
+    """Called with rows of token ids and their names, it asks for them and gives a function that waits for the features,
+    [L, H] each, bfloat16. A context manager.
+
+    That function raises TargetError where a server fails, refuses a row or runs another model, NonFinite naming a row.
+    """
+
+    def __init__(self, settings: FeaturesConfig, target: Target):
+        self._settings, self._target = settings, target
+        self._folder = Path(cast(str, settings.server_folder)).expanduser()
+        self._norm = _final_norm(target)
+
+    def __enter__(self) -> "ServedStates":
+        if not self._folder.is_dir():
+            raise TargetError(f"features.server_folder: {self._folder} is no folder of this machine")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="hidden-states", daemon=True)
+        self._thread.start()
+        try:
+            self._run(self._connect())
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._run(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __call__(self, token_ids: Sequence[TokenIds], names: Sequence[str]) -> Callable[[], list[Tensor]]:
+        asked = [
+            self._submit(self._row([int(token) for token in ids], name))
+            for ids, name in zip(token_ids, names, strict=True)
+        ]
+        return lambda: [row.result() for row in asked]
+
+    def check(self, token_ids: TokenIds, name: str) -> None:
+        """Raise TargetError unless a row's served features are those of the target's own pass."""
+        (served,), (own,) = self([token_ids], [name])(), capture_features(self._target, [token_ids], [name])
+        apart = (served.float() - own.float()).norm(dim=-1) / own.float().norm(dim=-1)
+        if float(apart.max()) > FARTHEST:
+            raise TargetError(
+                f"conversation {name}: the features of {self._servers} are not those of {self._target.name}: they lie "
+                f"up to {float(apart.max()):.0%} apart, {FARTHEST:.0%} is taken for rounding; serve the same weights, "
+                f"and the state behind layer {self._target.num_layers} alone"
+            )
+
+    async def _connect(self) -> None:
+        urls, model = list(self._settings.server_urls), self._settings.server_model
+        self._servers = Servers(urls, self._settings.server_concurrency, asked_by="features")
+        self._room = asyncio.Semaphore(self._servers.room)
+        await find_models(self._servers, model)
+
+    async def _close(self) -> None:
+        tasks = asyncio.all_tasks() - {cast(Any, asyncio.current_task())}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._servers.close()
+
+    def _submit(self, work: Any) -> "Future[Any]":
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _run(self, work: Any) -> Any:
+        return self._submit(work).result()
+
+    async def _row(self, token_ids: list[int], name: str) -> Tensor:
+        """Features [L, H] of one row."""
+        async with self._room:
+            reply = await self._asked(token_ids, name)
+            return await asyncio.to_thread(self._features, reply, token_ids, name)
+
+    async def _asked(self, token_ids: list[int], name: str) -> dict[str, Any]:
+        """A server's reply, after as many attempts as it takes."""
+        import httpx
+
+        problem, server = "", None
+        for attempt in range(MAX_ATTEMPTS):
+            server = self._servers.least_loaded(but=server)
+            pause = None
+            try:
+                reply = await self._posted(server, token_ids)
+            except (httpx.RequestError, TimeoutError) as error:
+                problem = f"it cannot be reached: {error!r}"
+            else:
+                if reply.status_code == 200:
+                    server.failures = 0
+                    return _parsed(reply, server)
+                problem = f"it answered {reply.status_code}, {said_by(reply)}{server.hint}"
+                if reply.status_code not in WORTH_REPEATING:
+                    break
+                pause = reply.headers.get("retry-after")
+            self._servers.failed(server, problem)
+            await asyncio.sleep(backoff_seconds(attempt, pause))
+        raise TargetError(
+            f"conversation {name}, {len(token_ids)} tokens: no hidden states of the server {server and server.url}: "
+            f"{problem}; mend it and run the same command again, finished parts are kept"
+        )
+
+    async def _posted(self, server: Server, token_ids: list[int]) -> Any:
+        body = {"model": server.model, "prompt": token_ids, "max_tokens": 1, "temperature": 0, "return_token_ids": True}
+        server.in_flight += 1
+        try:
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                return await server.client.post("/completions", json=body)
+        finally:
+            server.in_flight -= 1
+
+    @torch.no_grad()
+    def _features(self, reply: dict[str, Any], token_ids: list[int], name: str) -> Tensor:
+        """A row's features from the file that a reply names, which is removed. Runs in a thread."""
+        states = self._read(reply["file"], token_ids, name)
+        features = self._norm(states.to(self._target.device, self._target.dtype))
+        if not bool(features.isfinite().all()):
+            raise NonFinite(f"conversation {name}: the hidden states of {self._servers} are NaN or infinite")
+        logits = features[-1] @ self._target.head.mT
+        short = float(logits.max() - logits[reply["token"]])
+        if short > NEAR_TIE:
+            raise TargetError(
+                f"conversation {name}: {self._servers} drew token {reply['token']} behind it, which the target's head "
+                f"gives {short:.1f} less than its best for the state that came back; the servers must run "
+                f"{self._target.name} and write the state behind its last layer, layer {self._target.num_layers}"
+            )
+        return features.to("cpu", torch.bfloat16)
+
+    def _read(self, file: str, token_ids: list[int], name: str) -> Tensor:
+        """The states [L, H] in a file; only the name counts of what a server says, it lies in the folder of ours."""
+        path = self._folder / PurePosixPath(file).name
+        lock = path.with_name(path.name + ".lock")
+        try:
+            if lock.exists():
+                with lock.open("rb") as waiting:
+                    fcntl.flock(waiting, fcntl.LOCK_SH)  # until it is written
+            found = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise TargetError(
+                f"the server wrote the states of conversation {name} to {file}, but {path} cannot be read: {error}; "
+                "features.server_folder must be the folder that the servers know as shared_storage_path"
+            ) from None
+        path.unlink()
+        lock.unlink(missing_ok=True)
+        states, hidden = found.get("hidden_states"), self._target.embedding.shape[1]
+        if states is None or list(states.shape) != [len(token_ids), 1, hidden]:
+            shape = "nothing" if states is None else list(states.shape)
+            raise TargetError(
+                f"conversation {name}: the server wrote {shape} for [{len(token_ids)}, 1, {hidden}]; start it with "
+                f'"eagle_aux_hidden_state_layer_ids": [{self._target.num_layers}]'
+            )
+        if found["token_ids"].tolist() != token_ids:
+            raise TargetError(f"conversation {name}: the server wrote the states of other tokens than it was asked for")
+        return states[:, 0]
+
+
+def _parsed(reply: Any, server: Server) -> dict[str, Any]:
+    """The file and the token that a reply names."""
+    try:
+        found = reply.json()
+        file, (token,) = found["kv_transfer_params"]["hidden_states_path"], found["choices"][0]["token_ids"]
+        return {"file": str(file), "token": int(token)}
+    except (ValueError, LookupError, TypeError):
+        raise TargetError(
+            f"the server {server.url} gives no hidden states, it said {said_by(reply)}; start vLLM with the "
+            "speculative method extract_hidden_states and a connector for hidden states (docs/own-model.md)"
+        ) from None
+
+
+def _final_norm(target: Target) -> nn.Module:
+    """The module that makes features of the states behind the last layer."""
+    norm = getattr(cast(Any, target.model).base_model, "norm", None)
+    if not isinstance(norm, nn.Module):
+        raise TargetError(f'{target.name} has no final norm to be found; features.engine = "transformers" works')
+    return norm
