@@ -82,7 +82,7 @@ def test_what_was_measured_stands_in_the_evidence():
         if file:
             assert check.measured in set(numbers(json.loads((EVIDENCE / file[0]).read_text())))
         else:
-            assert f" {check.measured:,.0f} s" in (EVIDENCE.parents[1] / "docs" / "results.md").read_text()
+            assert f" {check.measured:,.0f} {check.unit}" in (EVIDENCE.parents[1] / "docs" / "results.md").read_text()
 
 
 def numbers(value: object):
