@@ -34,6 +34,7 @@ from hass_core.target_model.loader import Target
 
 STEP_VERSION = 4  # 4: the target by its identity, row groups by their size
 SAMPLE_CONVERSATIONS, SAMPLE_PARTS = 64, 8
+TIMED_SHARE = 1 / 20  # of all conversations at most: what is timed is computed for that alone, and twice
 OTHER_BYTES_PER_TOKEN = 6  # token ids, mask and the rest, before compression
 RESERVE = 1.05
 TIMED_BATCHES = 2
@@ -214,8 +215,10 @@ class _Extraction:
         settings = self._config.features
         if not sample or settings.encoding == "none":
             return  # there is nothing to store, or next to nothing
-        measured = measure(self._target, sample, settings.max_tokens_per_batch, settings.encoding, self._states)
-        expected = forecast([len(ids) for ids in sample], sum(self._rows[name] for name in names), measured)
+        conversations = sum(self._rows[name] for name in names)
+        timed = sample[: max(1, int(TIMED_SHARE * conversations))]
+        measured = measure(self._target, timed, settings.max_tokens_per_batch, settings.encoding, self._states)
+        expected = forecast([len(ids) for ids in sample], conversations, measured)
         refuse_if_too_large(expected, self._folder.store)
         self._progress(0, sum(self._rows.values()), f"expecting {expected}")
 
