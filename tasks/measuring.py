@@ -13,7 +13,8 @@ from hass_core.config import RunConfig
 from hass_core.evaluation import duel
 from hass_core.evaluation.benchmarks import load_benchmarks
 from hass_core.evaluation.evaluate import evaluate_draft, read_report
-from hass_core.evaluation.server_duel import Server, contest
+from hass_core.evaluation.server import Server
+from hass_core.evaluation.server_duel import contest
 from hass_core.evaluation.server_process import serving
 from hass_core.progress import Progress
 from hass_core.store import Artifact

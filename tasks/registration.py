@@ -22,8 +22,8 @@ def register_draft(config: RunConfig, stages: list[Artifact], run_id: str) -> tr
     lineage |= {f"hass.url.{name}": artifact.url for name, artifact in by_name.items()}
     lineage |= {"hass.commit": code_commit() or "unknown", "hass.mlflow_run": run_id}
     draft, store, target = by_name["draft"], store_of(config), target_of(config)
-    card = model_card(config, target, by_name)
     evaluation = read_report(store, by_name["evaluation"])
+    card = model_card(config, target, by_name, evaluation)
     version = tracking.register(config, run_id, draft, store, target, lineage, card, evaluation)
     note_registered(store, version.model, version.version, stages)
     text = (

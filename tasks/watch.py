@@ -125,7 +125,7 @@ def _mean_tau(reads: list[Acceptance], min_drafts: int) -> float | None:
     if gauges:
         return sum(gauges) / len(gauges)
     drafts = sum(read.drafts for read in reads)
-    return 1 + sum(sum(read.by_position) for read in reads) / drafts if drafts >= min_drafts else None
+    return 1 + sum(read.accepted for read in reads) / drafts if drafts >= min_drafts else None
 
 
 def _expected(config: RunConfig, version: DraftVersion, positions: int) -> float:

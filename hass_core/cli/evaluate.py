@@ -8,6 +8,7 @@ import typer
 
 from hass_core.cli.common import console, progress_bar, settings, show, show_json
 from hass_core.cli.draft_address import find_draft, with_target_of
+from hass_core.cli.engine_options import EngineOptions
 from hass_core.cli.options import DRAFT, PRESET, AsJson, FileOrPreset, Out, Overrides
 from hass_core.errors import BadInput
 from hass_core.evaluation.benchmark_names import check_benchmarks
@@ -29,6 +30,23 @@ def evaluate(
     ] = None,
     benchmarks: Annotated[str | None, typer.Option(help="Comma-separated: heldout, NAME=FILE, a file, …")] = None,
     temperatures: Annotated[str | None, typer.Option(help="Comma-separated, such as 0,1")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Ask this vLLM, SGLang or hass serve too, which serves the target with the draft")
+    ] = None,
+    plain_server: Annotated[
+        str | None, typer.Option(help="A server without the draft beside --server: what its speed-up is over")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(metavar="vllm", help="Start this engine on this machine, plain and with the draft")
+    ] = None,
+    engine_python: Annotated[
+        str | None, typer.Option(envvar="HASS_VLLM_PYTHON", help="Python of the environment that has the engine")
+    ] = None,
+    engine_args: Annotated[
+        str, typer.Option(help="More arguments for the engine, such as '--max-model-len 4096'")
+    ] = "",
+    chains: Annotated[str, typer.Option(help="Drafts in a row for --engine, comma-separated")] = "3",
+    rows: Annotated[str, typer.Option(help="Requests at once in an engine, comma-separated")] = "1,4,16,64",
     config: FileOrPreset = None,
     override: Overrides = None,
     as_json: AsJson = False,
@@ -36,6 +54,8 @@ def evaluate(
     """Measure drafts and rivals; prints the paper's table: speed-up and τ for each benchmark and temperature.
 
     Example: hass evaluate .hass/store/draft/DIGEST -o report --temperatures 0,1
+
+    Example: hass evaluate DRAFT -o report --engine vllm --chains 2,3 --rows 1,16
     """
     changes = list(override or [])
     if methods is not None:
@@ -50,13 +70,15 @@ def evaluate(
         chosen = with_target_of(own, chosen, changes)
     check_methods(chosen.evaluation.methods, ({HASS: own} if own else {}) | others)
     check_benchmarks(chosen.evaluation.benchmarks)
+    asked = EngineOptions(server, plain_server, engine, engine_python, engine_args, chains, rows).checked(own)
     from hass_core.evaluation.evaluate import PAGE, evaluate_folder  # imports torch
     from hass_core.evaluation.terminal import terminal
 
     with progress_bar("evaluate") as report:
         result = evaluate_folder(
-            own, chosen.target, chosen.evaluation, chosen.tree, out, chosen.evaluation.methods, others, report
-        )
+            own, chosen.target, chosen.evaluation, chosen.tree, out, chosen.evaluation.methods, others,
+            asked.in_engine(), report,
+        )  # fmt: skip
     if as_json:
         return show_json(result)
     console.print(terminal(result))

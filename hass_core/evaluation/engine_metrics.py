@@ -1,7 +1,8 @@
 """What a serving engine counts of its speculative decoding, from its own page or from a Prometheus server.
 
 vLLM     vllm:spec_decode_num_drafts, …_num_accepted_tokens, …_num_accepted_tokens_per_pos{position}   counters
-SGLang   sglang:spec_accept_length                                                                     a gauge, τ
+SGLang   sglang:spec_verify_calls, with sglang:num_requests and sglang:generation_tokens               counters
+         sglang:spec_accept_length                                                                     a gauge, τ
 hass     hass_cycles, hass_accepted{depth}                                                             counters
 """
 
@@ -13,13 +14,20 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 from pydantic import BaseModel, ConfigDict
 
-from hass_core.errors import BadInput
+from hass_core.errors import BadInput, Unreachable
 from hass_core.evaluation.report import Report
 
 PATIENCE_SECONDS = 10
 VLLM, PER_POSITION = "vllm:spec_decode_num_{}_total", "accepted_tokens_per_pos"
 HASS_COUNTERS = ("hass_cycles_total", "hass_accepted_total")
-SGLANG = "sglang:spec_accept_length"
+SGLANG, SGLANG_CYCLES = "sglang:spec_accept_length", "sglang:spec_verify_calls_total"
+VLLM_ENGINE, SGLANG_ENGINE, HASS_ENGINE = "vLLM", "SGLang", "hass serve"
+TRAFFIC = {  # requests that ended, and tokens generated
+    VLLM_ENGINE: ("vllm:request_success_total", "vllm:generation_tokens_total"),
+    SGLANG_ENGINE: ("sglang:num_requests_total", "sglang:generation_tokens_total"),
+    HASS_ENGINE: ("hass_requests_total", "hass_generated_tokens_total"),
+}
+IS_THERE = {VLLM_ENGINE: "vllm:num_requests_running", SGLANG_ENGINE: "sglang:num_running_reqs", HASS_ENGINE: "hass_tau"}
 
 
 class Acceptance(BaseModel):
@@ -28,14 +36,20 @@ class Acceptance(BaseModel):
     model_config = ConfigDict(frozen=True)
     drafts: float = 0  # verifications
     by_position: tuple[float, ...] = ()  # of those, how many accepted at least 1, 2, … tokens
+    total: float | None = None  # accepted tokens, where an engine does not tell positions apart
     gauge: float | None = None  # τ of late, where an engine counts nothing
+
+    @property
+    def accepted(self) -> float:
+        """Accepted tokens."""
+        return sum(self.by_position) if self.total is None else self.total
 
     @property
     def tau(self) -> float | None:
         """Tokens a verification: accepted drafts and one of the target's own; None before any draft."""
         if self.gauge is not None:
             return self.gauge
-        return 1 + sum(self.by_position) / self.drafts if self.drafts else None
+        return 1 + self.accepted / self.drafts if self.drafts else None
 
     def since(self, before: "Acceptance | None") -> "Acceptance":
         """What came after an earlier reading; all of it where the engine was started again meanwhile."""
@@ -43,17 +57,48 @@ class Acceptance(BaseModel):
             return self
         earlier = before.by_position + (0.0,) * (len(self.by_position) - len(before.by_position))
         positions = tuple(new - old for new, old in zip(self.by_position, earlier, strict=False))
-        return Acceptance(drafts=self.drafts - before.drafts, by_position=positions)
+        total = None if self.total is None else self.total - (before.total or 0)
+        return Acceptance(drafts=self.drafts - before.drafts, by_position=positions, total=total)
+
+
+class Reading(BaseModel):
+    """All that an engine's page tells of its work so far."""
+
+    model_config = ConfigDict(frozen=True)
+    engine: str
+    requests: float  # that ended
+    tokens: float  # generated
+    acceptance: Acceptance | None  # None: it runs without a draft
 
 
 def read_acceptance(url: str) -> Acceptance:
     """Fetch and read an engine's page. Raises BadInput when there is none, or one without such counts."""
+    return parse_acceptance(_fetched(url), url)
+
+
+def read_engine(url: str) -> Reading:
+    """Fetch a page and read all of it. Raises BadInput when there is none, or it is of no engine known here."""
+    samples = _samples(_fetched(url), url)
+    names = {sample.name for sample in samples}
+    engine = next((engine for engine, name in IS_THERE.items() if name in names), None)
+    if engine is None:
+        raise BadInput(
+            f"{url} is the page of neither vLLM, SGLang nor hass serve; start the engine with its metrics on (SGLang: "
+            "--enable-metrics)"
+        )
+    requests, tokens = (_sum(samples, name) or 0.0 for name in TRAFFIC[engine])
+    return Reading(engine=engine, requests=requests, tokens=tokens, acceptance=_of_samples(samples))
+
+
+def _fetched(url: str) -> str:
     try:
         answer = httpx.get(url, timeout=PATIENCE_SECONDS)
         answer.raise_for_status()
     except (httpx.HTTPStatusError, httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
         raise BadInput(f"{url} shows no metrics: {error}; give the address of an engine's /metrics") from error
-    return parse_acceptance(answer.text, url)
+    except httpx.TransportError as error:
+        raise Unreachable(f"{url} cannot be read: {error!r}; check that the engine runs") from error
+    return answer.text
 
 
 def read_prometheus(server: str, selector: str = "") -> dict[str, Acceptance]:
@@ -88,11 +133,7 @@ def read_prometheus(server: str, selector: str = "") -> dict[str, Acceptance]:
 
 def parse_acceptance(text: str, where: str) -> Acceptance:
     """Read a page. Raises BadInput naming `where` when no engine counts drafts in it."""
-    try:
-        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    except ValueError as error:
-        raise BadInput(f"{where} is no Prometheus page: {error}") from error
-    if found := _of_samples(samples):
+    if found := _of_samples(_samples(text, where)):
         return found
     raise BadInput(
         f"{where} counts no speculative decoding: neither vLLM's, SGLang's nor hass serve's; start the engine with the "
@@ -112,6 +153,13 @@ def expected_tau(report: Report, positions: int) -> float:
         reached *= share.value
         tau += reached
     return tau
+
+
+def _samples(text: str, where: str) -> list[Sample]:
+    try:
+        return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    except ValueError as error:
+        raise BadInput(f"{where} is no Prometheus page: {error}") from error
 
 
 def _of_samples(samples: Iterable[Any]) -> Acceptance | None:
@@ -135,7 +183,11 @@ def _hass(samples: Iterable[Any]) -> Acceptance | None:
 
 def _sglang(samples: Iterable[Any]) -> Acceptance | None:
     values = [sample.value for sample in samples if sample.name == SGLANG]
-    live = [value for value in values if value > 0]  # 0 before the first answer
+    live = [value for value in values if value > 0]  # 0 before the first answer, and without a draft
+    if cycles := _sum(samples, SGLANG_CYCLES):
+        # a request's first token comes with its prompt, each verification adds one token of the target's own
+        requests, tokens = (_sum(samples, name) or 0.0 for name in TRAFFIC[SGLANG_ENGINE])
+        return Acceptance(drafts=cycles, total=tokens - requests - cycles)
     if not values:
         return None
     return Acceptance(gauge=sum(live) / len(live)) if live else Acceptance()

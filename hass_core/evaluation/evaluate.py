@@ -23,6 +23,7 @@ from hass_core.draft_model.identity import draft_identity
 from hass_core.evaluation import figures
 from hass_core.evaluation.benchmarks import Question, assert_unseen, load_benchmarks
 from hass_core.evaluation.examples import Example, choose_examples
+from hass_core.evaluation.in_engine import InEngine
 from hass_core.evaluation.measure import check_lengths
 from hass_core.evaluation.method_names import HASS, check_methods
 from hass_core.evaluation.metrics import Measurement
@@ -67,21 +68,26 @@ def evaluate_folder(
     out_dir: Path,
     methods: Sequence[str],
     drafts: Mapping[str, Path] | None = None,
+    engine: InEngine | None = None,
     progress: Progress = no_progress,
 ) -> Report:
     """Measure the draft in a folder, and rivals, without a store; results go into `out_dir`.
 
-    `drafts` names further drafts by method (`eagle2`, `sps`). After a crash the same call continues.
-    Raises as `evaluate_draft` does.
+    `drafts` names further drafts by method (`eagle2`, `sps`); `engine` asks the same questions of serving engines.
+    After a crash the same call continues. Raises as `evaluate_draft` does, and as the engines do.
     """
     given = ({HASS: draft_dir} if draft_dir else {}) | dict(drafts or {})
     settings = EvaluationConfig.model_validate(evaluation_config.model_dump() | {"methods": tuple(methods)})
     check_methods(settings.methods, given)
     questions = load_benchmarks(settings)
     target = load_target(target_config)
+    if engine:
+        engine.where.check(target, questions[0])
     work = Work(target, questions, given, settings, tree_config, training_prompts_known=False)
     scratch = out_dir / "scratch"
     report, measured = work.run(scratch / digest_of(work.identity()), progress)
+    if engine:
+        report = engine.added_to(report, measured, questions, target, draft_dir, settings, progress)
     work.write(report, measured, [], out_dir)
     shutil.rmtree(scratch)
     return report

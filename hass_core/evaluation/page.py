@@ -26,11 +26,17 @@ from hass_core.evaluation.render import (
     n_alpha_table,
     paper_table,
     rank_table,
+    served_by_benchmark,
+    served_table,
     speed_table,
 )
 from hass_core.evaluation.report import PLAIN, Report
 
 TEMPLATE = "page.html.jinja"
+IN_ENGINE = (
+    "The same questions, one at a time and with many at once. The speed-up is over plain decoding at the same place, "
+    "with as many at once; τ is counted by the engine. Intervals: over questions, or over groups of requests."
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,8 @@ def _tables(report: Report) -> list[Part]:
     """All tables that have rows."""
     found: list[tuple[str, str, tuple[list[str], Rows]]] = [
         ("Speed-up and τ", "Each value with its 95 % interval over questions.", paper_table(report)),
+        ("Here and in the engine", IN_ENGINE, served_table(report)),
+        ("In the engine, by benchmark", "", served_by_benchmark(report)),
         ("Speed", "", speed_table(report)),
         ("Acceptance by depth", "", acceptance_table(report)),
         ("Choices of the draft", "", rank_table(report)),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hass_core.evaluation.lossless import Certificate
-from hass_core.evaluation.report import ALL, PLAIN, Report, Score
+from hass_core.evaluation.report import ALL, PLAIN, Report, Score, Served
 from hass_core.evaluation.statistics import Estimate
 
 LABELS = {"plain": "plain", "pld": "PLD", "sps": "SpS", "eagle": "EAGLE", "eagle2": "EAGLE-2", "hass": "HASS"}
@@ -105,6 +105,47 @@ def comparison_table(report: Report) -> tuple[list[str], Rows]:
     return ["T", "methods", "ratio of tokens/s", "difference of τ"], rows
 
 
+def served_table(report: Report) -> tuple[list[str], Rows]:
+    """Our own decoders and the engine on the same questions, all benchmarks together."""
+    columns = ["T", "at once", "where", "tokens/s", "speed-up", "τ", "cycles accepting 1, 2, … drafts"]
+    ours = [
+        [f"{s.temperature:g}", "1", f"here, {label(s.method)}", interval(s.tokens_per_second, 1),
+         "" if s.method == PLAIN else f"{interval(s.speedup)} ×", "" if s.method == PLAIN else interval(s.tau_micro),
+         _shares(s.acceptance_by_depth)]
+        for s in _over_all(report)
+    ]  # fmt: skip
+    theirs = [
+        [f"{s.temperature:g}", f"{s.rows}", _served_name(s), interval(s.tokens_per_second, 1), *_served_cells(s),
+         _shares(s.acceptance_by_depth)]
+        for s in report.served if s.benchmark == ALL
+    ]  # fmt: skip
+    return columns, ours + theirs if theirs else []
+
+
+def served_by_benchmark(report: Report) -> tuple[list[str], Rows]:
+    """The engine's speed-up and τ on each benchmark."""
+    columns = ["T", "at once", "where", *(f"{name} {what}" for name in report.benchmarks for what in ("speed-up", "τ"))]
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for s in report.served:
+        if s.benchmark != ALL and s.chain != 0:
+            found.setdefault((f"{s.temperature:g}", f"{s.rows}", _served_name(s)), []).extend(_served_cells(s))
+    return columns, [[*kind, *cells] for kind, cells in found.items()]
+
+
+def _served_name(served: Served) -> str:
+    drafts = "its draft" if served.chain is None else f"chain of {served.chain}" if served.chain else "plain"
+    return f"{served.engine}, {drafts}"
+
+
+def _served_cells(served: Served) -> tuple[str, str]:
+    speedup = interval(served.speedup) + " ×" if served.speedup and served.chain != 0 else ""
+    return speedup, interval(served.tau) if served.tau else ""
+
+
+def _shares(shares: list[Estimate]) -> str:
+    return ", ".join(f"{100 * share.value:.0f}" for share in shares[:5]) + " %" if shares else ""
+
+
 def difference_table(report: Report) -> tuple[list[str], Rows]:
     """Every first difference between answers with and without the draft."""
     certificates = [c for c in (report.lossless, report.same_precision) if c]
@@ -145,6 +186,7 @@ def measured_how(report: Report) -> list[str]:
         f"tree: {shape}{chosen}",
         f"answers of at most {report.max_new_tokens} tokens, the fastest of {report.repeats} run(s) of each method",
         f"compilations and captures of CUDA graphs while the clock ran: {report.compilations}",
+        *([f"the engine: {report.served_how}; every turn a request of its own over HTTP"] if report.served else []),
         f"questions: {', '.join(f'{count} of {name}' for name, count in report.benchmarks.items())}",
         f"transformers' own `generate` on one question: {report.generate_tokens_per_second:.1f} tokens/s",
         f"training prompts: {known}",

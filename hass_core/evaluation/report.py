@@ -50,6 +50,22 @@ class Comparison(Part):
     tau_gain: Estimate  # macro τ less the other's
 
 
+class Served(Part):
+    """A serving engine's rate and acceptance with so many requests at once, plain or with a draft."""
+
+    engine: str
+    chain: int | None  # drafts in a row; 0 = without a draft, None = the engine does not tell
+    temperature: float
+    rows: int  # requests at once
+    benchmark: str
+    requests: int
+    new_tokens: int
+    tokens_per_second: Estimate  # of all requests together, prefill included
+    speedup: Estimate | None  # over the engine without a draft; None where none was measured
+    tau: Estimate | None  # by the engine's own counters; None without a draft
+    acceptance_by_depth: list[Estimate]  # first entry: depth 1; empty where the engine counts no positions
+
+
 class Report(Part):
     """A whole evaluation."""
 
@@ -74,6 +90,8 @@ class Report(Part):
     leak_checked: bool  # whether the training prompts were known and hold none of the questions
     provenance: dict[str, Any] = {}
     draws: int = 1  # `hass_core.sampling.noise.DRAWS_VERSION`: what a seed meant
+    served: list[Served] = []  # the same questions in a serving engine
+    served_how: str = ""  # which engine that was
 
     @property
     def methods(self) -> list[str]:

@@ -20,12 +20,14 @@ SHOWN = 1500  # characters of what a server said before it ended
 
 
 @contextmanager
-def serving(command: str, target: str, draft: Path, depth: int) -> Iterator[str]:
+def serving(
+    command: str, target: str, draft: Path, depth: int, what: str = "promotion.server_command"
+) -> Iterator[str]:
     """The address of the server that `command` runs, once it answers; it and its children end with the block.
 
     The command finds HASS_TARGET and HASS_DRAFT (folders), HASS_DEPTH (tokens it may draft in a row) and HASS_PORT in
     its environment, and has to serve OpenAI's endpoints and /metrics at that port of the loopback. Raises BadInput
-    with the end of its output when it does not.
+    with the end of its output when it does not; there it is called `what`.
     """
     port = _free_port()
     told = {"HASS_TARGET": target, "HASS_DRAFT": str(draft), "HASS_DEPTH": str(depth), "HASS_PORT": str(port)}
@@ -35,24 +37,25 @@ def serving(command: str, target: str, draft: Path, depth: int) -> Iterator[str]
             command, shell=True, env=os.environ | told, stdout=output, stderr=output, start_new_session=True
         )
         try:
-            _wait(process, url)
+            if problem := _waited(process, url):
+                output.seek(0)
+                said = output.read().decode(errors="replace").strip()[-SHOWN:]
+                raise BadInput(f"{what} {problem}; it said: {said}")
             yield url
-        except BadInput as error:
-            output.seek(0)
-            said = output.read().decode(errors="replace").strip()[-SHOWN:]
-            raise BadInput(f"{error}; it said: {said}") from error
         finally:
             _stop(process)
 
 
-def _wait(process: subprocess.Popen[bytes], url: str) -> None:
+def _waited(process: subprocess.Popen[bytes], url: str) -> str | None:
+    """Nothing once it answers, else why it does not."""
     deadline = time.monotonic() + START_SECONDS
     while not _answers(url):
         if (status := process.poll()) is not None:
-            raise BadInput(f"promotion.server_command ended with {status} before it served at {url}")
+            return f"ended with {status} before it served at {url}"
         if time.monotonic() > deadline:
-            raise BadInput(f"promotion.server_command did not serve at {url} within {START_SECONDS} s")
+            return f"did not serve at {url} within {START_SECONDS} s"
         time.sleep(0.5)
+    return None
 
 
 def _answers(url: str) -> bool:

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from hass_core.evaluation.render import Rows, acceptance_table, half_paper_table, headline, paper_table
+from hass_core.evaluation.render import Rows, acceptance_table, half_paper_table, headline, paper_table, served_table
 from hass_core.evaluation.report import Report
 
 
@@ -18,6 +18,8 @@ def terminal(report: Report) -> RenderableType:
     else:
         parts.append(_table("Speed-up, × plain", *half_paper_table(report, lambda score: score.speedup)))
         parts.append(_table("τ, tokens per cycle", *half_paper_table(report, lambda score: score.tau_macro)))
+    if report.served:
+        parts.append(_table("Here and in the engine", *served_table(report)))
     if report.score(report.main_method).acceptance_by_depth:
         parts.append(_table("Acceptance by depth", *acceptance_table(report)))
     return Group(*parts)

@@ -154,7 +154,7 @@ class GenerationRequest(Body):
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: Temperature = 1.0
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
+    top_k: int = Field(default=0, ge=-1)  # -1 and 0 = all tokens, as vLLM and SGLang take them
     min_p: float = Field(default=0.0, ge=0, lt=1)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=10)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
@@ -177,7 +177,7 @@ class GenerationRequest(Body):
         return SamplingConfig(
             temperature=self.temperature,
             top_p=self.top_p,
-            top_k=self.top_k,
+            top_k=max(0, self.top_k),
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             seed=secrets.randbits(31) if self.seed is None else self.seed,

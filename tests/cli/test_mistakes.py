@@ -68,6 +68,12 @@ hass evaluate draft -o out --temperatures hot                | evaluation.temper
 hass evaluate draft -o out --temperatures -1                 | greater than or equal to 0
 hass evaluate draft -o out -s training=5                     | this is a section
 hass evaluate draft -o out --benchmarks x=missing            | no benchmark 'x=missing': neither a file
+hass evaluate draft -o out --rows 1,0                        | --rows takes whole numbers from 1 to 1024
+hass evaluate draft -o out --engine vllm --engine-python sh --chains x | --chains takes whole numbers from 1 to 16
+hass evaluate draft -o out --engine sglang                   | --engine starts vllm only, not sglang
+hass evaluate draft -o out --engine vllm --engine-python no/python | no environment with vllm was found
+hass evaluate draft -o out --plain-server http://host:8000   | --plain-server goes with --server
+hass evaluate draft -o out --server x --engine vllm          | give one of them
 hass chat missing                                            | the draft missing is missing
 hass chat --depth 17                                         | depth = 17
 hass chat --nodes 1                                          | nodes = 1

@@ -3,14 +3,24 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
-PAGE = """\
+TRAFFIC = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{{engine="0",model_name="tiny"}} 0.0
+# HELP vllm:request_success_total Count of successfully processed requests.
+# TYPE vllm:request_success_total counter
+vllm:request_success_total{{engine="0",finished_reason="stop",model_name="tiny"}} 0.0
+vllm:request_success_total{{engine="0",finished_reason="length",model_name="tiny"}} {requests:.1f}
+# HELP vllm:generation_tokens_total Number of generation tokens processed.
+# TYPE vllm:generation_tokens_total counter
+vllm:generation_tokens_total{{engine="0",model_name="tiny"}} {generated:.1f}
+"""
+DRAFTS = """\
 # HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
 # TYPE vllm:spec_decode_num_drafts_total counter
 vllm:spec_decode_num_drafts_total{{engine="0",model_name="tiny"}} {drafts:.1f}
@@ -27,24 +37,49 @@ vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",model_name="tiny"
 vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",model_name="tiny",position="2"}} 0.0
 """
 DRAFTS_PER_ANSWER = 100
+Answering = Callable[[dict[str, Any]], tuple[int, list[int]]]
 
 
 class Engine:
-    """Its counters; `shares` of the drafts are accepted at the first and second position, none at the third."""
+    """Its counters; `shares` of the drafts are accepted at the first and second position, none at the third.
 
-    def __init__(self, shares: tuple[float, float], seconds: float = 0.0):
-        self.shares, self.seconds = shares, seconds
+    Without shares it has no draft. `answering` makes prompt length and token ids of a request, else there are none.
+    """
+
+    def __init__(self, shares: tuple[float, float] | None, seconds: float = 0.0, answering: Answering | None = None):
+        self.shares, self.seconds, self.answering = shares, seconds, answering
         self.drafts, self.accepted = 0.0, [0.0, 0.0]
+        self.requests, self.generated = 0, 0
+        self.asked: list[dict[str, Any]] = []
+        self.lock = threading.Lock()
         self.url = ""
+
+    def answer(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Make an answer, and count it."""
+        time.sleep(self.seconds)
+        with self.lock:
+            prompt, ids = self.answering(asked) if self.answering else (5, [0] * asked["max_tokens"])
+            self.asked.append(asked)
+            self.serve()
+            self.requests, self.generated = self.requests + 1, self.generated + len(ids)
+        choice = {"message": {"content": "Yes."}}
+        if asked.get("return_token_ids") and self.answering:
+            choice["token_ids"] = ids
+        return {"choices": [choice], "usage": {"prompt_tokens": prompt, "completion_tokens": len(ids)}}
 
     def serve(self, drafts: float = DRAFTS_PER_ANSWER) -> None:
         """Count as if so many drafts had been verified."""
+        if self.shares is None:
+            return
         self.drafts += drafts
         self.accepted = [old + drafts * share for old, share in zip(self.accepted, self.shares, strict=True)]
 
     def page(self) -> str:
         first, second = self.accepted
-        return PAGE.format(
+        traffic = TRAFFIC.format(requests=self.requests, generated=self.generated)
+        if self.shares is None:
+            return traffic
+        return traffic + DRAFTS.format(
             drafts=self.drafts, tokens=3 * self.drafts, accepted=first + second, first=first, second=second
         )
 
@@ -60,10 +95,7 @@ def running(engine: Engine) -> Iterator[Engine]:
 
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            time.sleep(engine.seconds)
-            engine.serve()
-            usage = {"prompt_tokens": 5, "completion_tokens": asked["max_tokens"]}
-            self.reply(json.dumps({"choices": [{"message": {"content": "Yes."}}], "usage": usage}))
+            self.reply(json.dumps(engine.answer(asked)))
 
         def reply(self, text: str) -> None:
             self.send_response(200)

@@ -6,7 +6,8 @@ from hass_core.config import EvaluationConfig, SamplingConfig
 from hass_core.errors import BadInput
 from hass_core.evaluation.benchmarks import Question
 from hass_core.evaluation.engine_metrics import Acceptance, parse_acceptance, read_acceptance
-from hass_core.evaluation.server_duel import Server, contest
+from hass_core.evaluation.server import Server
+from hass_core.evaluation.server_duel import contest
 from hass_core.serving.metrics import Metrics
 
 from .engine_server import Engine, running

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from hass_core.errors import BadInput
-from hass_core.evaluation.server_duel import Server
+from hass_core.evaluation.server import Server
 from hass_core.evaluation.server_process import serving
 
 SCRIPT = """

@@ -8,11 +8,13 @@ from mlflow.exceptions import MlflowException
 
 from hass_core.config import load_config
 from hass_core.errors import ConfigError, TrackingError
+from hass_core.evaluation.evaluate import read_report
+from hass_core.evaluation.statistics import Estimate
 from tasks import promotion, tracking
 from tasks.gate import Verdict
 from tasks.model_card import model_card
 from tasks.tracking import lock, open_retraining, registered_name
-from tests.tasks.conftest import crowned, make_draft
+from tests.tasks.conftest import crowned, make_draft, make_evaluation
 
 
 @pytest.fixture
@@ -82,6 +84,20 @@ def test_the_card_stands_before_the_verdict_and_survives_it(config, store, promp
     assert "| licence of the target | apache-2.0; it applies to the draft |" in told
     assert told.count("## Version 1") == 1
     assert "promoted" in told
+
+
+def test_the_card_says_at_which_measured_temperature_the_draft_pays(config, store, tiny_target):
+    report = read_report(store, make_evaluation(store, []))
+    (score,) = report.scores
+    gains = {0.0: (1.6, 1.5, 1.7), 0.7: (1.02, 0.97, 1.08), 1.0: (0.9, 0.85, 0.95)}
+    scores = [
+        score.model_copy(update={"temperature": t, "speedup": Estimate(value=value, low=low, high=high)})
+        for t, (value, low, high) in gains.items()
+    ]
+    card = model_card(config, tiny_target, {}, report.model_copy(update={"scores": scores}))
+    assert "| 0 | 1.60 [1.50, 1.70] × | 1.00 [1.00, 1.00] | use it |" in card
+    assert "| 0.7 | 1.02 [0.97, 1.08] × | 1.00 [1.00, 1.00] | no gain was measured |" in card
+    assert "| 1 | 0.90 [0.85, 0.95] × | 1.00 [1.00, 1.00] | decode without it |" in card
 
 
 def test_a_crowned_challenger_replaces_the_champion(register, client):

@@ -21,7 +21,8 @@ from hass_core.draft_model.checkpoint import draft_info, load_draft, save_draft
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
 from hass_core.evaluation.benchmarks import Question
-from hass_core.evaluation.server_duel import Server, contest
+from hass_core.evaluation.server import Server
+from hass_core.evaluation.server_duel import contest
 from hass_core.evaluation.server_process import serving
 from hass_core.export.exporter import export_draft
 from hass_core.store import Store
@@ -134,6 +135,6 @@ def test_the_gate_and_the_watch_tell_a_good_draft_from_a_spoilt_one(
         rules = WatchConfig(endpoints=(f"{server.url}/metrics",), readings=2, min_drafts=10)
         for _ in range(2):
             for question in QUESTIONS[:2]:
-                server.answer(question, SamplingConfig(), 0, NEW_TOKENS)
+                server.answer(question.messages, SamplingConfig(), NEW_TOKENS, 0)
             watch.watch_champion.fn(config.model_copy(update={"watch": rules}))
         assert told == alarms

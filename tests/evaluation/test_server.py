@@ -7,11 +7,10 @@ import pytest
 
 from hass_core.config import SamplingConfig
 from hass_core.errors import BadInput
-from hass_core.evaluation.benchmarks import Question
-from hass_core.evaluation.server_duel import Server
+from hass_core.evaluation.server import Server
 
 MODELS = '{"data": [{"id": "m"}]}'
-QUESTION = Question("heldout", "q", "general", ({"role": "user", "content": "Why?"},))
+MESSAGES = ({"role": "user", "content": "Why?"},)
 
 
 @pytest.fixture
@@ -55,10 +54,10 @@ def test_a_list_of_models_that_names_none_is_refused(server, models):
 def test_an_answer_without_its_counts_is_refused(server, answer):
     server.answer = answer
     with pytest.raises(BadInput, match="does not answer as an OpenAI server: "):
-        Server(f"http://127.0.0.1:{server.server_port}").answer(QUESTION, SamplingConfig(), 0, 8)
+        Server(f"http://127.0.0.1:{server.server_port}").answer(MESSAGES, SamplingConfig(), 8)
 
 
 def test_an_answer_is_timed_and_counted(server):
     server.answer = '{"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 7}}'
-    found = Server(f"http://127.0.0.1:{server.server_port}").answer(QUESTION, SamplingConfig(), 0, 8)
+    found = Server(f"http://127.0.0.1:{server.server_port}").answer(MESSAGES, SamplingConfig(), 8)
     assert (found.prompt_tokens, found.new_tokens) == (5, 7)
