@@ -132,15 +132,20 @@ class Stack:
     def flow_process(self) -> psutil.Process | None:
         """The process that executes a flow run for the worker."""
         running = psutil.Process(self.worker.pid).children(recursive=True)
-        return next(
-            (p for p in running if "prefect.flow_engine" in p.cmdline() or "prefect.engine" in p.cmdline()), None
-        )
+        return next((process for process in running if _executes_a_flow(process)), None)
 
     def stop(self) -> None:
         """End every process that was started here, children first."""
         for process in reversed(self._processes):
             if process.poll() is None:
                 end(process)
+
+
+def _executes_a_flow(process: psutil.Process) -> bool:
+    try:
+        return not {"prefect.flow_engine", "prefect.engine"}.isdisjoint(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):  # it has just ended
+        return False
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
