@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
+
+import httpx
 
 from infra.stack.machine import StackError, answers, has_gpu
 from infra.stack.postgres import Postgres
@@ -35,10 +38,12 @@ def wait_for_servers(processes: Processes, environment: dict[str, str]) -> None:
 
 
 def start_exporter(processes: Processes, environment: dict[str, str], port: int) -> str:
-    """Start the page of metrics for Prometheus; its address. It may not be ready yet."""
+    """Start the page of metrics for Prometheus; its address."""
     command = [sys.executable, "-m", "infra.exporter", "--port", str(port)]
+    page = f"http://127.0.0.1:{port}/metrics"
     processes.start("exporter", command, environment)
-    return f"http://127.0.0.1:{port}/metrics"
+    processes.wait_until("exporter", lambda: answers(page))
+    return page
 
 
 def deploy(environment: dict[str, str], root: Path) -> None:
@@ -50,9 +55,24 @@ def deploy(environment: dict[str, str], root: Path) -> None:
 
 
 def start_workers(processes: Processes, environment: dict[str, str]) -> list[str]:
-    """Start a worker on the pool cpu, and one on gpu where there is a GPU; the pools."""
-    pools = ["cpu", "gpu"] if has_gpu() else ["cpu"]
+    """Start a worker on the pool cpu, and one on gpu where there is a GPU; the pools, whose workers ask for runs."""
+    pools, began = ["cpu", "gpu"] if has_gpu() else ["cpu"], datetime.now(UTC)
     for pool in pools:
         command = [*PREFECT, "worker", "start", "--pool", pool, "--name", f"stack-{pool}"]
         processes.start(f"worker-{pool}", command, environment)
+    for pool in pools:
+        processes.wait_until(f"worker-{pool}", lambda pool=pool: _has_worker(environment, pool, began))
     return pools
+
+
+def _has_worker(environment: dict[str, str], pool: str, since: datetime) -> bool:
+    """Whether the pool's worker has told Prefect that it lives; a stack before this one had one of the same name."""
+    try:
+        url = f"{environment['PREFECT_API_URL']}/work_pools/{pool}/workers/filter"
+        workers = httpx.post(url, json={}, timeout=10).raise_for_status().json()
+    except httpx.HTTPError:  # busy
+        return False
+    return any(
+        worker["name"] == f"stack-{pool}" and datetime.fromisoformat(worker["last_heartbeat_time"]) > since
+        for worker in workers
+    )
