@@ -25,10 +25,14 @@ def start_mlflow(processes: Processes, postgres: Postgres, environment: dict[str
 
 def start_prefect(processes: Processes, postgres: Postgres, environment: dict[str, str], port: int) -> dict[str, str]:
     """Start the Prefect server; the environment that names it. It may not be ready yet."""
-    database = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": postgres.address("prefect", "asyncpg")}
+    api = f"http://127.0.0.1:{port}/api"
+    own = {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": postgres.address("prefect", "asyncpg"),
+        "PREFECT_UI_API_URL": api,  # its pages would ask port 4200, whatever --port says
+    }
     command = [*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    processes.start("prefect", command, environment | postgres.environment | database)
-    return {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    processes.start("prefect", command, environment | postgres.environment | own)
+    return {"PREFECT_API_URL": api}
 
 
 def wait_for_servers(processes: Processes, environment: dict[str, str]) -> None:

@@ -196,8 +196,10 @@ def a_retraining_continues(stack: RunningStack, preset: Path) -> None:
     assert sorted(version.version for version in versions(stack)) == ["1", "2"]
     judged = next(version for version in versions(stack) if version.version == "2")
     assert "version 1" in judged.description
-    completed = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
-    assert httpx.post(f"{stack.environment['PREFECT_API_URL']}/flow_runs/count", json=completed).json() == 2
+    completed, api = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}, stack.environment["PREFECT_API_URL"]
+    assert httpx.post(f"{api}/flow_runs/count", json=completed).json() == 2
+    pages = httpx.get(f"{api.removesuffix('/api')}/ui-settings").json()
+    assert pages["api_url"] == api, "the UI asks this server"
 
 
 def test_a_busy_port_is_told_before_anything_starts(folder):
