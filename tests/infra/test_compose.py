@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -80,6 +81,8 @@ def why_not() -> str | None:
     """What this machine lacks for running the services as processes."""
     if not POSTGRES:
         return "PostgreSQL is not installed"
+    if not shutil.which("ip"):
+        return "iproute2 is not installed"
     if os.getuid() != 0 or subprocess.run([*namespaces(), "true"], capture_output=True).returncode:
         return "namespaces need root"
     return None
