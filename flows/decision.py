@@ -1,8 +1,9 @@
 """The gate, people where they are asked, the alias: what a retraining and promote-draft have in common."""
 
 from prefect.flow_runs import suspend_flow_run
-from prefect.input import RunInput
+from prefect.input import RunInput, delete_flow_run_input, keyset_from_paused_state, read_flow_run_input
 from prefect.runtime import deployment
+from prefect.states import Suspended
 from pydantic import Field
 
 from hass_core.config import RunConfig
@@ -39,8 +40,14 @@ def decide(config: RunConfig, version: DraftVersion, *, again: bool = False, app
 
 
 def _asked(version: DraftVersion, waiting: Verdict) -> Approval:
-    """The answer of the person who resumes this flow run; the first time it is suspended here instead."""
+    """The answer of the person who resumes this flow run; until there is one it is suspended here instead."""
     publish(waiting)
-    form = Approval.with_initial_data(description=waiting.markdown())
     key = f"version-{version.version}-after-{waiting.champion or 'none'}"  # another champion is another question
+    inputs = keyset_from_paused_state(Suspended(pause_key=key))
+    if read_flow_run_input(inputs["response"]) is not None:
+        return Approval.load(inputs)
+    for part in (inputs["schema"], inputs["description"]):  # asked before a crash: Prefect refuses a second one
+        if read_flow_run_input(part) is not None:
+            delete_flow_run_input(part)
+    form = Approval.with_initial_data(description=waiting.markdown())
     return suspend_flow_run(wait_for_input=form, key=key)

@@ -26,6 +26,7 @@ def done(monkeypatch):
     monkeypatch.setattr(decision, "reject", lambda config, version, reason: calls.append(f"rejected: {reason}"))
     monkeypatch.setattr(decision, "settle_promotion", lambda config, version, verdict: calls.append("settled") or True)
     monkeypatch.setattr(decision, "deployment", SimpleNamespace(id="of a deployment"))
+    monkeypatch.setattr(decision, "read_flow_run_input", lambda key: None)
     return calls
 
 
