@@ -16,7 +16,7 @@ from tasks.finished import find_finished
 from tasks.links import link_to_mlflow, prefect_tags
 from tasks.resources import made_by
 from tasks.retries import LONGEST_SECONDS
-from tasks.told import told
+from tasks.stage_lines import between_lines
 from tasks.tracking import connect, open_retraining
 from tasks.warm_start import resolve_warm_start
 
@@ -52,7 +52,7 @@ def run_until(last: Stage, run: RunParameters) -> Iterator[Chain]:
     connect(asked)  # a server that is away, or may not be told this machine's keys, is named before any work
     prompts.check_ahead(asked, last)
     seconds: dict[str, float] = {}
-    collected = told(asked, "prompts", lambda: prompts.collect_prompts(asked), seconds)
+    collected = between_lines(asked, "prompts", lambda: prompts.collect_prompts(asked), seconds)
     config, began = resolve_warm_start(asked, collected, run.continues)
     if began:
         prompts.check_ahead(config, last)
@@ -68,7 +68,7 @@ def run_until(last: Stage, run: RunParameters) -> Iterator[Chain]:
                 work = partial(run_elsewhere, stage, deployment, run.for_sub_flow(run_id), config, run_id)
             else:
                 work = partial(STEPS[stage], config, done[-1], run_id)
-            done.append(told(config, stage, work, seconds))
+            done.append(between_lines(config, stage, work, seconds))
         yield Chain(run_id, done, seconds=seconds)
 
 

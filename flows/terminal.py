@@ -20,9 +20,9 @@ from flows.prefect_server import check_server
 from hass_core.config import RunConfig
 from hass_core.errors import INTERRUPTED
 from tasks.progress import terminal
+from tasks.stage_lines import say
 from tasks.summary import stage_table
-from tasks.told import say
-from tasks.tracking import as_told
+from tasks.tracking import outage_or
 
 SERVER_ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
@@ -53,7 +53,7 @@ def main(flow: Flow[..., Any], show: Show | None = None, before: Before = lambda
         print("stopped; the same command continues from what is finished", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        complain(as_told(error))
+        complain(outage_or(error))
     (show or _show_stage)(console, config, result)
     console.print(f"took {time.monotonic() - started:.0f} s", highlight=False)
 

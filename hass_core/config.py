@@ -312,9 +312,6 @@ class TreeConfig(Settings):
     plan: bool = Field(default=False, description="Choose all of these by measuring this machine and draft")
 
 
-METHODS = ("plain", "pld", "sps", "eagle", "eagle2", "hass")
-
-
 class EvaluationConfig(Settings):
     """What is measured, and on which questions."""
 

@@ -11,7 +11,7 @@ PROMOTED, REFUSED, ROLLED_BACK = "hass.promoted", "hass.refused", "hass.rolled-b
 ACCEPTANCE_FELL, TRAFFIC_DRIFTED = "hass.acceptance-fell", "hass.traffic-drifted"
 
 
-def tell(event: str, version: DraftVersion, message: str, payload: Mapping[str, Any] | None = None) -> None:
+def emit(event: str, version: DraftVersion, message: str, payload: Mapping[str, Any] | None = None) -> None:
     """Emit `event` of the resource hass.draft.NAME; `message` is what a notification says."""
     emit_event(
         event=event,

@@ -70,7 +70,7 @@ def export_draft(config: RunConfig, source: DraftSource, engine: Engine, out: Pa
     `served_as` is the target's name at the engine, for the command on the card; None: its folder or id.
     Raises DraftMismatch with the findings when the draft cannot serve there.
     """
-    with _failure_told(config, source, engine):
+    with _failure_recorded(config, source, engine):
         write_export(config, source, engine, out, tree_of(config, source.version), served_as)
     card = (out / "README.md").read_text()
     if source.version:
@@ -92,7 +92,7 @@ def export_objections(config: RunConfig, version: DraftVersion) -> tuple[str, ..
 
 
 @contextmanager
-def _failure_told(config: RunConfig, source: DraftSource, engine: Engine) -> Iterator[None]:
+def _failure_recorded(config: RunConfig, source: DraftSource, engine: Engine) -> Iterator[None]:
     try:
         yield
     except Exception as error:

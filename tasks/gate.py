@@ -116,7 +116,7 @@ def judge(
         gain_by_benchmark=by_benchmark,
         gain_by_temperature=by_temperature,
         opponent=opponent,
-        measured=_told(bouts),
+        measured=_setup_of(bouts),
     )
 
 
@@ -165,7 +165,7 @@ def _rate(measurement: Measurement) -> float:
     return measurement.new_tokens / measurement.seconds
 
 
-def _told(bouts: Sequence[Bout]) -> str:
+def _setup_of(bouts: Sequence[Bout]) -> str:
     questions = len({(bout.challenger.benchmark, bout.challenger.question) for bout in bouts})
     rounds = len({bout.round for bout in bouts})
     return (

@@ -12,7 +12,7 @@ from hass_core.evaluation.figures import draw_gains
 from hass_core.export.exporter import check_engines
 from hass_core.training.train import start_architecture
 from tasks import tracking
-from tasks.events import PROMOTED, REFUSED, ROLLED_BACK, tell
+from tasks.events import PROMOTED, REFUSED, ROLLED_BACK, emit
 from tasks.export import export_objections
 from tasks.gate import Verdict
 from tasks.measuring import measured_verdict
@@ -45,7 +45,7 @@ def settle_promotion(config: RunConfig, challenger: DraftVersion, verdict: Verdi
         return False
     _record(config, challenger, verdict)
     publish(verdict)
-    tell(PROMOTED if verdict.promoted else REFUSED, challenger, f"{verdict.title}: {'; '.join(verdict.reasons)}")
+    emit(PROMOTED if verdict.promoted else REFUSED, challenger, f"{verdict.title}: {'; '.join(verdict.reasons)}")
     return True
 
 
@@ -88,7 +88,7 @@ def roll_back(config: RunConfig) -> RolledBack:
     target = tracking.target_identity(target_of(config))
     done = RolledBack(**tracking.restore(tracking.connect(config), tracking.registered_name(config), target))
     create_markdown_artifact(str(done), key="rollback", description="What the rollback did")
-    tell(ROLLED_BACK, done.restored, str(done))
+    emit(ROLLED_BACK, done.restored, str(done))
     return done
 
 
@@ -97,7 +97,7 @@ def reject(config: RunConfig, version: DraftVersion, reason: str) -> DraftVersio
     """Refuse a version that waits, with the reason on record. Raises TrackingError for the champion."""
     verdict = Verdict(promoted=False, reasons=(reason,), challenger=version.version)
     tracking.reject(tracking.connect(config), version, verdict.markdown())
-    tell(REFUSED, version, f"refused by a person: {reason}")
+    emit(REFUSED, version, f"refused by a person: {reason}")
     return version
 
 

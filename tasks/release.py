@@ -50,7 +50,7 @@ def release_champion(config: RunConfig) -> Released | None:
     if current and in_place and tracking.is_released(client, champion):
         return None
     release = current if current and in_place else put_release(config, champion)
-    told = tell_servers(config, release)
+    told = notify_servers(config, release)
     tracking.record_release(client, champion, release.engines)
     done = Released(release=release, told=told)
     create_markdown_artifact(str(done), key="release", description="What the engines load now")
@@ -69,8 +69,8 @@ def put_release(config: RunConfig, version: DraftVersion) -> Release:
         return Releases(store_of(config), version.model).publish(version.version, folders)
 
 
-@task(name="tell-servers", retries=3, retry_delay_seconds=[5, 30, 120], timeout_seconds=SHORT_SECONDS)
-def tell_servers(config: RunConfig, release: Release) -> bool:
+@task(name="notify-servers", retries=3, retry_delay_seconds=[5, 30, 120], timeout_seconds=SHORT_SECONDS)
+def notify_servers(config: RunConfig, release: Release) -> bool:
     """Run the command and call the webhook of the settings; whether there was one. Raises HassError when it fails."""
     rules, text = config.promotion, release.model_dump_json()
     if rules.release_command:

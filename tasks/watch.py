@@ -18,7 +18,7 @@ from hass_core.evaluation.engine_metrics import Acceptance, expected_tau, read_a
 from hass_core.evaluation.evaluate import read_report
 from hass_core.store import Artifact
 from tasks import tracking
-from tasks.events import ACCEPTANCE_FELL, TRAFFIC_DRIFTED, tell
+from tasks.events import ACCEPTANCE_FELL, TRAFFIC_DRIFTED, emit
 from tasks.resources import store_of
 from tasks.retries import SHORT
 from tasks.tracking import DraftVersion, WatchState
@@ -51,14 +51,14 @@ class Watched(BaseModel):
 
     def _acceptance(self) -> str:
         if self.tau is None:
-            return f"{self.drafts:.0f} drafts since the last reading are too few to tell"
+            return f"{self.drafts:.0f} drafts since the last reading are too few to emit"
         told = f"τ {self.tau:.2f}, the evaluation lets expect {self.expected:.2f}"
         return told + (f"; too low for {self.low_in_a_row} readings in a row" if self.low_in_a_row else "")
 
 
 @task(name="watch-champion", **SHORT)
 def watch_champion(config: RunConfig) -> Watched:
-    """Read the engines' counts and the log, note both at the champion's version, tell Prefect what calls for action.
+    """Read the engines' counts and the log, note both at the champion's version, emit Prefect what calls for action.
 
     Raises ConfigError with nothing to watch, TrackingError without a champion, BadInput for a page without counts.
     """
@@ -79,7 +79,7 @@ def watch_champion(config: RunConfig) -> Watched:
     state = state.model_copy(update={"alarmed": before.alarmed | dict.fromkeys(alarms, time.time())})
     tracking.record_watch(client, version, state, _numbers(watched))
     for event in alarms:
-        tell(event, version, str(watched), _numbers(watched) | {"readings": watched.low_in_a_row})
+        emit(event, version, str(watched), _numbers(watched) | {"readings": watched.low_in_a_row})
     create_markdown_artifact(str(watched), key="watch", description="How the draft in use does")
     return watched
 

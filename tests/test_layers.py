@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 def imports(folder: str) -> Iterator[tuple[Path, str]]:
     """(file, imported module) for every import in a folder, inside functions too."""
+    assert (ROOT / folder).is_dir()
     for file in sorted((ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
@@ -60,6 +62,15 @@ def test_only_the_tracking_package_imports_mlflow():
 )
 def test_the_core_is_layered(package, forbidden):
     assert [entry for entry in imports(package) if is_in(entry[1], forbidden)] == []
+
+
+def test_packages_of_the_core_import_each_other_in_one_direction():
+    needs: dict[str, set[str]] = {}
+    for file, module in imports("hass_core"):
+        if is_in(module, "hass_core") and module.count(".") and file.name != "__main__.py":
+            needs.setdefault(file.with_suffix("").parts[1], set()).add(module.split(".")[1])
+    order = TopologicalSorter({name: others - {name} for name, others in needs.items()})
+    order.prepare()  # raises CycleError, naming the packages
 
 
 def test_nothing_of_the_product_imports_the_benchmarks():

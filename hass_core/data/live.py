@@ -92,7 +92,7 @@ class Sources:
 
 def resolve(config: PromptsConfig) -> Sources:
     """Look up files and revisions. Raises BadInput for one that is not there."""
-    names = _told_apart([*map(_name, config.files), *(_source_of(name) for name in config.datasets)])
+    names = _made_distinct([*map(_name, config.files), *(_source_of(name) for name in config.datasets)])
     files: dict[str, File] = {}
     for entry, name in zip(config.files, names, strict=False):
         for file in _files(entry, name):
@@ -101,7 +101,7 @@ def resolve(config: PromptsConfig) -> Sources:
     return Sources(tuple(files.values()), tuple(_dataset(name, prefix) for name, prefix in datasets))
 
 
-def _told_apart(names: list[str]) -> list[str]:
+def _made_distinct(names: list[str]) -> list[str]:
     """The same names with numbers where two are alike: rows of two sources must not share an id."""
     counts, found = Counter([BUILTIN, *names]), []
     for number, name in enumerate(names, start=1):

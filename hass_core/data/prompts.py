@@ -29,7 +29,7 @@ from hass_core.data.holdout import (
 from hass_core.data.live import BUILTIN, Sources, conversations_of, newest_of, resolve
 from hass_core.data.masking import Mask
 from hass_core.data.quality import diversity, metric_name, prompt_problem
-from hass_core.data.rendering import day_told
+from hass_core.data.rendering import template_date
 from hass_core.data.selection import Selection
 from hass_core.data.self_written import rounds_of_texts
 from hass_core.data.sources import Skipped
@@ -80,7 +80,7 @@ def collect_prompts(config: RunConfig, store: Store, target: Target, progress: P
         if wanted and not selection.full:
             _add_self_written(config, target, _Judge(selection, examination, wanted), folder, progress)
     if not selection.kept:
-        raise BadInput(f"no prompt is left: {_told(selection.reasons())}; add prompts.files or prompts.self_written")
+        raise BadInput(f"no prompt is left: {_counted(selection.reasons())}; add prompts.files or prompts.self_written")
     assert_no_leak((text for record in selection.kept for text in user_turns(record)), forbidden.hashes)
     _write(folder, selection)
     return folder.finish(_summary(selection, given, wanted) | _resolved(sources, window))
@@ -107,7 +107,7 @@ def _key(
     writes = config.prompts.self_written or config.prompts.self_written_share  # only then is the target asked
     return {
         "prompts": config.prompts.model_dump(exclude=RESOLVED),
-        "sources": sources.key() if window is None else digest_of([_told_apart(item) for item in window]),
+        "sources": sources.key() if window is None else digest_of([_content_of(item) for item in window]),
         "mask": Mask.of(config.prompts).key(),
         "builtin": digest_of([r.messages for r in packaged_prompts(TRAINING_FILE)]) if config.prompts.builtin else None,
         "forbidden": digest_of(forbidden_hashes),
@@ -115,7 +115,7 @@ def _key(
         "dtype": str(target.dtype) if writes else None,
         "seed": config.seed if writes else None,
         **({"draws": DRAWS_VERSION} if writes else {}),
-        **day_told(target.tokenizer),  # and so in the keys of all that comes of these prompts
+        **template_date(target.tokenizer),  # and so in the keys of all that comes of these prompts
         "version": STEP_VERSION,
     }
 
@@ -127,7 +127,7 @@ def _window(config: RunConfig, sources: Sources) -> list[Record | Skipped] | Non
     return list(Mask.of(config.prompts).masked(newest_of(sources, config.prompts)))
 
 
-def _told_apart(item: Record | Skipped) -> list[Any]:
+def _content_of(item: Record | Skipped) -> list[Any]:
     if isinstance(item, Skipped):
         return [item.id, item.reason]
     return [item.id, item.category, item.messages, item.tools]
@@ -245,5 +245,5 @@ def _summary(selection: Selection, given: int, wanted: int) -> dict[str, Any]:
     }
 
 
-def _told(reasons: Counter[str]) -> str:
+def _counted(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common()) or "there was no candidate"

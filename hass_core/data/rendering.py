@@ -54,7 +54,7 @@ def render(
     return text
 
 
-def day_told(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def template_date(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """For the key of a stage: the day, where the template asks for it."""
     return {"today": TODAY.date().isoformat()} if "strftime_now" in str(tokenizer.chat_template) else {}
 
@@ -64,7 +64,7 @@ def _dated(tokenizer: PreTrainedTokenizerBase, day: datetime, tools: Any) -> str
 
     transformers lets no function of ours into a template, so the calls are replaced.
     """
-    if not day_told(tokenizer):
+    if not template_date(tokenizer):
         return None
     return CALL_FOR_DAY.sub(lambda call: repr(day.strftime(call[2])), tokenizer.get_chat_template(tools=tools))
 

@@ -218,7 +218,9 @@ def _finish(folder: StageFolder, given: int, tokens_per_second: float, note: str
         )
     if not rows:
         _forget(folder, parts)
-        raise HassError(f"no prompt was answered: {_told(skipped)}; check the target and the responses settings{note}")
+        raise HassError(
+            f"no prompt was answered: {_counted(skipped)}; check the target and the responses settings{note}"
+        )
     with folder.writing("skipped.parquet") as file:
         pq.write_table(pa.Table.from_pylist(skipped, SKIPPED_SCHEMA), file.path)
         file.rows = len(skipped)
@@ -257,7 +259,7 @@ def _summary(
     }
 
 
-def _told(skipped: list[dict[str, str]]) -> str:
+def _counted(skipped: list[dict[str, str]]) -> str:
     """Reasons with their counts, each with an example of what the server said."""
     details = {item["reason"]: item["detail"] for item in reversed(skipped) if item["detail"]}
     counts = Counter(item["reason"] for item in skipped).most_common()

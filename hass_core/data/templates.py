@@ -45,7 +45,6 @@ class Encoded:
 
     token_ids: list[int]
     loss_mask: list[int]  # 1 = the token belongs to an answer, its end-of-turn token included
-    rewritten_turns: int = 0  # earlier answers left unsupervised because the template rewrote them
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ def encode_conversation(
         raise SkippedConversation("no assistant turn")
     last = max(answers)
     text = _closed(tokenizer, messages[: last + 1], tools)
-    spans, rewritten = _answer_spans(tokenizer, messages, text, list(answers), tools)
-    encoded = _join(tokenizer, text, spans, answers, rewritten)
+    spans = _answer_spans(tokenizer, messages, text, list(answers), tools)
+    encoded = _join(tokenizer, text, spans, answers)
     _check(tokenizer, encoded, [messages[span.turn] for span in spans])
     return encoded
 
@@ -95,8 +94,8 @@ def encode_prompt(
     answers = _answers_by_turn(messages, answer_token_ids)
     if not any(answers.values()):
         return tokenize(tokenizer, text)
-    spans, rewritten = _answer_spans(tokenizer, messages, text, list(answers), tools, last_must_stand=False)
-    return _join(tokenizer, text, spans, answers, rewritten, with_tail=True).token_ids
+    spans = _answer_spans(tokenizer, messages, text, list(answers), tools, last_must_stand=False)
+    return _join(tokenizer, text, spans, answers, with_tail=True).token_ids
 
 
 def is_prompt_longer(
@@ -186,10 +185,9 @@ def _answer_spans(
     turns: list[int],
     tools: Tools,
     last_must_stand: bool = True,
-) -> tuple[list[_Span], int]:
-    """Where each answer stands in `text`, and how many answers the template rewrote there."""
+) -> list[_Span]:
+    """Where each answer stands in `text`; earlier ones that the template rewrote there are left out."""
     spans: list[_Span] = []
-    rewritten = 0
     for turn in turns:
         prefix = render(tokenizer, messages[:turn], True, tools)
         upto = _closed(tokenizer, messages[: turn + 1], tools)
@@ -197,14 +195,11 @@ def _answer_spans(
         if not upto.startswith(prefix):
             if must_stand:
                 raise SkippedConversation("the template's prompt is not a prefix of the conversation")
-            rewritten += 1
             continue
         content, end = _locate(tokenizer, upto, len(prefix), messages[turn])
         if text.startswith(upto[:end]):
             spans.append(_Span(turn, len(prefix), content, end))
-        else:
-            rewritten += 1
-    return spans, rewritten
+    return spans
 
 
 def _locate(tokenizer: PreTrainedTokenizerBase, upto: str, start: int, answer: Message) -> tuple[int, int]:
@@ -249,7 +244,6 @@ def _join(
     text: str,
     spans: list[_Span],
     answers: dict[int, list[int]],
-    rewritten: int,
     with_tail: bool = False,
 ) -> Encoded:
     """Alternate the tokens between answers (mask 0) with the answers' tokens (mask 1)."""
@@ -281,7 +275,7 @@ def _join(
         before = through
     if with_tail:
         put(closing + tokenize(tokenizer, text)[len(before) :], 0)
-    return Encoded(ids, mask, rewritten)
+    return Encoded(ids, mask)
 
 
 def _check(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, answers: list[Message]) -> None:

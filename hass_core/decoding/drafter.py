@@ -4,27 +4,24 @@ The cache's live rows are built from the target's own features and stay. The row
 own estimates, stand after them and are overwritten by the next cycle.
 
 Shapes: B batch, R new rows, T rows of one pass, K children and frontier nodes, H hidden, D draft vocabulary, N tree
-nodes, C tree rows in the cache, d head size.
+nodes, C tree rows in the cache.
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hass_core import kernels
 from hass_core.decoding.calibration import at_temperature, calibration_of
-from hass_core.decoding.ends import ends_of
-from hass_core.decoding.sampler import NO_TOKEN, Sampler
+from hass_core.decoding.draft_runner import DraftRunner, fused_input
+from hass_core.decoding.sampler import NO_TOKEN, Proposal, Sampler
 from hass_core.decoding.tree import ROOT, Pool, Tree, TreeShape, assemble, best, static_scores
 from hass_core.draft_model.checkpoint import Draft
-from hass_core.draft_model.layers import DraftModel
-from hass_core.target_model.block import DecoderBlock, LayerShape, LayerWeights, Linear, RopeTable, few_rows
+from hass_core.target_model.block import Linear
 from hass_core.target_model.compiling import compiled
-from hass_core.target_model.kv_cache import FixedShapes, KVCache, attention_of
+from hass_core.target_model.kv_cache import FixedShapes, KVCache
 
 
 class TreeDrafter(Protocol):
@@ -116,69 +113,6 @@ class Level(NamedTuple):
         return Pool(self.children.token_ids.flatten(1), scores, parents)
 
 
-class DraftRunner:
-    """Rows in, states out, with the weights that `model` has now: a CPU copies them, and so do 8 bits.
-
-    It computes what `DraftModel.forward` does, over a cache. A state is the estimated next feature, or what stands for
-    it.
-    """
-
-    def __init__(self, model: DraftModel, eight_bits: bool = False):
-        architecture, activation = model.architecture, model.layer.mlp.activation
-        self.device, self.dtype = model.embedding.device, model.dtype
-        shape, cuda = LayerShape(architecture.num_key_value_heads, architecture.head_dim), self.device.type == "cuda"
-        heads = architecture.num_attention_heads
-        self._block = DecoderBlock(heads, shape, architecture.rms_norm_eps, activation, cuda)
-        self._ends = ends_of(model, eight_bits)
-        self._weights = replace(LayerWeights.of(model.layer, eight_bits), input_norm=None)
-        self._silu = architecture.hidden_act == "silu"  # the kernels know no other activation
-        self.embedding = model.embedding
-        self.rope = RopeTable(model.rotary, self.device, self.dtype)
-        self._fused = compiled(fused_input, any_shape=True) if cuda else fused_input
-
-    def new_cache(self, batch_size: int, slots: int) -> KVCache:
-        """An empty cache of one layer."""
-        self.rope.grow(slots)
-        return KVCache.allocate([self._block.shape], batch_size, slots, self.device, self.dtype)
-
-    def inputs(self, token_ids: Tensor, features: Tensor) -> Tensor:
-        """What `forward` takes [B, T, 2H]: the tokens' embeddings, and the features before them [B, T, H]."""
-        return self._fused(token_ids, features, self.embedding)
-
-    def forward(
-        self,
-        inputs: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        cache: KVCache,
-        visible: Tensor | None = None,
-        offset: int = 0,
-        fixed: FixedShapes | None = None,
-    ) -> Tensor:
-        """States [B, T, H] of `inputs` [B, T, 2H], at positions with the `rotation` of `rope`.
-
-        They are written `offset` slots after the live lengths, and see what
-        `hass_core.target_model.kv_cache.attention_of` says.
-        """
-        block, weights = self._block, self._weights
-        attention = attention_of(inputs.shape[1], cache, block.group, self.dtype, visible, offset, fixed)
-
-        def attend(qkv: Tensor) -> Tensor:
-            return attention(qkv, *rotation, *cache.layers[0])
-
-        lasting = fixed is not None and fixed.lasting
-        by_kernels = lasting and self._silu and few_rows(inputs, inputs.shape[0] * inputs.shape[1])
-        residual, attending = self._ends.enter(inputs, by_kernels)
-        if by_kernels:
-            out = block.by_kernels(residual, attending, weights, attend, next_norm=None)[0]
-        else:
-            out = block(residual, weights, attend, lasting, attending)
-        return self._ends.leave(out)
-
-    def read(self, states: Tensor) -> Tensor:
-        """What the head takes of states [..., H]."""
-        return self._ends.read(states)
-
-
 class Drafter:
     """A draft model as the tree builder. Drafters of one model can share a runner, and with it what was compiled."""
 
@@ -248,13 +182,8 @@ class Drafter:
         logits = self._product.of_few_rows(self._runner.read(features))
         calibrated = at_temperature(self.calibration, sampler.temperature)
         top_k, ids = self.shape.top_k, self._head.token_ids
-        scores, token_ids = sampler.guess(logits, lengths, ahead, top_k, ids, path, calibrated)
+        scores, token_ids = sampler.guess(Proposal(logits, lengths, ahead, top_k, ids, path, calibrated))
         return Children(scores if self._by_rank is None else self._by_rank.expand(scores.shape), token_ids)
-
-
-def fused_input(token_ids: Tensor, features: Tensor, embedding: Tensor) -> Tensor:
-    """The draft's input [B, T, 2H]: the embeddings of tokens [B, T], and the features before them [B, T, H]."""
-    return torch.cat([F.embedding(token_ids, embedding), features], -1)
 
 
 def path_of(levels: list[Level], frontier: Frontier) -> Tensor:

@@ -22,7 +22,8 @@ from torch import Tensor
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.answers import Generation, Step, StopRule
 from hass_core.decoding.decoder import Decoder, PlainDecoder, SpeculativeDecoder, TreeDecoder
-from hass_core.decoding.drafter import Drafter, DraftRunner, NoDraft, TreeDrafter
+from hass_core.decoding.draft_runner import DraftRunner
+from hass_core.decoding.drafter import Drafter, NoDraft, TreeDrafter
 from hass_core.decoding.sampler import Sampler
 from hass_core.decoding.session import Session
 from hass_core.decoding.tree import Tree, TreeShape, ancestors

@@ -1,10 +1,10 @@
-"""Races between tokens at places of recorded answers, to fit a draft's calibration to.
+"""Races between tokens at positions of recorded answers, to fit a draft's calibration to.
 
-At a place the target's distribution p follows from the recorded feature, and the draft's log q from the feature before
-it, as in a cycle's first level. With fresh noise g the target draws the token whose log p + g is the largest: that one
-has won, whatever the record holds there, so it does not matter how the answers were sampled.
+At a position the target's distribution p follows from the recorded feature, and the draft's log q from the feature
+before it, as in a cycle's first level. With fresh noise g the target draws the token whose log p + g is the largest:
+that one has won, whatever the record holds there, so it does not matter how the answers were sampled.
 
-Shapes: P places, H hidden, V vocabulary, D draft vocabulary.
+Shapes: P positions, H hidden, V vocabulary, D draft vocabulary.
 """
 
 from collections.abc import Sequence
@@ -18,44 +18,44 @@ from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.calibration import fit
 from hass_core.decoding.drafter import Drafter
 from hass_core.decoding.replay import FRESH, Recording, replay_together, together
-from hass_core.decoding.sampler import Sampler
+from hass_core.decoding.sampler import Proposal, Sampler
 from hass_core.decoding.tree import TreeShape
 from hass_core.draft_model.checkpoint import Draft
 from hass_core.sampling.noise import gumbel, stream
 
 TEMPERATURES = (0.6, 0.8, 1.0)  # between them sharpness and width are interpolated
-MOST_PLACES = 256  # two weights are fitted; each place costs V numbers four times
-FEWEST_PLACES = 64
+MOST_POSITIONS = 256  # two weights are fitted; each position costs V numbers four times
+FEWEST_POSITIONS = 64
 
 
 @torch.no_grad()
 def fitted_calibration(draft: Draft, answers: Sequence[Recording], head: Tensor) -> dict[str, tuple[float, float]]:
     """Sharpness and width by temperature, for the `hass` section of the draft's config; empty where the answers have
-    too few places. `head` [V, H] is the target's."""
+    too few positions. `head` [V, H] is the target's."""
     drafter = Drafter(draft, TreeShape.of(TreeConfig(kind="chain", depth=1), draft.head.size))
-    stride = max(1, sum(len(a.token_ids) - a.start for a in answers) // MOST_PLACES)
-    batches = [Places(some, head, stride) for some in together(answers)]
-    for places in batches:
-        replay_together(drafter, places.answers, places)
-    if sum(len(places.drafted) for places in batches) < FEWEST_PLACES:
+    stride = max(1, sum(len(a.token_ids) - a.start for a in answers) // MOST_POSITIONS)
+    samplers = [RecordingSampler(some, head, stride) for some in together(answers)]
+    for sampler in samplers:
+        replay_together(drafter, sampler.answers, sampler)
+    if sum(len(sampler.drafted) for sampler in samplers) < FEWEST_POSITIONS:
         return {}
-    drafted = torch.stack([row for places in batches for row in places.drafted]).float()
-    wanted = torch.stack([row for places in batches for row in places.wanted]).float()
+    drafted = torch.stack([row for sampler in samplers for row in sampler.drafted]).float()
+    wanted = torch.stack([row for sampler in samplers for row in sampler.wanted]).float()
     noise = fresh_noise(*wanted.shape).to(wanted.device)
     found = {}
     for temperature in TEMPERATURES:
         winners = (wanted / temperature + noise).argmax(1)
         inside, index = among(winners, draft.head.token_ids, len(head))
         raced = noise if draft.head.token_ids is None else noise[:, draft.head.token_ids]
-        if int(inside.sum()) >= FEWEST_PLACES:
+        if int(inside.sum()) >= FEWEST_POSITIONS:
             log_q = (drafted[inside] / temperature).log_softmax(1)
             sharpness, width = fit(log_q, raced[inside], index[inside])
             found[str(temperature)] = (round(sharpness, 3), round(width, 3))
     return found
 
 
-class Places(Sampler):
-    """Guesses as greedy decoding does, and keeps of every `stride`-th place what was guessed from."""
+class RecordingSampler(Sampler):
+    """Guesses as greedy decoding does, and keeps at every `stride`-th position what was guessed from."""
 
     def __init__(self, answers: Sequence[Recording], head: Tensor, stride: int):
         super().__init__(SamplingConfig(), len(answers), len(head), head.device)
@@ -63,25 +63,18 @@ class Places(Sampler):
         self.drafted: list[Tensor] = []  # logits [D] each
         self.wanted: list[Tensor] = []  # logits [V] each
 
-    def guess(
-        self,
-        logits: Tensor,
-        positions: Tensor,
-        ahead: int,
-        k: int,
-        token_ids: Tensor | None = None,
-        path: Tensor | None = None,
-        calibrated: tuple[float, float] = (1.0, 1.0),
-    ) -> tuple[Tensor, Tensor]:
+    def guess(self, proposal: Proposal) -> tuple[Tensor, Tensor]:
         """See `Sampler`."""
-        for answer, row, position in zip(self.answers, logits[:, 0], positions.tolist(), strict=True):
-            if position + ahead >= len(answer.token_ids):
+        rows = zip(self.answers, proposal.logits[:, 0], proposal.positions.tolist(), strict=True)
+        for answer, row, certain in rows:
+            position = certain + proposal.ahead
+            if position >= len(answer.token_ids):
                 continue
             if self._passed % self._stride == 0:
                 self.drafted.append(row.clone())
-                self.wanted.append(F.linear(answer.features[position + ahead - 1].to(self._head.dtype), self._head))
+                self.wanted.append(F.linear(answer.features[position - 1].to(self._head.dtype), self._head))
             self._passed += 1
-        return super().guess(logits, positions, ahead, k, token_ids, path, calibrated)
+        return super().guess(proposal)
 
 
 def among(winners: Tensor, token_ids: Tensor | None, vocab_size: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ Shapes: B rows, n draws a row, N tree nodes, R tokens emitted, V vocabulary, D d
 """
 
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,18 @@ from hass_core.sampling.processors import COLDEST, NEVER, edge, greedy, penalize
 from hass_core.sampling.rows import as_signed
 
 NO_TOKEN = -1  # fills paths
+
+
+class Proposal(NamedTuple):
+    """A draft's logits at n nodes of a row, for the draws that come `ahead` of the certain tokens."""
+
+    logits: Tensor  # [B, n, D], for `token_ids` or for the whole vocabulary
+    positions: Tensor  # [B] of the certain tokens
+    ahead: int
+    k: int  # children wanted of a node
+    token_ids: Tensor | None = None  # [D]
+    path: Tensor | None = None  # [B, n, P] the tokens between the certain ones and each node, NO_TOKEN among them
+    calibrated: tuple[float, float] = (1.0, 1.0)  # sharpness and width
 
 
 class Sampler:
@@ -66,29 +79,17 @@ class Sampler:
         )
         return token_ids[..., 0], scores[..., 0].isfinite()
 
-    def guess(
-        self,
-        logits: Tensor,
-        positions: Tensor,
-        ahead: int,
-        k: int,
-        token_ids: Tensor | None = None,
-        path: Tensor | None = None,
-        calibrated: tuple[float, float] = (1.0, 1.0),
-    ) -> tuple[Tensor, Tensor]:
-        """The k likeliest draws, best first, `ahead` of `positions` [B]: scores [B, n, k], at most 0, and tokens.
+    def guess(self, proposal: Proposal) -> tuple[Tensor, Tensor]:
+        """The k likeliest draws, best first: scores [B, n, k], at most 0, and tokens.
 
-        Logits [B, n, D] are a draft's, for `token_ids` [D] or for the whole vocabulary. `path` [B, n, P] are the tokens
-        between the certain ones and each place, NO_TOKEN among them; `calibrated` the sharpness and the width.
         Top-k, top-p and min-p cut the target's distribution alone: cutting the draft's too loses (docs/results.md).
         """
-        logits = self._penalized(logits, path, token_ids)
+        token_ids, k, (sharpness, width) = proposal.token_ids, proposal.k, proposal.calibrated
+        logits = self._penalized(proposal.logits, proposal.path, token_ids)
         if self._greedy:
             return top_tokens(logits, k, token_ids)
-        sharpness, width = calibrated
-        return self._noise.largest(
-            logits, positions[:, None], k, sharpness / self.temperature, width, ahead, token_ids
-        )  # fmt: skip
+        positions, sharpness = proposal.positions[:, None], sharpness / self.temperature
+        return self._noise.largest(logits, positions, k, sharpness, width, proposal.ahead, token_ids)
 
     def remember(self, token_ids: Tensor, counts: Tensor) -> None:
         """Remember tokens [B, R], the first `counts` [B] of each row."""
@@ -146,10 +147,10 @@ class Noise:
         finite where a logit of its row is NaN or +infinite.
         """
         if self._fused and kernels.usable(logits):
-            from hass_core.kernels.top_k import Places, row_top_k  # Triton is there on a GPU only
+            from hass_core.kernels.top_k import RowNoise, row_top_k  # Triton is there on a GPU only
 
-            places = Places(self.streams, positions, ahead, sharpness, width, lowest)
-            scores, index = row_top_k(logits.flatten(0, -2), k, token_ids, places)
+            noise = RowNoise(self.streams, positions, ahead, sharpness, width, lowest)
+            scores, index = row_top_k(logits.flatten(0, -2), k, token_ids, noise)
             return scores.view(*logits.shape[:-1], k), index.view(*logits.shape[:-1], k)
         x = self._added(logits.float() * sharpness, positions + ahead, token_ids, lowest)
         top, index = x.max(-1, keepdim=True) if k == 1 else x.topk(k, dim=-1)
@@ -167,8 +168,8 @@ class Noise:
                 noise = self._at(row, position).to(x.device)
                 x[row, start:stop] += noise if token_ids is None else noise[token_ids]
                 start = stop
-            known = self._known[row]  # texts only grow: what lies behind is not asked for again
-            for position in [position for position in known if position < min(places)]:
+            known, first = self._known[row], min(places)  # texts only grow: what lies behind is not asked for again
+            for position in [position for position in known if position < first]:
                 del known[position]
         return x
 

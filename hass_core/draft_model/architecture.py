@@ -171,12 +171,12 @@ class DraftArchitecture(BaseModel):
         """config.json in the layout EAGLE, vLLM and SGLang read, without the `hass` section."""
         rope = dict(self.rope_parameters)
         theta = rope.pop("rope_theta", 10_000.0)
-        told_otherwise = {"rope_parameters", "qkv_bias", "o_bias", "qk_norm", "fc_bias", "target_model_type"}
+        renamed = {"rope_parameters", "qkv_bias", "o_bias", "qk_norm", "fc_bias", "target_model_type"}
         config = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "num_hidden_layers": 1,
-            **self.model_dump(exclude=told_otherwise),
+            **self.model_dump(exclude=renamed),
             "rope_theta": theta,
             "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,
             "tie_word_embeddings": False,
@@ -210,8 +210,8 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     trained = config.get("original_max_position_embeddings")  # Phi-3 has it beside
     if trained and rope["rope_type"] in BOUND_BY_TRAINING:
         rope.setdefault("original_max_position_embeddings", trained)
-    told_apart = ("mrope_section", "mrope_interleaved", "partial_rotary_factor")
-    return {name: value for name, value in sorted(rope.items()) if value is not None and name not in told_apart}
+    dropped = ("mrope_section", "mrope_interleaved", "partial_rotary_factor")
+    return {name: value for name, value in sorted(rope.items()) if value is not None and name not in dropped}
 
 
 def contradicting_ropes(config: dict[str, Any]) -> str | None:

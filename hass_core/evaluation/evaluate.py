@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from hass_core.config import EvaluationConfig, RunConfig, TargetConfig, TreeConfig
-from hass_core.data.rendering import day_told
+from hass_core.data.rendering import template_date
 from hass_core.draft_model.accounting import read_draft
 from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS, read_config
 from hass_core.draft_model.identity import draft_identity
@@ -157,7 +157,7 @@ class Work:
         report = Report(
             target=self.target.name,
             target_fingerprint=self.target.fingerprint,
-            draft=_told_by(self.drafts[HASS]) if HASS in self.drafts else {},
+            draft=_hass_section(self.drafts[HASS]) if HASS in self.drafts else {},
             device=device_name(self.target.device),
             max_new_tokens=self.config.max_new_tokens,
             repeats=self.config.repeats,
@@ -193,7 +193,7 @@ def _content(method: str, folder: Path, target: Target) -> str | list[str]:
     return draft_identity(read_draft(folder, target))
 
 
-def _told_by(draft: Path) -> dict[str, Any]:
+def _hass_section(draft: Path) -> dict[str, Any]:
     """What a draft's config says of its making; drafts from elsewhere say nothing."""
     return read_config(draft).get("hass") or {}
 
@@ -230,7 +230,7 @@ def measured_by(
         "dtype": str(target.dtype),
         "torch": torch.__version__,
         **({"draws": DRAWS_VERSION} if any(config.temperatures) else {}),
-        **day_told(target.tokenizer),
+        **template_date(target.tokenizer),
         "version": STEP_VERSION,
     }
 

@@ -8,7 +8,7 @@ float32 logits is no larger than twice the error that half precision makes on th
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +25,6 @@ from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import Runner, make_runner
 
 Prompt = tuple[str, list[int]]  # question, token ids
-MakeDecoder = Callable[[Target], Decoder]
 
 
 class Difference(BaseModel):

@@ -42,11 +42,6 @@ def ratio_of_sums(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarra
     return np.divide(numerators.sum(-1), total, out=np.zeros(np.shape(total)), where=total != 0)
 
 
-def mean_of_ratios(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
-    """mean(n / d) over questions (macro)."""
-    return (numerators / denominators).mean(-1)
-
-
 def ratio_of_rates(
     amounts: np.ndarray, times: np.ndarray, base_amounts: np.ndarray, base_times: np.ndarray
 ) -> np.ndarray:

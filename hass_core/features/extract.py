@@ -29,7 +29,7 @@ from hass_core.features.writer import Computed, PartsWriter
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, FileRecord, StageFolder, Store
 from hass_core.target_model.capture import Capture, TokenIds, batches_for
-from hass_core.target_model.ends import Whose
+from hass_core.target_model.embeddings import MadeWith
 from hass_core.target_model.loader import Target
 
 STEP_VERSION = 4  # 4: the target by its identity, row groups by their size
@@ -38,7 +38,7 @@ TIMED_SHARE = 1 / 20  # of all conversations at most: what is timed is computed 
 OTHER_BYTES_PER_TOKEN = 6  # token ids, mask and the rest, before compression
 RESERVE = 1.05
 TIMED_BATCHES = 2
-WHOSE = "target.json"  # which target made them: training may do without its layers
+MADE_WITH = "target.json"  # which target made them: training may do without its layers
 SPEED_ONLY = {"max_tokens_per_batch"}  # row groups decide in which order conversations are trained on
 SERVERS = {"engine", "server_urls", "server_folder", "server_model", "server_concurrency"}  # where, not what
 
@@ -82,7 +82,7 @@ def extract_features(
     summary = _finish(folder, sum(rows.values()), speed)
     audit = audit_masks(folder, [name for name in rows if folder.record(name).rows], target.tokenizer)
     folder.write_text(AUDIT, audit.model_dump_json(indent=1))
-    folder.write_text(WHOSE, Whose.of(target).model_dump_json(indent=1))
+    folder.write_text(MADE_WITH, MadeWith.of(target).model_dump_json(indent=1))
     return folder.finish(summary)
 
 

@@ -50,7 +50,7 @@ class Answer(NamedTuple):
     loss_mask: Tensor
 
 
-class _Place(NamedTuple):
+class _RowAddress(NamedTuple):
     file: str
     row_group: int
     row: int
@@ -139,11 +139,11 @@ class FeatureDataset:
         self._remote = None if store.is_local else RemoteGroups(self._folder)
         self._footers = {} if store.is_local else {shard.name: shard.footer for shard in shards}
         rows = [row for shard in shards for row in shard.rows(split)]
-        self._places = [place for place, _ in rows]
+        self._addresses = [place for place, _ in rows]
         self.lengths = np.array([length for _, length in rows], dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._addresses)
 
     @property
     def holds_features(self) -> bool:
@@ -155,10 +155,10 @@ class FeatureDataset:
         return [self[i] for i in indices]
 
     def __getitem__(self, index: int) -> Conversation:
-        return self._conversation(index, self._group(*self._places[index][:2]))
+        return self._conversation(index, self._group(*self._addresses[index][:2]))
 
     def _conversation(self, index: int, group: _Group) -> Conversation:
-        place = self._places[index]
+        place = self._addresses[index]
         row = place.row
         where = f"{self._folder.url}/{place.file}, row group {place.row_group}, row {row} ({group.ids[row]})"
         data, unchecked = group.features(row), row not in group.checked
@@ -178,7 +178,7 @@ class FeatureDataset:
 
     def warm(self, indices: Sequence[int]) -> None:
         """Have the row groups of these conversations in memory before they are asked for."""
-        for file, row_group in dict.fromkeys(self._places[i][:2] for i in indices):
+        for file, row_group in dict.fromkeys(self._addresses[i][:2] for i in indices):
             self._group(file, row_group)
 
     def close(self) -> None:
@@ -194,12 +194,12 @@ class FeatureDataset:
     @property
     def blocks(self) -> np.ndarray:
         """The first conversation of each row group, ascending."""
-        groups = [place[:2] for place in self._places]
+        groups = [place[:2] for place in self._addresses]
         return np.array([i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]], dtype=np.int64)
 
     def stream(self) -> Iterator[Conversation]:
         """All conversations in order; while one row group is used, threads read and check the next ones."""
-        runs = ([i for i, _ in run] for _, run in groupby(enumerate(self._places), key=lambda item: item[1][:2]))
+        runs = ([i for i, _ in run] for _, run in groupby(enumerate(self._addresses), key=lambda item: item[1][:2]))
         count = min(MOST_GROUPS_AHEAD, os.cpu_count() or 1)
         with ThreadPoolExecutor(count) as threads:
             pending = deque(threads.submit(self._rows, run) for run in islice(runs, count))
@@ -210,7 +210,7 @@ class FeatureDataset:
 
     def answers(self) -> Iterator[Answer]:
         """Tokens and masks of all conversations in order, without their features: those columns alone are read."""
-        for (file, number), run in groupby(self._places, key=lambda place: place[:2]):
+        for (file, number), run in groupby(self._addresses, key=lambda place: place[:2]):
             where = f"{self._folder.url}/{file}, row group {number}"
             with self._folder.open(file) as source, _parquet_named(where), pq.ParquetFile(source) as shard:
                 table = shard.read_row_group(number, columns=["token_ids", "loss_mask"])
@@ -222,7 +222,7 @@ class FeatureDataset:
 
     def _rows(self, indices: list[int]) -> list[Conversation]:
         """All of one row group, which the cache may forget meanwhile."""
-        group = self._group(*self._places[indices[0]][:2])
+        group = self._group(*self._addresses[indices[0]][:2])
         return [self._conversation(i, group) for i in indices]
 
     def _group(self, name: str, number: int) -> _Group:
@@ -301,9 +301,9 @@ class _Survey:
     splits: list[str]
     lengths: list[int]
 
-    def rows(self, split: str | None) -> Iterator[tuple[_Place, int]]:
+    def rows(self, split: str | None) -> Iterator[tuple[_RowAddress, int]]:
         counts = (self.footer.row_group(i).num_rows for i in range(self.footer.num_row_groups))
-        places = (_Place(self.name, g, i) for g, count in enumerate(counts) for i in range(count))
+        places = (_RowAddress(self.name, g, i) for g, count in enumerate(counts) for i in range(count))
         for place, own, length in zip(places, self.splits, self.lengths, strict=True):
             if split in (None, own):
                 yield place, length

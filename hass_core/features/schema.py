@@ -95,8 +95,8 @@ def checksum(data: bytes | memoryview | pa.Buffer) -> int:
     """
     whole = len(data) // (8 * BLOCK_WORDS)
     blocks = np.frombuffer(data, np.uint64, whole * BLOCK_WORDS).reshape(whole, BLOCK_WORDS)
-    of_places = zlib.crc32(blocks.sum(0, dtype=np.uint64).tobytes())
-    of_blocks = zlib.crc32(blocks.sum(1, dtype=np.uint64).tobytes(), of_places)
+    of_columns = zlib.crc32(blocks.sum(0, dtype=np.uint64).tobytes())
+    of_blocks = zlib.crc32(blocks.sum(1, dtype=np.uint64).tobytes(), of_columns)
     return zlib.crc32(memoryview(data)[8 * BLOCK_WORDS * whole :], of_blocks)
 
 

@@ -35,7 +35,7 @@ PIECE = 1024
 MANY = 1024  # candidates that one warp would look at for long
 
 
-class Places(NamedTuple):
+class RowNoise(NamedTuple):
     """Whose noise is added to the logits of a row, and how."""
 
     streams: Tensor  # [B, 2] int32, `hass_core.sampling.noise.stream` of each row of the batch
@@ -47,25 +47,25 @@ class Places(NamedTuple):
 
 
 def row_top_k(
-    logits: Tensor, k: int, token_ids: Tensor | None = None, places: Places | None = None
+    logits: Tensor, k: int, token_ids: Tensor | None = None, noise: RowNoise | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [R, k] in float32, at most 0, and indices [R, k] of the k largest of each row of [R, D], best
     first, ties to the lower index; with `token_ids` [D], those instead of the indices.
 
-    With `places` the k largest of sharpness · logit + noise, and their log-softmax of that divided by the width.
+    With `noise` the k largest of sharpness · logit + noise, and their log-softmax of that divided by the width.
     A log-probability is NaN where a logit of its row is NaN or +infinite.
     """
     rows, size = logits.shape
-    narrow = places is None and logits.element_size() == 2
+    narrow = noise is None and logits.element_size() == 2
     pieces, wide = triton.cdiv(size, PIECE), torch.int32 if narrow else torch.int64
     found = torch.empty(rows, pieces, k, device=logits.device, dtype=wide)
     mass = torch.empty(rows, pieces, 2, device=logits.device, dtype=torch.float32)
     options = {"K": k, "PIECE": PIECE, **chained(logits)}
     streams = positions = lowest = None
     ahead, sharpness, inverse_width, per_stream, per_position = 0, 1.0, 1.0, 1, 1
-    if places is not None:
-        streams, positions, lowest = places.streams, places.positions.contiguous(), places.lowest
-        ahead, sharpness, inverse_width = places.ahead, places.sharpness, 1 / places.width
+    if noise is not None:
+        streams, positions, lowest = noise.streams, noise.positions.contiguous(), noise.lowest
+        ahead, sharpness, inverse_width = noise.ahead, noise.sharpness, 1 / noise.width
         per_stream, per_position = rows // len(streams), rows // positions.numel()
         options |= UNFUSED
     _piece[(rows, pieces)](

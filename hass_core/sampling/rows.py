@@ -53,9 +53,9 @@ def draw_rows(shaped: Shaped, streams: Tensor, positions: Tensor) -> Tensor:
     """Token ids [B] drawn at `positions` [B], with the noise of a stream [B, 2] for each row."""
     logits, lowest, cold = shaped
     if kernels.usable(logits):
-        from hass_core.kernels.top_k import Places, row_top_k  # Triton is there on a GPU only
+        from hass_core.kernels.top_k import RowNoise, row_top_k  # Triton is there on a GPU only
 
-        drawn = row_top_k(logits, 1, None, Places(streams, positions, 0, 1.0, 1.0, lowest))[1][:, 0]
+        drawn = row_top_k(logits, 1, None, RowNoise(streams, positions, 0, 1.0, 1.0, lowest))[1][:, 0]
         return torch.where(cold, greedy(logits)[0], drawn)
     if lowest is not None:
         logits = logits.masked_fill(logits < lowest, NEVER)

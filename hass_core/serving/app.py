@@ -78,7 +78,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         service.metrics.request("refused")
-        wrong = dict(_told(problem) for problem in error.errors())
+        wrong = dict(_field_and_reason(problem) for problem in error.errors())
         text = "; ".join(f"{field}: {what}" if field else what for field, what in wrong.items())
         return JSONResponse(error_body(text, "invalid_request_error", next(iter(wrong)) or None), 400)
 
@@ -104,7 +104,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         return JSONResponse(error_body(str(error.detail), "invalid_request_error"), error.status_code, error.headers)
 
 
-def _told(problem: dict[str, Any]) -> tuple[str, str]:
+def _field_and_reason(problem: dict[str, Any]) -> tuple[str, str]:
     """(field, what is wrong with it) of one of pydantic's findings."""
     field = ".".join(str(part) for part in problem["loc"][1:])
     if not field and problem["type"] in NO_OBJECT:

@@ -90,7 +90,7 @@ def identity_of(
     )
 
 
-def ends_of(*sources: Any) -> tuple[int, ...]:
+def end_tokens_of(*sources: Any) -> tuple[int, ...]:
     """All tokens that end an answer, of a model's generation settings, its configuration and its tokenizer.
 
     Raises TargetError for what is no token id.

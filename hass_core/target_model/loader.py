@@ -24,7 +24,13 @@ from hass_core.errors import HassError, TargetError, TemplateError
 from hass_core.json_files import read_object
 from hass_core.store import digest_of
 from hass_core.target_model.files import resolve_source, stored_file, weight_files
-from hass_core.target_model.identity import TargetIdentity, ends_of, identify, sampled_fingerprint, tensors_of_files
+from hass_core.target_model.identity import (
+    TargetIdentity,
+    end_tokens_of,
+    identify,
+    sampled_fingerprint,
+    tensors_of_files,
+)
 from hass_core.target_model.known import KnownTarget
 from hass_core.target_model.soundness import check_config, check_finite, check_model, check_tokenizer, check_weights
 from hass_core.target_model.source import check_source, portable, target_name
@@ -88,7 +94,7 @@ class Target(KnownTarget):
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """All tokens that end an answer, from the generation settings, the model and the tokenizer."""
-        return ends_of(self.model.generation_config, self.model.config, self.tokenizer)
+        return end_tokens_of(self.model.generation_config, self.model.config, self.tokenizer)
 
     def sampled_fingerprint(self) -> str | None:
         """What drafts trained before identities were kept name their target by."""
@@ -162,7 +168,7 @@ def freeze(
     """
     model.eval().requires_grad_(False)
     check_model(model, name)
-    ends = ends_of(model.generation_config, model.config, tokenizer)
+    ends = end_tokens_of(model.generation_config, model.config, tokenizer)
     return Target(name, folder, model, tokenizer, identify(model, tokenizer, ends, weights))
 
 

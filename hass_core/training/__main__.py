@@ -16,11 +16,11 @@ from accelerate import PartialState
 
 from hass_core.config import RunConfig, load_config, parse_config
 from hass_core.errors import USER_ERROR, HassError
-from hass_core.features.extract import WHOSE
+from hass_core.features.extract import MADE_WITH
 from hass_core.progress import no_progress
 from hass_core.stages import run_until
 from hass_core.store import Artifact, Store, store_at
-from hass_core.target_model.ends import Whose, load_ends
+from hass_core.target_model.embeddings import MadeWith, load_embeddings
 from hass_core.target_model.known import KnownTarget
 from hass_core.target_model.loader import load_target
 from hass_core.training.launch import report_problem, report_progress, stop_with_parent
@@ -70,12 +70,12 @@ def _settings(options: argparse.Namespace) -> RunConfig:
 
 def target_for(config: RunConfig, store: Store, features: Artifact) -> KnownTarget:
     """As much of the target as training on these features takes: all of it where they are made while training, or do
-    not tell whose they are."""
+    not say which target made them."""
     folder = store.open(features)
     manifest = folder.manifest()
-    if config.features.encoding == "none" or manifest is None or WHOSE not in manifest.files:
+    if config.features.encoding == "none" or manifest is None or MADE_WITH not in manifest.files:
         return load_target(config.target)
-    return load_ends(config.target, Whose.model_validate_json(folder.read_text(WHOSE)))
+    return load_embeddings(config.target, MadeWith.model_validate_json(folder.read_text(MADE_WITH)))
 
 
 def own_device(config: RunConfig, but: Collection[str] = ()) -> RunConfig:

@@ -33,7 +33,7 @@ from hass_core.training.train import draft_folder, train_draft
 
 LOOK_SECONDS = 1.0
 PATIENCE_SECONDS = 300.0  # of one that was asked to stop: a step, a validation, a checkpoint
-LINES_TOLD = 5
+LINES_SHOWN = 5
 
 
 def train_on_all(
@@ -127,7 +127,7 @@ def _failure(place: Path, status: int) -> HassError:
 
 def _end_of(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()
-    return " / ".join([line.strip() for line in lines if line.strip()][-LINES_TOLD:]) + f" (all of it in {log})"
+    return " / ".join([line.strip() for line in lines if line.strip()][-LINES_SHOWN:]) + f" (all of it in {log})"
 
 
 def report_progress(place: Path, done: int, total: int, note: str = "") -> None:

@@ -36,13 +36,5 @@ class MetricsFile:
             file.write(json.dumps(self.records[-1]) + "\n")
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """All complete records; a half-written last line is ignored."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
 def _plain(value: float | int) -> float | int:
     return value if isinstance(value, int) else float(f"{value:.6g}")

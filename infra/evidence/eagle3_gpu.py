@@ -19,7 +19,7 @@ from hass_core.data.holdout import heldout_prompts
 from hass_core.data.templates import encode_prompt
 from hass_core.decoding.answers import StopRule
 from hass_core.decoding.decoder import PlainDecoder, SpeculativeDecoder
-from hass_core.decoding.drafter import DraftRunner
+from hass_core.decoding.draft_runner import DraftRunner
 from hass_core.draft_model.checkpoint import Draft, load_draft
 from hass_core.store.provenance import provenance
 from hass_core.target_model.kv_cache import FixedShapes

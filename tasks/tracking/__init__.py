@@ -11,7 +11,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the flow prints the address itself
 
 from tasks.tracking.client import as_default, connect, run_url, ui_command, unusable
-from tasks.tracking.outage import as_told
+from tasks.tracking.outage import outage_or
 from tasks.tracking.overview import ChampionRecord, StageRecord, champion_records, last_stages
 from tasks.tracking.registry import (
     CHALLENGER,
@@ -64,7 +64,6 @@ __all__ = [
     "StageRun",
     "WatchState",
     "as_default",
-    "as_told",
     "champion",
     "champion_records",
     "champions",
@@ -84,6 +83,7 @@ __all__ = [
     "lineage",
     "log_page",
     "open_retraining",
+    "outage_or",
     "page_address",
     "record_export",
     "record_failed_export",

@@ -24,7 +24,7 @@ from hass_core.config import RunConfig
 from hass_core.errors import TrackingError
 from hass_core.trusted_hosts import VARIABLE, is_trusted
 from tasks.tracking.in_place import follow_the_folder
-from tasks.tracking.outage import outage_in, refusal_in, tell_outages
+from tasks.tracking.outage import log_outages, outage_in, refusal_in
 from tasks.tracking.view import MODEL_TRAINING, VIEW, add_view, experiment_tags
 
 
@@ -113,7 +113,7 @@ def _client(uri: str, folder: Path) -> MlflowClient:
         folder.mkdir(parents=True, exist_ok=True)
         follow_the_folder(uri, folder)
     if _is_server(uri):
-        tell_outages(_base(uri))
+        log_outages(_base(uri))
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

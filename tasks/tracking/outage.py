@@ -21,11 +21,11 @@ OF_ANOTHER = ("API request to endpoint was successful but the response body was 
 ASKED_AGAIN = ("Retrying (", "Retry: ")  # how urllib3 begins its notes on a request that it repeats
 
 
-def tell_outages(address: str) -> None:
+def log_outages(address: str) -> None:
     """From now on, tell once a minute that MLflow at `address` does not answer while requests to it are repeated."""
-    for teller in [known for known in REQUESTS.filters if isinstance(known, _Teller)]:
-        REQUESTS.removeFilter(teller)
-    REQUESTS.addFilter(_Teller(address))
+    for former in [known for known in REQUESTS.filters if isinstance(known, _OutageFilter)]:
+        REQUESTS.removeFilter(former)
+    REQUESTS.addFilter(_OutageFilter(address))
     REQUESTS.setLevel(logging.DEBUG)  # after a status such as 503 urllib3 notes it no louder; the filter drops the rest
 
 
@@ -56,25 +56,25 @@ def refusal_in(error: MlflowException, address: str) -> TrackingError:
     return TrackingError(f"cannot use MLflow at {address}: {text}; start it or change tracking.uri")
 
 
-def as_told(error: Exception) -> Exception:
+def outage_or(error: Exception) -> Exception:
     """The sentence where the error says that MLflow has not answered, else the error itself."""
     return outage_in(error) or error
 
 
-class _Teller(logging.Filter):
+class _OutageFilter(logging.Filter):
     """Turns urllib3's notes on repeated requests to MLflow into one sentence, and drops those of no interest."""
 
     def __init__(self, address: str):
         super().__init__()
-        self._address, self._told = address, -QUIET_SECONDS
+        self._address, self._logged_at = address, -QUIET_SECONDS
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not str(record.msg).startswith(ASKED_AGAIN) or not _is_for_mlflow(record.args):
             return record.levelno >= logging.WARNING
         now = time.monotonic()
-        if now - self._told < QUIET_SECONDS:
+        if now - self._logged_at < QUIET_SECONDS:
             return False
-        self._told = now
+        self._logged_at = now
         record.levelno, record.levelname = logging.WARNING, "WARNING"
         record.msg, record.args = "MLflow at %s does not answer; it is asked again for some minutes", (self._address,)
         return True

@@ -4,7 +4,7 @@ from datetime import datetime
 
 import pytest
 
-from hass_core.data.rendering import TODAY, day_told, render
+from hass_core.data.rendering import TODAY, render, template_date
 from hass_core.serving.messages import prompt_of_messages
 from tests.conftest import CHAT_TEMPLATE, byte_tokenizer
 
@@ -24,8 +24,8 @@ def test_a_template_that_asks_for_the_day_is_told_the_same_one_ever(dated):
 
 
 def test_the_day_is_part_of_a_key_where_the_template_asks_for_it(dated):
-    assert day_told(dated) == {"today": TODAY.date().isoformat()}
-    assert day_told(byte_tokenizer()) == {}
+    assert template_date(dated) == {"today": TODAY.date().isoformat()}
+    assert template_date(byte_tokenizer()) == {}
 
 
 def test_people_are_told_their_day(dated):

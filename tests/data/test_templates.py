@@ -144,7 +144,6 @@ def test_the_prompt_is_what_stands_before_the_answer(family):
 
 def test_an_earlier_answer_whose_thinking_the_template_removes_is_not_supervised():
     encoded = encode_conversation(family_tokenizer("qwen3"), THINKING)
-    assert encoded.rewritten_turns == 1
     assert len(supervised_runs(encoded)) == 1
 
 

@@ -1,4 +1,4 @@
-"""A calibration is fitted to a draft by the target's own draws at places of answers."""
+"""A calibration is fitted to a draft by the target's own draws at positions of answers."""
 
 from dataclasses import replace
 
@@ -51,6 +51,6 @@ def test_a_trimmed_draft_races_with_its_own_tokens(tiny_target, answers):
     assert (inside.tolist(), index.tolist()) == ([True, False, True], [2, 0, 0])
 
 
-def test_too_few_places_give_no_calibration(tiny_target, answers):
+def test_too_few_positions_give_no_calibration(tiny_target, answers):
     short = [replace(a, token_ids=a.token_ids[: a.start + 9], features=a.features[: a.start + 9]) for a in answers]
     assert fitted_calibration(random_draft(tiny_target), short, tiny_target.head) == {}

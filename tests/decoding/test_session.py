@@ -63,7 +63,7 @@ def test_cycles_of_fixed_width_give_the_same_tokens(monkeypatch, tiny_target, pr
     assert len(graphs.widths) >= 2 - ahead
 
 
-class Places(NamedTuple):
+class RowNoise(NamedTuple):
     """As in `hass_core.kernels.top_k`, which imports Triton."""
 
     streams: Tensor
@@ -75,17 +75,17 @@ class Places(NamedTuple):
 
 
 def shapes_of_top_k(
-    logits: Tensor, k: int, token_ids: Tensor | None = None, places: Places | None = None
+    logits: Tensor, k: int, token_ids: Tensor | None = None, noise: RowNoise | None = None
 ) -> tuple[Tensor, Tensor]:
     """What the kernel of that name takes and gives, without its values: PyTorch cannot run Triton on meta tensors."""
     rows, size = logits.shape
-    given = [logits, token_ids, *([places.streams, places.positions, places.lowest] if places else [])]
+    given = [logits, token_ids, *([noise.streams, noise.positions, noise.lowest] if noise else [])]
     assert all(tensor.is_meta for tensor in given if tensor is not None)
     assert token_ids is None or token_ids.shape == (size,)
-    if places:
-        assert rows % len(places.streams) == 0
-        assert rows % places.positions.numel() == 0
-        assert places.lowest is None or places.lowest.numel() == rows
+    if noise:
+        assert rows % len(noise.streams) == 0
+        assert rows % noise.positions.numel() == 0
+        assert noise.lowest is None or noise.lowest.numel() == rows
     return logits.new_empty(rows, k, dtype=torch.float32), logits.new_empty(rows, k, dtype=torch.long)
 
 
@@ -98,7 +98,7 @@ def test_nothing_in_a_cycle_on_a_gpu_reads_back_or_mixes_devices(monkeypatch, ro
     # tokens are chosen by the kernel, as on a GPU: PyTorch's way to draw is a CPU's, and reads positions back
     for module in ("hass_core.decoding.sampler", "hass_core.sampling.processors"):
         monkeypatch.setattr(f"{module}.kernels", SimpleNamespace(usable=lambda x: x.is_meta))
-    kernel = SimpleNamespace(Places=Places, row_top_k=shapes_of_top_k)
+    kernel = SimpleNamespace(RowNoise=RowNoise, row_top_k=shapes_of_top_k)
     monkeypatch.setitem(sys.modules, "hass_core.kernels.top_k", kernel)
     with torch.device("meta"), torch.inference_mode():
         model = tiny_llama()

@@ -6,7 +6,8 @@ import torch
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.answers import StopRule
 from hass_core.decoding.decoder import PlainDecoder, SpeculativeDecoder
-from hass_core.decoding.drafter import Drafter, DraftRunner
+from hass_core.decoding.draft_runner import DraftRunner
+from hass_core.decoding.drafter import Drafter
 from hass_core.decoding.sampler import Sampler
 from hass_core.decoding.tree import TreeShape
 from hass_core.draft_model.family import Family

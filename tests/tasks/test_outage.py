@@ -62,6 +62,6 @@ def test_what_is_no_mlflow_or_lets_nobody_in_is_told(impatient, status, body, to
 
 def test_an_outage_during_a_run_is_one_sentence_without_the_password():
     lost = MlflowException("API request to http://me:secret@mlflow:5000/api/2.0/mlflow/runs/get failed with exception")
-    assert str(tracking.as_told(lost)).startswith("MLflow at http://mlflow:5000 does not answer")
+    assert str(tracking.outage_or(lost)).startswith("MLflow at http://mlflow:5000 does not answer")
     other = MlflowException("RESOURCE_DOES_NOT_EXIST: no such run")
-    assert tracking.as_told(other) is other
+    assert tracking.outage_or(other) is other

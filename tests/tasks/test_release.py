@@ -2,6 +2,7 @@
 
 import json
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -9,8 +10,7 @@ import pytest
 from hass_core.errors import HassError, TrackingError
 from hass_core.store import Releases
 from tasks import promotion, release, tracking
-from tasks.tracking import open_retraining
-from tests.tasks.conftest import crowned, make_draft
+from tests.tasks.conftest import register_draft
 
 
 @pytest.fixture
@@ -23,12 +23,7 @@ def served(config, saved_target):
 
 @pytest.fixture
 def register(served, store, prompts, tiny_target):
-    def call(seed: int) -> tracking.DraftVersion:
-        with open_retraining(served, prompts, {}) as run_id:
-            draft = make_draft(store, tiny_target, seed)
-            return crowned(served, tracking.register(served, run_id, draft, store, tiny_target, {}))
-
-    return call
+    return partial(register_draft, served, store, prompts, tiny_target)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +31,7 @@ def without_prefect(monkeypatch):
     for module in (release, promotion):
         monkeypatch.setattr(module, "create_markdown_artifact", lambda *given, **named: None)
     monkeypatch.setattr(release, "put_release", release.put_release.fn)
-    monkeypatch.setattr(release, "tell_servers", release.tell_servers.fn)
+    monkeypatch.setattr(release, "notify_servers", release.notify_servers.fn)
 
 
 def with_rules(config, **rules):

@@ -1,6 +1,9 @@
 """Small drafts, random conversations, and the slow twins the fast code is held against."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +58,12 @@ def make_draft(seed: int = 0, **overrides: object) -> DraftModel:
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.7 / parameter.shape[1] ** 0.5)
     return draft
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The complete records of a metrics.jsonl that may be under way."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 @pytest.fixture

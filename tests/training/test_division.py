@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 
 from hass_core.store import Store
 from hass_core.training.checkpoint import checkpoint_name, checkpoints
-from hass_core.training.metrics import read_records
 from hass_core.training.train import draft_folder, train_draft
-from tests.training.conftest import store_features
+from tests.training.conftest import read_records, store_features
 from tests.training.test_train import settings
 
 WORKER = """

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from hass_core.config import RunConfig
 from hass_core.errors import BadInput, HassError, StoreError
-from hass_core.features.extract import WHOSE, extract_features
+from hass_core.features.extract import MADE_WITH, extract_features
 from hass_core.store import Artifact, Store
-from hass_core.target_model.ends import Whose
+from hass_core.target_model.embeddings import MadeWith
 from hass_core.target_model.loader import load_target
 from hass_core.training.checkpoint import checkpoints
 from hass_core.training.launch import _failure, train_on_all
@@ -58,7 +58,8 @@ def prepared(tmp_path, monkeypatch) -> tuple[RunConfig, Artifact, Store]:
 @pytest.mark.slow
 def test_two_launched_processes_train_the_draft_of_one(prepared, tmp_path):
     config, features, store = prepared
-    assert Whose.model_validate_json(store.open(features).read_text(WHOSE)) == Whose.of(load_target(config.target))
+    made_with = MadeWith.model_validate_json(store.open(features).read_text(MADE_WITH))
+    assert made_with == MadeWith.of(load_target(config.target))
     seen: list[tuple[int, int, str]] = []
     two = train_on_all(config, features, store, load_target(config.target), lambda *at: seen.append(at))
     assert seen[-1][:2] == (4, 4)

@@ -8,8 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,10 +27,9 @@ from hass_core.store import Artifact, Store
 from hass_core.target_model.loader import Target
 from hass_core.training import loop, step
 from hass_core.training.batch import collate
-from hass_core.training.metrics import read_records
 from hass_core.training.step import compute_dtype
 from hass_core.training.train import draft_folder, train_draft
-from tests.training.conftest import make_talk, store_features
+from tests.training.conftest import make_talk, read_records, store_features
 
 MEASURED = {"train/tokens_per_second", "train/waiting_for_data"}
 SETTINGS = {
@@ -108,24 +110,29 @@ def test_a_trimmed_draft_keeps_the_end_token(store, tiny_target, features):
     assert set(tiny_target.eos_token_ids) <= set(token_ids)
 
 
+@contextmanager
+def interrupted_at_seven() -> Iterator[None]:
+    """A person's Ctrl-C before the seventh step."""
+    take_step = loop.train_step
+
+    def steps(trainer, batches, step, stop):
+        if step == 7:
+            raise KeyboardInterrupt
+        return take_step(trainer, batches, step, stop)
+
+    with patch.object(loop, "train_step", steps), pytest.raises(KeyboardInterrupt):
+        yield
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_interrupted_training_continues_bit_for_bit(store, tiny_target, features, tmp_path, optimizer, monkeypatch):
+def test_interrupted_training_continues_bit_for_bit(store, tiny_target, features, tmp_path, optimizer):
     config = settings(optimizer=optimizer, ema_decay=0.9)
     whole = weights(store, train_draft(config, features, store, tiny_target))
 
     other = Store(tmp_path / "other")
     again = store_features(other, tiny_target)
-    take_step = loop.train_step
-
-    def fail_at_seven(trainer, batches, step, stop):
-        if step == 7:
-            raise KeyboardInterrupt
-        return take_step(trainer, batches, step, stop)
-
-    monkeypatch.setattr(loop, "train_step", fail_at_seven)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at_seven():
         train_draft(config, again, other, tiny_target)
-    monkeypatch.setattr(loop, "train_step", take_step)
     resumed = train_draft(config, again, other, tiny_target)
     for name, value in weights(other, resumed).items():
         assert torch.equal(value, whole[name]), name
@@ -138,7 +145,6 @@ torch.set_num_threads(1)
 from hass_core.store import Artifact, Store
 from hass_core.target_model.loader import freeze
 from hass_core.training.train import train_draft
-from tests.conftest import byte_tokenizer, tiny_llama
 from tests.training.conftest import store_features
 from tests.training.test_train import settings
 
@@ -183,19 +189,10 @@ def test_a_killed_process_run_again_gives_the_same_curve(tmp_path, tiny_target, 
     assert curves[0] == curves[1]
 
 
-def test_training_continued_on_another_machine_keeps_its_curves(store, tiny_target, features, tmp_path, monkeypatch):
+def test_training_continued_on_another_machine_keeps_its_curves(store, tiny_target, features):
     """The store is there, the scratch folder of the machine that died is not."""
-    take_step = loop.train_step
-
-    def fail_at_seven(trainer, batches, step, stop):
-        if step == 7:
-            raise KeyboardInterrupt
-        return take_step(trainer, batches, step, stop)
-
-    monkeypatch.setattr(loop, "train_step", fail_at_seven)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at_seven():
         train_draft(settings(), features, store, tiny_target)
-    monkeypatch.setattr(loop, "train_step", take_step)
     shutil.rmtree(draft_folder(settings(), features, store, tiny_target).scratch())
     resumed = train_draft(settings(), features, store, tiny_target)
     records = [json.loads(line) for line in store.open(resumed).read_text("metrics.jsonl").splitlines()]

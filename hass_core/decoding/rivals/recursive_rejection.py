@@ -17,7 +17,7 @@ from torch import Tensor
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.decoder import TreeDecoder
 from hass_core.decoding.drafter import Drafter
-from hass_core.decoding.sampler import NO_TOKEN, Sampler
+from hass_core.decoding.sampler import NO_TOKEN, Proposal, Sampler
 from hass_core.decoding.tree import Tree, TreeShape
 from hass_core.draft_model.checkpoint import Draft
 from hass_core.errors import ConfigError
@@ -63,25 +63,16 @@ class RejectionSampler(Sampler):
         super().start(token_ids, lengths, seed ^ OWN_COINS)
         self._coins.manual_seed((seed ^ OWN_COINS) % 2**63)
 
-    def guess(
-        self,
-        logits: Tensor,
-        positions: Tensor,
-        ahead: int,
-        k: int,
-        token_ids: Tensor | None = None,
-        path: Tensor | None = None,
-        calibrated: tuple[float, float] = (1.0, 1.0),
-    ) -> tuple[Tensor, Tensor]:
+    def guess(self, proposal: Proposal) -> tuple[Tensor, Tensor]:
         """See `Sampler`: the k largest of log q + noise are k draws without replacement."""
-        q = probabilities(logits, self._sampling)
+        q, token_ids, path = probabilities(proposal.logits, self._sampling), proposal.token_ids, proposal.path
         if token_ids is not None:
             q = q.new_zeros(*q.shape[:-1], self._vocab_size).index_copy_(-1, token_ids, q)
         for row, proposed in enumerate(self._proposed):
             for node, distribution in enumerate(q[row].cpu()):
                 before = [] if path is None else path[row, node].tolist()
                 proposed[tuple(token for token in before if token != NO_TOKEN)] = distribution
-        return self._noise.largest(q.log(), positions[:, None], k, 1.0, 1.0, ahead)
+        return self._noise.largest(q.log(), proposal.positions[:, None], proposal.k, 1.0, 1.0, proposal.ahead)
 
     def draw(self, logits: Tensor, positions: Tensor, tree: Tree | None = None) -> tuple[Tensor, Tensor]:
         """See `Sampler`; right at the nodes of the accepted path only."""

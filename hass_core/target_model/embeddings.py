@@ -1,7 +1,7 @@
-"""The two ends of a target, embedding and head, without its layers: all of it that training on stored features needs.
+"""A target's embedding and head without its layers: all of it that training on stored features needs.
 
-Of a checkpoint in several files only those that hold an end are opened. Which target it is cannot be told from its
-ends: the features tell whose they are (`Whose`), and the ends that they were made with are recognised by their digests.
+Of a checkpoint in several files only those that hold one of the two are opened. They do not show which target it is:
+the features are stored with a record of the target they were made with (`MadeWith`), which has the digests of both.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from hass_core.config import TargetConfig
 from hass_core.errors import TargetError
 from hass_core.target_model.files import resolve_source, tensor_files
-from hass_core.target_model.identity import TargetIdentity, ends_of, identity_of, tensor_digest
+from hass_core.target_model.identity import TargetIdentity, end_tokens_of, identity_of, tensor_digest
 from hass_core.target_model.known import KnownTarget
 from hass_core.target_model.loader import (
     choose_device,
@@ -32,9 +32,9 @@ from hass_core.target_model.soundness import check_tokenizer
 from hass_core.target_model.source import check_source, target_name
 
 
-class Whose(BaseModel):
-    """Which target something was made with: its identity's parts, and its ends by their content in bfloat16, which is
-    the same whatever type they were loaded in."""
+class MadeWith(BaseModel):
+    """Which target something was made with: its identity's parts, and its embedding and head by their content in
+    bfloat16, which is the same whatever type they were loaded in."""
 
     model_config = ConfigDict(frozen=True)
     identity: dict[str, str]
@@ -42,7 +42,7 @@ class Whose(BaseModel):
     head: str
 
     @classmethod
-    def of(cls, target: KnownTarget) -> "Whose":
+    def of(cls, target: KnownTarget) -> "MadeWith":
         """Of a loaded target."""
         embedding = tensor_digest(target.embedding.to(torch.bfloat16))
         tied = target.head.data_ptr() == target.embedding.data_ptr()
@@ -51,7 +51,7 @@ class Whose(BaseModel):
 
 
 @dataclass(frozen=True)
-class TargetEnds(KnownTarget):
+class TargetEmbeddings(KnownTarget):
     """A target without its layers. Fields as `Target` has them."""
 
     name: str
@@ -59,7 +59,7 @@ class TargetEnds(KnownTarget):
     tokenizer: PreTrainedTokenizerBase
     identity: TargetIdentity
     stored_config: PretrainedConfig
-    ends: tuple[Tensor, Tensor]
+    tensors: tuple[Tensor, Tensor]
     end_tokens: tuple[int, ...]
     origin: Mapping[str, str]
 
@@ -70,12 +70,12 @@ class TargetEnds(KnownTarget):
     @property
     def embedding(self) -> Tensor:
         """Token embeddings [V, H]."""
-        return self.ends[0]
+        return self.tensors[0]
 
     @property
     def head(self) -> Tensor:
         """Output projection [V, H]; the embedding itself where the target ties them."""
-        return self.ends[1]
+        return self.tensors[1]
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -87,8 +87,8 @@ class TargetEnds(KnownTarget):
         return None
 
 
-def load_ends(config: TargetConfig, whose: Whose) -> TargetEnds:
-    """The ends of the target that `whose` tells of.
+def load_embeddings(config: TargetConfig, made_with: MadeWith) -> TargetEmbeddings:
+    """Embedding and head of the target that the features were `made_with`.
 
     Raises TargetError where the settings name another target, or one whose files are not safetensors.
     """
@@ -100,15 +100,15 @@ def load_ends(config: TargetConfig, whose: Whose) -> TargetEnds:
     with failures_named(source):
         folder = resolve_source(source)
         stored, tokenizer = load_words(folder, source, options)
-        tokens = ends_of(_generation_config(folder, stored, config.revision), stored, tokenizer)
-        identity = identity_of(stored, tokenizer, tokens, whose.identity.get("weights", ""))
-        ends = _read(folder, stored, config.trust_remote_code, device, dtype)
-        check_tokenizer(tokenizer, len(ends[0]), source)
+        tokens = end_tokens_of(_generation_config(folder, stored, config.revision), stored, tokenizer)
+        identity = identity_of(stored, tokenizer, tokens, made_with.identity.get("weights", ""))
+        tensors = _read(folder, stored, config.trust_remote_code, device, dtype)
+        check_tokenizer(tokenizer, len(tensors[0]), source)
     origin = origin_of(config)
-    known = TargetEnds(target_name(source), folder, tokenizer, identity, stored, ends, tokens, origin)
-    found = Whose.of(known)
-    differing = [name for name, value in found if name != "identity" and value != getattr(whose, name)]
-    differing += identity.differing(whose.identity)
+    known = TargetEmbeddings(target_name(source), folder, tokenizer, identity, stored, tensors, tokens, origin)
+    found = MadeWith.of(known)
+    differing = [name for name, value in found if name != "identity" and value != getattr(made_with, name)]
+    differing += identity.differing(made_with.identity)
     if differing:
         raise TargetError(
             f"the features were made with another target than {source}: its {', '.join(differing)} differ; name that "

@@ -14,7 +14,7 @@ say: ContextVar[Callable[[str], None]] = ContextVar("say", default=lambda line: 
 """Set by a flow that runs in a terminal; called with each line."""
 
 
-def told(config: RunConfig, stage: str, work: Callable[[], Artifact], seconds: dict[str, float]) -> Artifact:
+def between_lines(config: RunConfig, stage: str, work: Callable[[], Artifact], seconds: dict[str, float]) -> Artifact:
     """Do a stage's work between two lines on the terminal; `seconds` takes its time unless it was finished."""
     say.get()(f"{stage:<12}started {time.strftime('%H:%M:%S')}")
     began, started = int(time.time()), time.monotonic()

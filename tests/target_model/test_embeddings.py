@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from hass_core.config import TargetConfig
 from hass_core.errors import TargetError
-from hass_core.target_model.ends import Whose, load_ends
+from hass_core.target_model.embeddings import MadeWith, load_embeddings
 from hass_core.target_model.identity import tensor_digest
 from hass_core.target_model.loader import load_target
 from hass_core.training.train import draft_folder, train_draft
@@ -23,16 +23,16 @@ PEAK = """
 import resource, sys
 from pathlib import Path
 from hass_core.config import TargetConfig
-from hass_core.target_model.ends import Whose, load_ends
+from hass_core.target_model.embeddings import MadeWith, load_embeddings
 
 def peak():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 small, large = (TargetConfig(source=folder, dtype="bfloat16", device="cpu") for folder in sys.argv[1:])
-load_ends(small, Whose.model_validate_json((Path(small.source) / "whose.json").read_text()))
+load_embeddings(small, MadeWith.model_validate_json((Path(small.source) / "made_with.json").read_text()))
 before = peak()
-ends = load_ends(large, Whose.model_validate_json((Path(large.source) / "whose.json").read_text()))
-print((peak() - before) / (2 * (ends.embedding.numel() + ends.head.numel())))
+found = load_embeddings(large, MadeWith.model_validate_json((Path(large.source) / "made_with.json").read_text()))
+print((peak() - before) / (2 * (found.embedding.numel() + found.head.numel())))
 """
 
 
@@ -57,42 +57,42 @@ def ends_in(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("sharded", [False, True], indirect=True, ids=["untied", "tied"])
-def test_the_ends_are_those_of_the_whole_target_and_no_other_file_is_opened(sharded):
+def test_they_are_those_of_the_whole_target_and_no_other_file_is_opened(sharded):
     whole = load_target(sharded)
-    whose = Whose.of(whole)
+    made_with = MadeWith.of(whole)
     assert spoil_layers(Path(sharded.source)) > 3
-    ends = load_ends(sharded, whose)
-    assert torch.equal(ends.embedding, whole.embedding)
-    assert torch.equal(ends.head, whole.head)
-    assert (ends.identity, ends.name, ends.eos_token_ids) == (whole.identity, whole.name, whole.eos_token_ids)
-    assert (ends.head is ends.embedding) == whole.config.tie_word_embeddings
-    assert ends.differing(whole.record()) == []
-    load_ends(sharded.model_copy(update={"dtype": "bfloat16"}), whose)  # the same target, loaded otherwise
+    found = load_embeddings(sharded, made_with)
+    assert torch.equal(found.embedding, whole.embedding)
+    assert torch.equal(found.head, whole.head)
+    assert (found.identity, found.name, found.eos_token_ids) == (whole.identity, whole.name, whole.eos_token_ids)
+    assert (found.head is found.embedding) == whole.config.tie_word_embeddings
+    assert found.differing(whole.record()) == []
+    load_embeddings(sharded.model_copy(update={"dtype": "bfloat16"}), made_with)  # the same target, loaded otherwise
 
 
-def test_the_ends_of_another_target_are_refused(sharded):
-    whose = Whose.of(load_target(sharded))
+def test_those_of_another_target_are_refused(sharded):
+    made_with = MadeWith.of(load_target(sharded))
     folder = Path(sharded.source)
     [file] = [file for file in folder.glob("*.safetensors") if "embed_tokens" in ends_in(file)]
     tensors = load_file(file)
     save_file({name: tensor + (0.01 if "embed" in name else 0) for name, tensor in tensors.items()}, file)
     with pytest.raises(TargetError, match=r"made with another target than .*: its embedding"):
-        load_ends(sharded, whose)
+        load_embeddings(sharded, made_with)
     save_file(tensors, file)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
     with pytest.raises(TargetError, match=r"made with another target than .*: its config differ"):
-        load_ends(sharded, whose)
+        load_embeddings(sharded, made_with)
 
 
 def test_a_draft_trained_without_the_layers_is_the_one_that_is_trained_with_them(sharded, store):
     whole = load_target(sharded)
     features, config = store_features(store, whole), settings(max_steps=2)
-    whose = Whose.of(whole)
+    made_with = MadeWith.of(whole)
     spoil_layers(Path(sharded.source))
-    ends = load_ends(sharded, whose)
-    assert draft_folder(config, features, store, ends).digest == draft_folder(config, features, store, whole).digest
-    without = store.open(train_draft(config, features, store, ends)).local_path("model.safetensors").read_bytes()
+    found = load_embeddings(sharded, made_with)
+    assert draft_folder(config, features, store, found).digest == draft_folder(config, features, store, whole).digest
+    without = store.open(train_draft(config, features, store, found)).local_path("model.safetensors").read_bytes()
     store.fs.rm(f"{store.root}/draft", recursive=True)
     assert (
         store.open(train_draft(config, features, store, whole)).local_path("model.safetensors").read_bytes() == without
@@ -101,7 +101,7 @@ def test_a_draft_trained_without_the_layers_is_the_one_that_is_trained_with_them
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is told in other units")
-def test_no_more_memory_is_taken_than_twice_the_ends(tmp_path):
+def test_no_more_memory_is_taken_than_twice_their_own(tmp_path):
     for name, vocabulary, width in (("small", 259, 48), ("large", 24_000, 1024)):
         checkpoint(tmp_path / name, vocabulary, width)
     done = subprocess.run(
@@ -126,5 +126,5 @@ def checkpoint(folder: Path, vocabulary: int, width: int) -> None:
     weights = {"weight_map": files | {"model.layers.0.mlp.up_proj.weight": "layers.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(weights))
     digest = tensor_digest(end)
-    whose = Whose(identity={"weights": "of a test"}, embedding=digest, head=digest)
-    (folder / "whose.json").write_text(whose.model_dump_json())
+    made_with = MadeWith(identity={"weights": "of a test"}, embedding=digest, head=digest)
+    (folder / "made_with.json").write_text(made_with.model_dump_json())
