@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny random target with a byte tokenizer, a store on disk, one on a real S3 server."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -17,6 +18,11 @@ from tests.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, FaultyProxy, seaweed
 
 IMPATIENT = {"read_timeout": 1, "connect_timeout": 1, "retries": {"max_attempts": 2, "mode": "standard"}}
 
+LONGEST = (  # files of a minute and more, the longest first
+    "test_deployment", "test_retrain", "test_six_months", "test_division", "test_readme", "test_train", "test_kernels",
+    "test_verbs", "test_shards", "test_launch", "test_tokenise", "test_export", "test_prompts", "test_gate_trials",
+)  # fmt: skip
+
 hypothesis.settings.register_profile(  # tests do not time, and try the same examples everywhere
     "busy machine", deadline=None, derandomize=True, database=None
 )
@@ -28,6 +34,24 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY = 256 + len(SPECIAL)
+SIZES: dict[str, object] = {  # of tiny models of any family
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: begun last, one process works on them while the others have nothing left."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(Path(item.path).stem, len(rank)))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -47,21 +71,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
     """A random two-layer Llama in float32."""
-    settings: dict[str, object] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "initializer_range": 0.2,
-    }
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**(settings | overrides))).float()
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | {"initializer_range": 0.2} | overrides))).float()
 
 
 @pytest.fixture(scope="session")

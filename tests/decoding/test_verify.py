@@ -8,7 +8,7 @@ import torch
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.decoding.decoder import SpeculativeDecoder
 from hass_core.decoding.rivals.recursive_rejection import RecursiveRejectionDecoder
-from hass_core.decoding.sampler import Sampler
+from hass_core.decoding.sampler import Noise, Sampler
 from hass_core.decoding.tree import Pool, Tree, TreeShape, accept, ancestors, assemble
 from hass_core.sampling.processors import probabilities
 from hass_core.target_model.loader import freeze
@@ -98,9 +98,10 @@ def test_it_accepts_and_resamples_as_the_sequential_rule_does(name):
 
 def test_a_draw_has_the_probability_of_the_processed_distribution():
     logits, count = torch.randn(7, generator=torch.Generator().manual_seed(3)), 20_000
+    noise = Noise(1, 7, torch.device("cpu"))
+    noise.start(seed=5)
     for sampling in SETTINGS.values():
-        sampler = Sampler(sampling, 1, 7, torch.device("cpu"))
-        sampler.start(torch.zeros(1, 1, dtype=torch.long), torch.tensor([1]), seed=5)
+        sampler = Sampler(sampling, 1, 7, torch.device("cpu"), noise)
         tokens, sound = sampler.draw(logits.expand(1, count, -1), torch.arange(count)[None])
         observed, expected = torch.bincount(tokens[0], minlength=7), count * probabilities(logits, sampling)
         assert bool(sound.all())

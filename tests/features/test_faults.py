@@ -1,6 +1,5 @@
 """Extraction is stopped, doubled and cut off from its store; every conversation is stored once all the same."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -19,9 +18,9 @@ from hass_core.store import Artifact, Store
 from hass_core.target_model.loader import freeze
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.features.conftest import conversation, responses_artifact
+from tests.processes import start, wait
 
 PARTS = 8
-processes = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
 
 
 def stored_ids(store: Store, features: Artifact) -> Counter[str]:
@@ -63,8 +62,7 @@ def finished_parts(store: Store, responses: Artifact, target) -> dict[str, int]:
 
 def test_kill_9_inside_extraction_loses_only_the_part_under_way(tiny_target, store):
     responses = responses_artifact(store, answers(40), parts=PARTS)
-    process = processes.Process(target=extract_slowly, args=(store.root, store.cache, responses, 0.3))
-    process.start()
+    process = start(extract_slowly, store.root, store.cache, responses, 0.3)
     deadline = time.monotonic() + 120
     while len(finished_parts(store, responses, tiny_target)) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -80,14 +78,8 @@ def test_kill_9_inside_extraction_loses_only_the_part_under_way(tiny_target, sto
 
 def test_two_processes_on_the_same_shards_store_each_conversation_once(tiny_target, store):
     responses = responses_artifact(store, answers(40), parts=PARTS)
-    both = [
-        processes.Process(target=extract_slowly, args=(store.root, store.cache, responses, wait)) for wait in (0.02, 0)
-    ]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(120)
-    assert [process.exitcode for process in both] == [0, 0]
+    both = [start(extract_slowly, store.root, store.cache, responses, seconds) for seconds in (0.02, 0)]
+    assert [wait(process) for process in both] == [0, 0]
     features = extract_features(RunConfig(), responses, store, tiny_target)
     assert stored_ids(store, features) == once_each(40)
     assert len(FeatureDataset(store, features)) == 40
