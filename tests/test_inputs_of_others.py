@@ -1,9 +1,8 @@
 """Inputs that other tools write, from the command line's stages to what lies in the store: right, or one sentence."""
 
 import json
-import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 from itertools import count
 
 import pyarrow.parquet as pq
@@ -16,6 +15,7 @@ from hass_core.data.templates import encode_conversation, supervised_runs
 from hass_core.errors import HassError
 from hass_core.target_model.loader import Target, freeze
 from tests.conftest import SPECIAL, byte_tokenizer, tiny_llama
+from tests.replies import replying
 
 SAFFRON, BREAD = "What gives saffron its colour?", "How long does rye bread keep?"
 ANSWERED = [{"from": "human", "value": SAFFRON}, {"from": "gpt", "value": "Crocin."}]
@@ -125,35 +125,14 @@ ODD = {
 def served(monkeypatch):
     """Start a server whose answer to request number i is `reply(i)`; gives its address."""
     monkeypatch.setattr("hass_core.data.engines.openai.FIRST_PAUSE_SECONDS", 0.01)
-    servers = []
+    with ExitStack() as servers:
 
-    def start(reply) -> str:
-        numbers = count(1)
+        def start(reply) -> str:
+            numbers = count(1)
+            models = json.dumps({"data": [{"id": "model"}]})
+            return servers.enter_context(replying(models, lambda: reply(next(numbers)))) + "/v1"
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.send(json.dumps({"data": [{"id": "model"}]}))
-
-            def do_POST(self):
-                self.rfile.read(int(self.headers["content-length"]))
-                self.send(reply(next(numbers)))
-
-            def send(self, text):
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, *arguments):
-                pass
-
-        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}/v1"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield start
 
 
 @pytest.fixture

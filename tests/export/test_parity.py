@@ -35,21 +35,11 @@ from hass_core.export.exporter import export_draft
 from hass_core.export.parity import feature_difference
 from hass_core.export.readers import read_as
 from hass_core.target_model.loader import freeze
-from tests.conftest import VOCABULARY, byte_tokenizer
+from tests import conftest
+from tests.conftest import byte_tokenizer
 
 CHAIN = TreeConfig(kind="chain", depth=3, nodes=4)
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 8192,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = conftest.SIZES | {"max_position_embeddings": 8192}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,

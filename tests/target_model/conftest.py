@@ -5,21 +5,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hass_core.target_model.loader import Target, freeze
-from tests.conftest import VOCABULARY, byte_tokenizer
+from tests import conftest
+from tests.conftest import byte_tokenizer
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+SIZES = conftest.SIZES | {"max_position_embeddings": 256, "initializer_range": 0.2}
 VARIANTS = {
     "llama": {},
     "llama, llama3 rope": {

@@ -95,6 +95,13 @@ def crowned(config: RunConfig, version: tracking.DraftVersion) -> tracking.Draft
     return tracking.find_version(client, version.model, int(version.version))
 
 
+def register_draft(config: RunConfig, store: Store, prompts: Artifact, target: Target, seed: int):
+    """An untrained draft in the registry, as champion if there is none yet."""
+    with tracking.open_retraining(config, prompts, {}) as run_id:
+        draft = make_draft(store, target, seed)
+        return crowned(config, tracking.register(config, run_id, draft, store, target, {}))
+
+
 def metrics_text(steps: range) -> str:
     """Lines as the training writes them."""
     return "".join(f'{{"step": {s}, "time": {1.7e9 + s}, "train/loss": {1 / s}}}\n' for s in steps)

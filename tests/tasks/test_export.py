@@ -1,6 +1,7 @@
 """Export and its part in promotion: a draft that cannot serve is not promoted, and the reason is told."""
 
 import json
+from functools import partial
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -10,9 +11,8 @@ from hass_core.errors import BadInput, ConfigError, CorruptFile, DraftMismatch, 
 from hass_core.export import exporter
 from tasks import export, promotion, tracking
 from tasks.export import DraftSource
-from tasks.tracking import open_retraining
 from tests.conftest import byte_tokenizer, tiny_llama
-from tests.tasks.conftest import crowned, make_draft
+from tests.tasks.conftest import register_draft
 
 
 @pytest.fixture
@@ -24,12 +24,7 @@ def served(config, saved_target):
 
 @pytest.fixture
 def register(served, store, prompts, tiny_target):
-    def call(seed: int) -> tracking.DraftVersion:
-        with open_retraining(served, prompts, {}) as run_id:
-            draft = make_draft(store, tiny_target, seed)
-            return crowned(served, tracking.register(served, run_id, draft, store, tiny_target, {}))
-
-    return call
+    return partial(register_draft, served, store, prompts, tiny_target)
 
 
 @pytest.fixture(autouse=True)

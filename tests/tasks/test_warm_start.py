@@ -1,12 +1,13 @@
 """`draft.warm_start = "champion"`: which draft that is, and that a retraining keeps to its choice."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tasks import tracking, warm_start
 from tasks.tracking import open_retraining
-from tests.tasks.conftest import crowned, make_draft
+from tests.tasks.conftest import register_draft
 
 MADE_BY = {"target": "this"}
 
@@ -20,12 +21,7 @@ def continuing(config, monkeypatch, tiny_target):
 
 @pytest.fixture
 def register(config, store, prompts, tiny_target):
-    def call(seed: int) -> tracking.DraftVersion:
-        with open_retraining(config, prompts, {}) as run_id:
-            draft = make_draft(store, tiny_target, seed)
-            return crowned(config, tracking.register(config, run_id, draft, store, tiny_target, {}))
-
-    return call
+    return partial(register_draft, config, store, prompts, tiny_target)
 
 
 def begin(config, prompts):
