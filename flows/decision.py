@@ -1,5 +1,7 @@
 """The gate, people where they are asked, the alias: what a retraining and promote-draft have in common."""
 
+from typing import cast
+
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput, delete_flow_run_input, keyset_from_paused_state, read_flow_run_input
 from prefect.runtime import deployment
@@ -45,7 +47,7 @@ def _asked(version: DraftVersion, waiting: Verdict) -> Approval:
     key = f"version-{version.version}-after-{waiting.champion or 'none'}"  # another champion is another question
     inputs = keyset_from_paused_state(Suspended(pause_key=key))
     if read_flow_run_input(inputs["response"]) is not None:
-        return Approval.load(inputs)
+        return cast(Approval, Approval.load(inputs))  # in a flow that is not async no coroutine
     for part in (inputs["schema"], inputs["description"]):  # asked before a crash: Prefect refuses a second one
         if read_flow_run_input(part) is not None:
             delete_flow_run_input(part)
