@@ -145,6 +145,7 @@ torch.set_num_threads(1)
 from hass_core.store import Artifact, Store
 from hass_core.target_model.loader import freeze
 from hass_core.training.train import train_draft
+from tests.conftest import byte_tokenizer, tiny_llama
 from tests.training.conftest import store_features
 from tests.training.test_train import settings
 
