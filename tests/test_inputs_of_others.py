@@ -15,7 +15,7 @@ from hass_core.data.templates import encode_conversation, supervised_runs
 from hass_core.errors import HassError
 from hass_core.target_model.loader import Target, freeze
 from tests.conftest import SPECIAL, byte_tokenizer, tiny_llama
-from tests.replies import replying
+from tests.loopback import replying
 
 SAFFRON, BREAD = "What gives saffron its colour?", "How long does rye bread keep?"
 ANSWERED = [{"from": "human", "value": SAFFRON}, {"from": "gpt", "value": "Crocin."}]

@@ -5,8 +5,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.loopback import Quiet, serving
 
 TRAFFIC = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -88,28 +89,12 @@ class Engine:
 def running(engine: Engine) -> Iterator[Engine]:
     """Serve on a free port of the loopback."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            text = engine.page() if self.path == "/metrics" else json.dumps({"data": [{"id": "tiny"}]})
-            self.reply(text)
+    class Handler(Quiet):
+        def do_GET(self) -> None:
+            self.send(200, engine.page() if self.path == "/metrics" else json.dumps({"data": [{"id": "tiny"}]}))
 
-        def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.reply(json.dumps(engine.answer(asked)))
+        def do_POST(self) -> None:
+            self.send(200, json.dumps(engine.answer(json.loads(self.body()))))
 
-        def reply(self, text: str) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, *given: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    engine.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(Handler) as engine.url:
         yield engine
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -7,9 +7,7 @@ import json
 import os
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from hass_core.errors import BadInput
 from hass_core.evaluation.engine_metrics import read_prometheus
 from tests.evaluation.engine_server import Engine, running
 from tests.flows.stack import answers, end, free_port, wait_for
+from tests.loopback import answering
 
 PROMETHEUS = os.environ.get("HASS_PROMETHEUS") or shutil.which("prometheus")
 
@@ -81,22 +80,9 @@ def test_its_answer_is_read_by_instance():
     series = [one(accepted, 600, position="0"), one(accepted, 300, position="1")]
     series += [one("vllm:spec_decode_num_drafts_total", 1000), one("hass_cycles_total", 0, instance="b:8001")]
 
-    class Api(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"data": {"resultType": "vector", "result": series}}).encode())
-
-        def log_message(self, *given: object) -> None:
-            pass
-
-    api = ThreadingHTTPServer(("127.0.0.1", 0), Api)
-    threading.Thread(target=api.serve_forever, daemon=True).start()
-    try:
-        found = read_prometheus(f"http://127.0.0.1:{api.server_port}/")
-    finally:
-        api.shutdown()
-        api.server_close()
+    answer = json.dumps({"data": {"resultType": "vector", "result": series}})
+    with answering(200, answer) as address:
+        found = read_prometheus(f"{address}/")
     assert {name: read.tau for name, read in found.items()} == {"a:8000": pytest.approx(1.9), "b:8001": None}
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from flows.prefect_server import check_database, wait_for_server
 from hass_core.errors import ConfigError, Unreachable
-from tests.answering import answering
 from tests.flows.stack import free_port
+from tests.loopback import answering
 
 
 def database_with(folder, revision: str) -> str:

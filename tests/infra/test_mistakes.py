@@ -10,8 +10,8 @@ import s3fs
 
 from hass_core.errors import ConfigError, StoreError, TrackingError
 from infra import buckets, exporter, mlflow_user
-from tests.answering import answering
 from tests.flows.stack import free_port
+from tests.loopback import answering
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,10 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from hass_core.errors import TargetError, TemplateError
 from hass_core.target_model.loader import Target, choose_device, load_target
 from hass_core.target_model.source import target_name
 from tests.conftest import byte_tokenizer, tiny_llama
+from tests.loopback import answering
 
 WEIGHTS = "model.safetensors"
 
@@ -242,31 +240,6 @@ except HassError as told:
 """
 
 
-@contextmanager
-def hub(status: int, **headers: str):
-    """A server that answers every request so, as the Hugging Face hub would."""
-
-    class Refusing(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_HEAD = do_GET
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-
-
 @pytest.mark.parametrize(
     ("status", "code", "says"),
     [
@@ -277,7 +250,7 @@ def hub(status: int, **headers: str):
     ],
 )
 def test_a_gated_or_unknown_model_of_the_hub_names_the_token(tmp_path, status, code, says):
-    with hub(status, X_Error_Code=code, X_Error_Message="Access is restricted") as address:
+    with answering(status, X_Error_Code=code, X_Error_Message="Access is restricted") as address:
         environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
         command = [sys.executable, "-c", LOAD, "org/model"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -8,8 +8,8 @@ from mlflow.exceptions import MlflowException
 from hass_core.config import parse_config
 from hass_core.errors import TrackingError
 from tasks import tracking
-from tests.answering import answering
 from tests.flows.stack import free_port
+from tests.loopback import answering
 
 
 @pytest.fixture

@@ -1,8 +1,5 @@
 """What is tried again: a network's failure, not a refusal. Errors come from a real S3 server and a real HTTP one."""
 
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import boto3
 import httpx
 import pytest
@@ -14,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from hass_core.errors import StoreError
 from hass_core.store import Store
 from tasks.retries import is_transient
+from tests.loopback import Quiet, serving
 from tests.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY
 
 
@@ -21,21 +19,14 @@ from tests.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY
 def server():
     """A server that answers /STATUS with that status; its address."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(int(self.path.split("/")[1].partition("?")[0]) if self.path[1:4].isdigit() else 404)
-            self.send_header("content-length", "0")
-            self.end_headers()
+    class Handler(Quiet):
+        def do_GET(self) -> None:
+            self.send(int(self.path.split("/")[1].partition("?")[0]) if self.path[1:4].isdigit() else 404)
 
         do_HEAD = do_GET
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with serving(Handler) as address:
+        yield address
 
 
 @pytest.fixture
