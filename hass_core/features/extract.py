@@ -225,9 +225,6 @@ class _Extraction:
     def _capture(self, part: Part, writers: PartsWriter) -> None:
         """Compute a part's features while a thread writes them; the thread still has to put the file in place."""
         with writers.part(part) as hand_over:
-            if isinstance(self._states, ServedStates) and part.conversations:
-                shortest = min(part.conversations, key=lambda c: len(c.token_ids))
-                self._states.check(shortest.token_ids, shortest.id)
             for batch in _captured(part.conversations, self._target, self._config.features, self._states):
                 hand_over(batch)
                 self._report(batch[0])

@@ -4,8 +4,7 @@ served once, and answers as well as gives features.
 A request of token ids makes the server write a safetensors file, `hidden_states` [L, n, H] and `token_ids` [L], into
 its `shared_storage_path`, which this machine sees as `features.server_folder`. The state behind the last layer comes
 before the final norm; the norm is applied here. What a server runs cannot be seen from here, so every row is held
-against the token that the server drew behind it, and of every part of the answers one row against the target's own
-pass.
+against the token that the server drew behind it, and of every batch one row against the target's own pass.
 """
 
 import asyncio
@@ -44,6 +43,7 @@ class ServedStates:
         self._settings, self._target = settings, target
         self._folder = Path(cast(str, settings.server_folder)).expanduser()
         self._norm = _final_norm(target)
+        self._own_pass = threading.Lock()
 
     def __enter__(self) -> "ServedStates":
         if not self._folder.is_dir():
@@ -67,15 +67,21 @@ class ServedStates:
         self._loop.close()
 
     def __call__(self, token_ids: Sequence[TokenIds], names: Sequence[str]) -> Callable[[], list[Tensor]]:
-        asked = [
-            self._submit(self._row([int(token) for token in ids], name))
-            for ids, name in zip(token_ids, names, strict=True)
-        ]
-        return lambda: [row.result() for row in asked]
+        rows = list(zip(token_ids, names, strict=True))
+        asked = [self._submit(self._row([int(token) for token in ids], name)) for ids, name in rows]
+        shortest = min(range(len(rows)), key=lambda i: len(rows[i][0]))
 
-    def check(self, token_ids: TokenIds, name: str) -> None:
-        """Raise TargetError unless a row's served features are those of the target's own pass."""
-        (served,), (own,) = self([token_ids], [name])(), capture_features(self._target, [token_ids], [name])
+        def wait() -> list[Tensor]:
+            features = [row.result() for row in asked]
+            self._check(features[shortest], *rows[shortest])
+            return features
+
+        return wait
+
+    def _check(self, served: Tensor, token_ids: TokenIds, name: str) -> None:
+        """Raise TargetError unless a row's features are those of the target's own pass."""
+        with self._own_pass:  # writers wait for several batches at once
+            (own,) = capture_features(self._target, [token_ids], [name])
         apart = (served.float() - own.float()).norm(dim=-1) / own.float().norm(dim=-1)
         if float(apart.max()) > FARTHEST:
             raise TargetError(
