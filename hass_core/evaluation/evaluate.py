@@ -82,7 +82,7 @@ def evaluate_folder(
     questions = load_benchmarks(settings)
     target = load_target(target_config)
     if engine:
-        engine.where.check(target, questions[0])
+        engine.where.check(target, questions[0], settings.temperatures)
     work = Work(target, questions, given, settings, tree_config, training_prompts_known=False)
     scratch = out_dir / "scratch"
     report, measured = work.run(scratch / digest_of(work.identity()), progress)

@@ -5,6 +5,7 @@ that is started here has the machine for itself, one side after the other.
 """
 
 import shlex
+import subprocess
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -29,12 +30,14 @@ from hass_core.progress import Progress
 from hass_core.target_model.loader import Target
 
 Sides = Mapping[str, Server]
+CPU_CACHE_GB = 2  # for keys and values where the machine has no GPU; vLLM's own choice is nearly all of its memory
+IS_FOR_CPUS = "from vllm.platforms import current_platform; print(current_platform.is_cpu())"
 
 
 class Where(Protocol):
     """Servers to ask, in sessions."""
 
-    def check(self, target: Target, question: Question) -> None:
+    def check(self, target: Target, question: Question, temperatures: Sequence[float]) -> None:
         """Raise what can be known before anything slow."""
         ...
 
@@ -50,7 +53,7 @@ class RunningServers:
     drafted: Server
     plain: Server | None
 
-    def check(self, target: Target, question: Question) -> None:
+    def check(self, target: Target, question: Question, temperatures: Sequence[float]) -> None:
         """Raise BadInput where one serves another model, or drafts where it should not, or the other way round."""
         check_served(self.drafted, target, question, drafts=True)
         if self.plain:
@@ -72,8 +75,22 @@ class StartedVllm:
     arguments: str  # more of vLLM's own, as a shell reads them
     chains: Sequence[int]
 
-    def check(self, target: Target, question: Question) -> None:
-        """Nothing can be known before it runs."""
+    def check(self, target: Target, question: Question, temperatures: Sequence[float]) -> None:
+        """Raise BadInput where no vLLM is there, or one for CPUs is to draw: with drafts its text is not the target's,
+        seen with 0.32."""
+        if any(temperatures) and self._draws_wrongly():
+            raise BadInput(
+                f"the vLLM of {self.python} is the one for CPUs, which accepts too few drafts when it draws, so its "
+                "text is not the target's and its figures would be wrong: leave --temperatures at 0, or measure where "
+                "there is a GPU"
+            )
+
+    def _draws_wrongly(self) -> bool:
+        asked = subprocess.run([self.python, "-c", IS_FOR_CPUS], capture_output=True, text=True)
+        if asked.returncode:
+            said = asked.stderr.strip().splitlines()[-1:]
+            raise BadInput(f"{self.python} has no vLLM that starts: {' '.join(said)}; name another --engine-python")
+        return asked.stdout.split()[-1:] == ["True"]
 
     def sessions(self, target: Target, draft: Path | None, question: Question) -> Generator[Sides, None, None]:
         """Plain first. Raises BadInput with vLLM's own words where it does not start, DraftMismatch for a draft that it
@@ -96,7 +113,8 @@ class StartedVllm:
         """For a shell, which fills in the folders and the port."""
         dtype = str(target.dtype).removeprefix("torch.")
         command = (
-            f"VLLM_NO_USAGE_STATS=1 exec {shlex.quote(self.python)} -m vllm.entrypoints.openai.api_server "
+            f'VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE="${{VLLM_CPU_KVCACHE_SPACE:-{CPU_CACHE_GB}}}" '
+            f"exec {shlex.quote(self.python)} -m vllm.entrypoints.openai.api_server "
             f'--model "$HASS_TARGET" --host 127.0.0.1 --port "$HASS_PORT" --dtype {dtype} --no-enable-prefix-caching '
             f"{self.arguments}"
         )

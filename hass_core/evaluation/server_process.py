@@ -1,6 +1,7 @@
 """A server with a draft, started by a shell command for a measurement and stopped after it."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from hass_core.errors import BadInput
 START_SECONDS = 1800  # an engine loads a large target and captures its graphs
 STOP_SECONDS = 60
 SHOWN = 1500  # characters of what a server said before it ended
+ERRORS = re.compile(r"\b\w*(?:Error|Exception): .*")
 
 
 @contextmanager
@@ -27,7 +29,7 @@ def serving(
 
     The command finds HASS_TARGET and HASS_DRAFT (folders), HASS_DEPTH (tokens it may draft in a row) and HASS_PORT in
     its environment, and has to serve OpenAI's endpoints and /metrics at that port of the loopback. Raises BadInput
-    with the end of its output when it does not; there it is called `what`.
+    with the errors of its output when it does not; there it is called `what`.
     """
     port = _free_port()
     told = {"HASS_TARGET": target, "HASS_DRAFT": str(draft), "HASS_DEPTH": str(depth), "HASS_PORT": str(port)}
@@ -39,11 +41,17 @@ def serving(
         try:
             if problem := _waited(process, url):
                 output.seek(0)
-                said = output.read().decode(errors="replace").strip()[-SHOWN:]
+                said = _cause_in(output.read().decode(errors="replace"))
                 raise BadInput(f"{what} {problem}; it said: {said}")
             yield url
         finally:
             _stop(process)
+
+
+def _cause_in(output: str) -> str:
+    """The errors that it names, the first of which is the cause of the others; else its end."""
+    errors = dict.fromkeys(line.strip() for line in ERRORS.findall(output))
+    return " / ".join(errors)[:SHOWN] or output.strip()[-SHOWN:]
 
 
 def _waited(process: subprocess.Popen[bytes], url: str) -> str | None:

@@ -10,9 +10,10 @@ from hass_core.decoding.answers import StopRule
 from hass_core.decoding.decoder import PlainDecoder
 from hass_core.errors import BadInput
 from hass_core.evaluation import evaluate
+from hass_core.evaluation.benchmarks import load_benchmarks
 from hass_core.evaluation.engine_metrics import read_engine
 from hass_core.evaluation.evaluate import PAGE, REPORT, evaluate_folder
-from hass_core.evaluation.in_engine import InEngine, RunningServers
+from hass_core.evaluation.in_engine import InEngine, RunningServers, StartedVllm
 from hass_core.evaluation.report import Report
 from hass_core.evaluation.served import _turns, _units
 from hass_core.evaluation.server import Server
@@ -45,13 +46,12 @@ def measured(monkeypatch, tiny_target, draft_dir, settings, tmp_path):
     """The evaluation of the random draft, with these servers."""
     monkeypatch.setattr(evaluate, "load_target", lambda config: tiny_target)
 
-    def run(drafted: Engine, plain: Engine | None = None, rows=(1, 4), **changes) -> Report:
+    def run(drafted: Engine, plain: Engine | None = None, rows=(1, 4), named=("plain", "hass"), **changes) -> Report:
         servers = RunningServers(Server(drafted.url), Server(plain.url) if plain else None)
         small = {"max_new_tokens": 8, "lossless_questions": 1, "bootstrap_resamples": 100}
         chosen = settings.model_copy(update=small | changes)
-        methods = ("plain", "hass")
         return evaluate_folder(
-            draft_dir, TargetConfig(), chosen, TREE, tmp_path / "out", methods, engine=InEngine(servers, rows)
+            draft_dir, TargetConfig(), chosen, TREE, tmp_path / "out", named, engine=InEngine(servers, rows)
         )
 
     return run
@@ -103,6 +103,28 @@ def test_a_plain_server_that_drafts_is_refused(measured, answering):
         pytest.raises(BadInput, match=f"{plain.url} drafts, so it cannot be the plain one"),
     ):
         measured(drafted, plain)
+
+
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [("True", "is the one for CPUs, .* figures would be wrong: leave --temperatures at 0"), (None, "has no vLLM that")],
+)
+def test_a_vllm_that_draws_wrongly_or_is_none_is_refused_before_anything_is_measured(
+    tiny_target, settings, tmp_path, says, told
+):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho {says}\n" if says else "#!/bin/sh\necho No module >&2\nexit 1\n")
+    python.chmod(0o755)
+    (question, *_) = load_benchmarks(settings)
+    started = StartedVllm(str(python), "", (3,))
+    with pytest.raises(BadInput, match=told):
+        started.check(tiny_target, question, (0.0, 0.7))
+    started.check(tiny_target, question, (0.0,))  # greedy answers are right there
+
+
+def test_our_own_plain_answers_are_the_history_whether_plain_was_named_or_not(measured, answering):
+    with running(Engine(DRAFTED, answering=answering)) as drafted:
+        assert measured(drafted, rows=(1,), named=("hass",)).served
 
 
 def test_a_server_of_another_model_is_refused(measured, answering):

@@ -48,3 +48,12 @@ def test_a_server_that_ends_is_told_with_what_it_said(tmp_path):
     with pytest.raises(BadInput, match=r"ended with 3 before it served .*; it said: no memory for the draft"):  # noqa: SIM117
         with serving(command, "t", tmp_path, 3):
             pytest.fail("it does not serve")
+
+
+def test_of_many_lines_the_errors_are_told_and_the_cause_first(tmp_path):
+    said = "ValueError: too little memory\\n  File x, line 3\\nRuntimeError: the engine did not start, see above\\n"
+    command = f"printf '{said}' >&2; seq 4000 >&2; exit 1"
+    told = "it said: ValueError: too little memory / RuntimeError: the engine did not start, see above$"
+    with pytest.raises(BadInput, match=told):  # noqa: SIM117
+        with serving(command, "t", tmp_path, 3):
+            pytest.fail("it does not serve")
