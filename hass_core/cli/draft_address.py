@@ -54,7 +54,7 @@ def default_draft(given: Path | None, target: str | None = None) -> Path | None:
     if target in (None, DEFAULT):
         notes.print("[dim]draft: the one that comes with the package; no champion is here[/]", highlight=False)
         return shipped_draft()
-    notes.print("[dim]no champion is here: decoding without a draft; `make retrain` makes one[/]", highlight=False)
+    notes.print("[dim]no champion is here: decoding without a draft; `make retrain` makes one, if it is faster than that[/]", highlight=False)
     return None
 
 

@@ -150,12 +150,42 @@ def find_version(client: MlflowClient, name: str, number: int | None, alias: str
     if number is None:
         found = by_alias(client, name, alias)
         if found is None:
-            raise TrackingError(f"{name} has no {alias}; `make retrain` makes one, or name a version")
+            raise _absent(client, name, alias)
         return found
     try:
         return describe(client, name, str(number))
     except MlflowException as error:
         raise TrackingError(f"{name} has no version {number}; `make ui` lists them under Models") from error
+
+
+def _absent(client: MlflowClient, name: str, alias: str) -> TrackingError:
+    """Why no version has the alias: none was made, or what became of those that were."""
+    made = client.search_model_versions(f"name = '{name}'")
+    if not made:
+        return TrackingError(f"{name} has no {alias}; `make retrain` makes one")
+    newest = client.get_model_version(name, str(max(int(version.version) for version in made)))
+    count = "no draft waits"
+    if alias == CHAMPION:
+        promoted = sorted(int(version.version) for version in made if version.tags.get(PROMOTED) == "true")
+        count = f"{len(made)} draft{'s were' if len(made) > 1 else ' was'} made and none promoted"
+        if promoted:
+            count = f"the alias was taken from version {promoted[-1]}, the last that was promoted"
+    return TrackingError(
+        f"{name} has no {alias}: {count}; version {newest.version}, the newest, {_fate(newest)}. promote-draft with "
+        "version=N measures one again; `make retrain` with new prompts or other settings makes another"
+    )
+
+
+def _fate(version: ModelVersion) -> str:
+    """What the gate or a person said of a version, with the first reason."""
+    if CHAMPION in version.aliases:
+        return "is the champion"
+    reason = re.search(r"^- (.+)$", (version.description or "").partition(VERDICT)[2], re.MULTILINE)
+    if PROMOTED not in version.tags or reason is None:
+        return "has no verdict yet"
+    said = "was promoted" if version.tags[PROMOTED] == "true" else "was refused"
+    unescaped = re.sub(r"\\(.)", r"\1", reason[1])  # it is Markdown there
+    return f"{said} ({unescaped})"
 
 
 def find_address(client: MlflowClient, address: str) -> DraftVersion:
@@ -279,7 +309,7 @@ def restore(client: MlflowClient, name: str, target: str) -> dict[str, Any]:
     with locked(client, name):
         present = champion(client, name)
         if present is None:
-            raise TrackingError(f"{name} has no champion; `make retrain` makes one")
+            raise _absent(client, name, CHAMPION)
         before, passed_over = _former(client, present, target)
         client.set_registered_model_alias(name, CHAMPION, before.version)
         client.set_model_version_tag(name, present.version, WITHDRAWN, str(int(time.time())))

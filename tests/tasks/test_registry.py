@@ -104,7 +104,7 @@ def test_a_crowned_challenger_replaces_the_champion(register, client):
     first, second = register(0), register(1)
     assert tracking.crown(client, second, first)
     assert tracking.champion(client, first.model).version == second.version
-    with pytest.raises(TrackingError, match="has no challenger; `make retrain` makes one"):
+    with pytest.raises(TrackingError, match="has no challenger: no draft waits; version 2, the newest, is the champion"):
         tracking.find_version(client, first.model, None)
 
 
@@ -184,6 +184,23 @@ def test_a_rollback_with_nothing_before_says_so(register, client):
 def test_a_rollback_without_a_champion_says_what_to_run(client):
     with pytest.raises(TrackingError, match="nobody has no champion; `make retrain` makes one"):
         tracking.restore(client, "nobody", "any")
+
+
+def test_a_missing_champion_is_told_with_what_became_of_the_drafts_that_were_made(register, client):
+    first, second = register(0), register(1)
+    client.delete_registered_model_alias(first.model, "champion")
+
+    def told() -> str:
+        with pytest.raises(TrackingError) as error:
+            tracking.restore(client, first.model, first.target)
+        return str(error.value)
+
+    assert "has no champion: 2 drafts were made and none promoted; version 2, the newest, has no verdict yet" in told()
+    refused = Verdict(promoted=False, reasons=("slower than plain_decoding *", "another"), challenger="2")
+    tracking.record_verdict(client, second, False, refused.markdown())
+    assert "version 2, the newest, was refused (slower than plain_decoding *). promote-draft" in told()
+    tracking.record_verdict(client, first, True, Verdict(promoted=True, reasons=("it",), challenger="1").markdown())
+    assert "has no champion: the alias was taken from version 1, the last that was promoted" in told()
 
 
 def test_an_unknown_version_is_named(register, client):
