@@ -54,7 +54,8 @@ def default_draft(given: Path | None, target: str | None = None) -> Path | None:
     if target in (None, DEFAULT):
         notes.print("[dim]draft: the one that comes with the package; no champion is here[/]", highlight=False)
         return shipped_draft()
-    notes.print("[dim]no champion is here: decoding without a draft; `make retrain` makes one, if it is faster than that[/]", highlight=False)
+    told = "no champion is here: decoding without a draft; `make retrain` makes one, if it is faster than that"
+    notes.print(f"[dim]{told}[/]", highlight=False)
     return None
 
 

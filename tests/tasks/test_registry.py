@@ -104,7 +104,7 @@ def test_a_crowned_challenger_replaces_the_champion(register, client):
     first, second = register(0), register(1)
     assert tracking.crown(client, second, first)
     assert tracking.champion(client, first.model).version == second.version
-    with pytest.raises(TrackingError, match="has no challenger: no draft waits; version 2, the newest, is the champion"):
+    with pytest.raises(TrackingError, match="no challenger: no draft waits; version 2, the newest, is the champion"):
         tracking.find_version(client, first.model, None)
 
 
