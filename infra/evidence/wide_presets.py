@@ -23,14 +23,14 @@ from hass_core.store.provenance import provenance
 from tests.conftest import byte_tokenizer
 from tests.forecast.test_presets_run import LARGE, small_run
 
-LAYERS = {"num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LAYERS, BYTES = 2, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-def wide_target(source: str, folder: Path, device: str) -> None:
+def wide_target(source: str, folder: Path, device: str, layers: int = LAYERS) -> None:
     """The target's own sizes but for the number of layers."""
-    config = AutoConfig.for_model(**recorded_shapes()[source]["config"] | LAYERS)
+    config = AutoConfig.for_model(**recorded_shapes()[source]["config"] | BYTES | {"num_hidden_layers": layers})
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: LAYERS["num_hidden_layers"]]
+        config.layer_types = config.layer_types[:layers]
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
