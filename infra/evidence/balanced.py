@@ -64,8 +64,6 @@ def main() -> None:
             torch.cuda.empty_cache()
     pairs = [(found["balanced"][name], rows) for name, rows in found["one"].items()]
     gaps = [(theirs - rows).float().norm() / rows.float().norm() for theirs, rows in pairs]
-        (found["balanced"][name] - rows).float().norm() / rows.float().norm() for name, rows in found["one"].items()
-    ]
     device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     print(json.dumps({**record, "largest_difference": float(max(gaps)), "device": device, **provenance()}))
 
