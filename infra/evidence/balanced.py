@@ -39,7 +39,7 @@ def features_of(run: RunConfig) -> tuple[dict[str, torch.Tensor], dict[str, obje
     store, target = Store(run.store), load_target(run.target)
     held = [round(torch.cuda.memory_allocated(device) / 2**30, 2) for device in range(torch.cuda.device_count())]
     answers = run_until("responses", run)["responses"]  # finished: read from the store
-    made = extract_features(run, store, target, answers)
+    made = extract_features(run, answers, store, target)
     dataset = FeatureDataset(store.open(made))
     rows = {row.id: row.features for row in dataset.many(range(len(dataset)))}
     return rows, {"weights_gib": held, **{name: made.summary[name] for name in ("tokens", "tokens_per_second")}}
