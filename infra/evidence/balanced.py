@@ -40,7 +40,7 @@ def features_of(run: RunConfig) -> tuple[dict[str, torch.Tensor], dict[str, obje
     held = [round(torch.cuda.memory_allocated(device) / 2**30, 2) for device in range(torch.cuda.device_count())]
     answers = run_until("responses", run)["responses"]  # finished: read from the store
     made = extract_features(run, answers, store, target)
-    dataset = FeatureDataset(store.open(made))
+    dataset = FeatureDataset(store, made)
     rows = {row.id: row.features for row in dataset.many(range(len(dataset)))}
     return rows, {"weights_gib": held, **{name: made.summary[name] for name in ("tokens", "tokens_per_second")}}
 
@@ -57,6 +57,8 @@ def main() -> None:
         wide_target(load_config(options.preset).target.source, folder / "target", "cuda:0", options.layers)
         torch.cuda.empty_cache()
         run = small_run(options.preset, folder)
+        long = run.responses.model_copy(update={"max_new_tokens": 512})  # random weights seldom end an answer
+        run = run.model_copy(update={"responses": long})
         run_until("responses", on(run, DEVICES["one"], folder / "one"))
         shutil.copytree(folder / "one", folder / "balanced")
         for name, device in DEVICES.items():
