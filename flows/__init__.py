@@ -5,6 +5,9 @@ As a program its arguments are checked here, before its module is even read: tha
 
 import sys
 
+from flows.collector import importing
+
+importing()
 if sys.argv[:1] == ["-m"]:  # so Python says while it looks for the program's module
     _, _, _name = next((word for word in sys.orig_argv if word.startswith("flows.")), "").partition(".")
     if _name:

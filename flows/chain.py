@@ -7,6 +7,7 @@ from functools import partial
 
 from prefect import Flow, flow
 
+from flows.collector import imported
 from flows.parameters import RunParameters
 from hass_core.config import Stage, stages_until
 from hass_core.store import Artifact
@@ -48,6 +49,7 @@ def run_until(last: Stage, run: RunParameters) -> Iterator[Chain]:
 
     A stage named in `run.deployments` becomes a flow run of that deployment, the others run in this process.
     """
+    imported()
     asked = run.config()
     connect(asked)  # a server that is away, or may not be told this machine's keys, is named before any work
     prompts.check_ahead(asked, last)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from flows.arguments import complain, read
+from flows.collector import imported
 from flows.prefect_server import check_server
 from hass_core.config import RunConfig
 from hass_core.errors import INTERRUPTED
@@ -41,6 +42,7 @@ def main(flow: Flow[..., Any], show: Show | None = None, before: Before = lambda
     Arguments are a preset's name (optional, first) and changes as `section.key=value`; see `flows.arguments`.
     """
     console, started = Console(), time.monotonic()
+    imported()
     try:
         run = read(flow.name.replace("-", "_"), sys.argv[1:])
         config = run.config()  # a wrong setting is told before anything starts

@@ -5,6 +5,10 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from flows.collector import imported, importing
+
+importing()
+
 import fsspec
 import hypothesis
 import pytest
@@ -52,6 +56,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: begun last, one process works on them while the others have nothing left."""
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(Path(item.path).stem, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    """All test files are imported."""
+    imported()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
