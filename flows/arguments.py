@@ -14,6 +14,10 @@ OWN_PARAMETERS = {  # the others have none
     "promote_draft": PromotionParameters,
     "reject_draft": RejectionParameters,
 }
+COMMANDS = (
+    "evaluate_draft", "export_draft", "extract_features", "generate_data", "promote_draft", "reject_draft", "retrain",
+    "rollback_draft", "train_draft", "watch_drafts",
+)  # fmt: skip
 PRESET = "smollm2-cpu"
 
 
@@ -48,8 +52,10 @@ def read(flow: str, arguments: Sequence[str]) -> RunParameters:
 
 
 def check(flow: str, arguments: Sequence[str]) -> None:
-    """Exit with 2 and one sentence where `read` finds a mistake."""
+    """Exit with 2 and one sentence where `read` finds a mistake, or `flow` is no command and would run nothing."""
     try:
+        if flow not in COMMANDS:
+            raise ConfigError(f"flows.{flow} is no command of a terminal; these are: {', '.join(COMMANDS)}")
         read(flow, arguments)
     except Exception as error:
         complain(error)

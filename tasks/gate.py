@@ -168,9 +168,10 @@ def _rate(measurement: Measurement) -> float:
 def _setup_of(bouts: Sequence[Bout]) -> str:
     questions = len({(bout.challenger.benchmark, bout.challenger.question) for bout in bouts})
     rounds = len({bout.round for bout in bouts})
+    several = "s" if rounds > 1 else ""
     return (
-        f"{questions} questions, answered in turns by both sides in {rounds} rounds of one session with the same tree; "
-        "the intervals hold what differs between questions and between rounds."
+        f"{questions} questions, answered in turns by both sides in {rounds} round{several} of one session with the "
+        "same tree; the intervals hold what differs between questions and between rounds."
     )
 
 

@@ -128,6 +128,7 @@ flows.export_draft folder=../escape                          | folder = '../esca
 flows.promote_draft version=abc                              | version = 'abc'
 flows.promote_draft -p version=0                             | version = '0'
 flows.rollback_draft seed=-1                                 | seed = -1
+flows.relay                                                  | flows.relay is no command of a terminal; these are:
 """
 WITH_TORCH = """
 hass chat -t target draft                                    | model.safetensors is not a readable

@@ -109,7 +109,8 @@ def test_the_verdict_reads_as_a_table_with_benchmarks_temperatures_and_intervals
     assert "| T = 0 | +" in text
     assert "| T = 1 | +" in text
     assert "| all | +" in text
-    assert "24 questions, answered in turns by both sides in 3 rounds of one session" in text
+    assert "24 questions, answered in turns by both sides in 3 rounds of one session with the same tree;" in text
+    assert "in 1 round of one session" in judge(fought({"chat": around(1.06)}, rounds=1), True, RULES).measured
 
 
 def drawn(seed: int, gain: float, own: float) -> list[Bout]:
