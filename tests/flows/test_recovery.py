@@ -36,10 +36,17 @@ def stack(tmp_path_factory) -> Iterator[Stack]:
         stack.stop()
 
 
-def start_run(stack: Stack, preset: Path, overrides: tuple[str, ...] = LONG, deployment: str = "smollm2-cpu") -> str:
-    """Ask for a retraining; its flow run's id."""
-    parameters = json.dumps({"preset": str(preset), "overrides": list(overrides)})
-    stack.prefect("deployment", "run", f"retrain/{deployment}", "-p", f"run={parameters}")
+def start_run(
+    stack: Stack,
+    preset: Path,
+    overrides: tuple[str, ...] = LONG,
+    deployment: str = "smollm2-cpu",
+    flow: str = "retrain",
+    **own: object,
+) -> str:
+    """Ask for a run of a flow, a retraining, with these parameters of its `own`; its flow run's id."""
+    parameters = json.dumps({"preset": str(preset), "overrides": list(overrides), **own})
+    stack.prefect("deployment", "run", f"{flow}/{deployment}", "-p", f"run={parameters}")
     return str(max(stack.flow_runs(), key=lambda run: run["created"])["id"])
 
 
@@ -186,6 +193,37 @@ def test_a_promotion_waits_for_a_person_without_a_process_and_goes_on_when_resum
     assert client.get_registered_model("hass-draft-tiny").aliases == {"champion": 1}
     assert manifests(tiny_preset) == before
     assert_once(tiny_preset)
+
+
+def test_a_person_refuses_in_the_form_and_the_commands_decide_on_what_waits(stack, tiny_preset):
+    client = MlflowClient(f"sqlite:///{tiny_preset.parent}/.hass/mlflow.db")
+
+    def ended(run: str) -> dict[str, int]:
+        """The aliases when the run has completed."""
+        wait_for(lambda: state(stack, run) == "COMPLETED", "the run to complete", 300)
+        return client.get_registered_model("hass-draft-tiny").aliases
+
+    def verdict(version: int) -> str:
+        told = client.get_model_version("hass-draft-tiny", str(version))
+        return f"{told.tags.get('hass.promoted')}: {(told.description or '').partition('## Version')[2]}"
+
+    run = start_run(stack, tiny_preset, ("promotion.approval=true",))
+    wait_for(lambda: state(stack, run) == "PAUSED", "the draft to be measured", 300)
+    answer = {"approved": False, "reason": "a load test is in the log"}
+    stack.api_post(f"flow_runs/{run}/resume", {"run_input": answer})
+    assert ended(run) == {}
+    assert verdict(1).startswith("false:  1: not promoted\n\n- a load test is in the log")
+
+    by_hand = ("promotion.automatic=false",)
+    assert ended(start_run(stack, tiny_preset, (*by_hand, "seed=1"))) == {"challenger": 2}
+    assert verdict(2) == "None: "
+    assert ended(start_run(stack, tiny_preset, by_hand, flow="promote-draft")) == {"champion": 2}
+    assert verdict(2).startswith("true:  2: promoted")
+
+    assert ended(start_run(stack, tiny_preset, (*by_hand, "seed=2"))) == {"challenger": 3, "champion": 2}
+    refusal = start_run(stack, tiny_preset, by_hand, flow="reject-draft", reason="too slow in production")
+    assert ended(refusal) == {"champion": 2}
+    assert verdict(3).startswith("false:  3: not promoted\n\n- too slow in production")
 
 
 def test_the_server_restarted_in_mid_run(stack, tiny_preset):
