@@ -177,6 +177,8 @@ class FeaturesConfig(Settings):
     @field_validator("encoding", mode="before")
     @classmethod
     def _still_there(cls, encoding: object) -> object:
+        if encoding is None:  # features.encoding=none on the command line, where none is no value
+            return "none"
         if encoding in ("fp8", "bf16-planes-zstd"):
             raise ValueError(f'features.encoding = {encoding!r} is gone: "bf16" is lossless, "int8" halves the space')
         return encoding

@@ -49,6 +49,10 @@ def test_overrides_take_toml_values_and_bare_words():
     assert (config.training.passes, config.target.dtype, config.draft.vocab_size) == (2, "float32", None)
 
 
+def test_an_encoding_called_none_can_be_typed():
+    assert load_config("smollm2-cpu", ["features.encoding=none"]).features.encoding == "none"
+
+
 def test_a_settings_file_is_read_and_a_missing_or_broken_one_named(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text('name = "mine"\n[training]\nalign_steps = 2\n')
