@@ -4,6 +4,7 @@ from typing import ClassVar, Literal, Protocol
 
 from pydantic import Field, model_validator
 
+from hass_core.errors import TargetError
 from hass_core.settings import Settings
 
 CHAMPION = "champion"  # the alias of the draft in use
@@ -19,8 +20,14 @@ class DraftConfig(Settings):
     architecture: Literal["eagle", "eagle3"] = Field(
         default="eagle",
         description="eagle: estimates the target's next feature, as EAGLE-2 and HASS; "
-        "eagle3: EAGLE-3's layer over the target's last hidden state, with a trained head of its own",
+        "eagle3: EAGLE-3's layer over states of the target, with a trained head of its own",
     )
+    taps: Literal["last", "three"] | tuple[int, ...] = Field(
+        default="last",
+        description="eagle3 only: the states of the target that it reads. last: the one that the head takes; "
+        "three: fused, those after layers 2, N/2 and N-3 of N; or a list of layers, after which each stands",
+    )
+    fc_norm: bool = Field(default=False, description="With `taps`: norm each state before they are fused (EAGLE-3.1)")
     norm_output: bool = Field(
         default=False, description="eagle3 only: the next row takes the state after the final norm (EAGLE-3.1)"
     )
@@ -30,7 +37,8 @@ class DraftConfig(Settings):
     start: Literal["random", "least_squares"] = Field(
         default="least_squares",
         description="least_squares fits fc to the features in closed form before training; "
-        "an eagle3 draft, which has none, starts random but for its head, the target's",
+        "an eagle3 draft starts random but for its head, the target's, and with least_squares for fc over `taps`, "
+        "fitted to the last state",
     )
     family: Literal["auto", "target", "llama"] = Field(
         default="auto",
@@ -46,16 +54,56 @@ class DraftConfig(Settings):
     @model_validator(mode="after")
     def _of_architecture(self) -> "DraftConfig":
         if self.architecture == "eagle":
-            if self.norm_output:
-                raise ValueError('draft.norm_output is a setting of draft.architecture = "eagle3"')
+            for name in ("norm_output", "fc_norm", "taps"):
+                if getattr(self, name) not in (False, "last"):
+                    raise ValueError(f'draft.{name} is a setting of draft.architecture = "eagle3"')
             return self
         if self.family == "target":
             raise ValueError('draft.family = "target": an eagle3 draft has the Llama layer that engines build for it')
-        if self.start == "least_squares":
+        self._check_taps()
+        if self.start == "least_squares" and self.taps == "last":
             if "start" in self.model_fields_set:
-                raise ValueError('draft.start = "least_squares" fits fc, which an eagle3 draft has not; leave it out')
+                raise ValueError(
+                    'draft.start = "least_squares" fits fc, which an eagle3 draft has for draft.taps; leave it out'
+                )
             object.__setattr__(self, "start", "random")  # frozen for everyone else
         return self
+
+    def _check_taps(self) -> None:
+        layers = self.taps if isinstance(self.taps, tuple) else (1,)
+        if not layers or layers[0] < 1 or list(layers) != sorted(set(layers)):
+            raise ValueError(f"draft.taps = {list(layers)}: give layers from 1 on, each once, ascending")
+        if self.fc_norm and self.taps == "last":
+            raise ValueError('draft.fc_norm norms the states that are fused: it needs draft.taps = "three", or a list')
+
+    def tapped(self, layers: int) -> tuple[int, ...]:
+        """The layers of a target of so many after which the draft reads states; none for the last hidden state.
+
+        Raises TargetError for a target that has too few.
+        """
+        if self.taps == "last":
+            return ()
+        if self.taps == "three":
+            return three_taps(layers)
+        if self.taps[-1] >= layers:
+            raise TargetError(
+                f"draft.taps = {list(self.taps)}: the target has {layers} layers, and the state after the last of them "
+                f'is read by draft.taps = "last"; give layers up to {layers - 1}'
+            )
+        return self.taps
+
+
+def three_taps(layers: int) -> tuple[int, int, int]:
+    """The three that engines take where a draft names none: of N layers those after 2, N/2 and N - 3.
+
+    Raises TargetError where they collide.
+    """
+    if layers < 7:
+        raise TargetError(
+            f'draft.taps = "three": of {layers} layers those after 2, N/2 and N-3 are not three in order; name '
+            "layers, as draft.taps = [1, 2, 3], or leave it out for a draft of the last state"
+        )
+    return 2, layers // 2, layers - 3
 
 
 class Objectives(Protocol):

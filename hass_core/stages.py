@@ -19,6 +19,7 @@ from hass_core.memory import release_unused
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, FinishedStore, Store, Unfinished
 from hass_core.target_model.loader import Target, load_target
+from hass_core.target_model.taps import check_taps
 from hass_core.training import train
 from hass_core.training.train import train_draft
 
@@ -55,6 +56,8 @@ def check_ahead(last: Stage, config: RunConfig, target: Target) -> None:
     Raises what they would raise: TargetError, CorruptFile or DraftMismatch for a draft that cannot be begun, BadInput,
     ContextTooLong or ConfigError for questions that cannot be asked.
     """
+    if last in ("features", "draft", "evaluation"):
+        check_taps(target, config.draft.tapped(target.num_layers))
     if last in ("draft", "evaluation") and config.draft.warm_start != CHAMPION:
         train.start_architecture(config, target)
     if last == "evaluation":

@@ -120,6 +120,8 @@ TABLE: dict[str, tuple[Any, str]] = {
     "features.validation_fraction": (0.2, "features"),
     "draft.architecture": ("eagle3", "draft"),
     "draft.norm_output": (NONE, NONE),  # of eagle3 alone; see SPECIAL
+    "draft.taps": (NONE, NONE),
+    "draft.fc_norm": (NONE, NONE),
     "draft.vocab_size": (99, "draft"),
     "draft.family": ("llama", NONE),  # the shape of a Llama target's draft by itself
     "draft.start": ("random", "draft"),
@@ -149,6 +151,8 @@ TABLE: dict[str, tuple[Any, str]] = {
 }
 SPECIAL: list[tuple[dict[str, Any], str, Any, str]] = [
     (LOCAL | {"draft": {"architecture": "eagle3"}}, "draft.norm_output", True, "draft"),
+    (LOCAL | {"draft": {"architecture": "eagle3"}}, "draft.taps", (1,), "features"),
+    (LOCAL | {"draft": {"architecture": "eagle3", "taps": (1,)}}, "draft.fc_norm", True, "draft"),
     (SERVER, "responses.server_model", "other", "responses"),
     (SERVER, "responses.server_url", "http://127.0.0.1:2/v1", NONE),  # where, not what
     (SERVER, "responses.more_servers", ("http://127.0.0.1:3/v1",), NONE),

@@ -50,6 +50,7 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 STEPS_OF_DATA = 4
+LAYERS = 30  # of the target, as far as draft.taps asks
 EAGLE = DraftConfig()
 
 
@@ -61,6 +62,7 @@ class Talk:
     token_ids: torch.Tensor
     loss_mask: torch.Tensor
     features: torch.Tensor
+    taps: torch.Tensor | None = None
 
 
 def bench_training(
@@ -84,7 +86,8 @@ def bench_training(
     trainer = make_trainer(SHAPES[shape], config, accelerator, draft_vocabulary, draft)
     share = Division(config.packs_per_step, config.packs_per_micro_batch, accelerator.num_processes)
     in_step = len(share.own([[]] * config.packs_per_step))
-    talks = make_talks(SHAPES[shape], config, conversation_tokens, share.micro_batch, STEPS_OF_DATA * in_step)
+    taps, count = len(trainer.draft.taps), STEPS_OF_DATA * in_step
+    talks = make_talks(SHAPES[shape], config, conversation_tokens, share.micro_batch, count, taps)
     batches = [collate(group, config.align_steps) for group in talks]
     tokens_per_batch = share.micro_batch * config.tokens_per_pack
     fed = [rounded_up(batch, tokens_per_batch) for batch in batches] if trainer.captured else batches
@@ -95,11 +98,11 @@ def bench_training(
     seconds = _seconds(lambda i: train_step(trainer, fed[of_step[i % len(of_step)]], i), 3 * len(of_step), steps, where)
     timed = [batch for i in range(steps) for batch in batches[of_step[i % len(of_step)]]]
     tokens = sum(batch.num_tokens for batch in timed) / steps
-    flops = sum(needed_flops(trainer.draft.architecture, trainer.head.size, batch) for batch in timed) / steps
+    flops = sum(needed_flops(trainer.draft.architecture, trainer.head.size, batch, taps) for batch in timed) / steps
     memory = _memory(where)
     rate = matmul_rate(where)
     record = {
-        "shape": shape, "architecture": draft.architecture,
+        "shape": shape, "architecture": draft.architecture, "taps": taps,
         "align_steps": config.align_steps, "tokens_per_pack": config.tokens_per_pack,
         "packs_per_step": config.packs_per_step, "packs_per_micro_batch": share.micro_batch,
         "conversation_tokens": conversation_tokens, "draft_vocabulary": trainer.head.size,
@@ -156,7 +159,7 @@ def _twin_step(trainer: Trainer, batch: PaddedBatch) -> None:
         optimizer.zero_grad()
 
 
-def needed_flops(architecture: DraftArchitecture, draft_vocabulary: int, batch: Batch) -> float:
+def needed_flops(architecture: DraftArchitecture, draft_vocabulary: int, batch: Batch, taps: int = 0) -> float:
     """Multiply-adds count two."""
     a, width = architecture, architecture.hidden_size * (2 if architecture.own_head else 1)  # of the attention's rows
     fusion = 0 if a.own_head else 2 * a.hidden_size**2
@@ -166,6 +169,7 @@ def needed_flops(architecture: DraftArchitecture, draft_vocabulary: int, batch: 
     first = fusion + shared  # rows that only are seen
     steps, anchors = len(batch.target_anchors), len(batch.anchors)
     trunk = 6.0 * (steps * anchors * layer + (batch.num_tokens - anchors) * first)
+    trunk += 4.0 * batch.num_tokens * taps * a.hidden_size**2  # fused once; what is fused is not trained
     visible = float((batch.position_ids[batch.anchors] + 1).sum())
     scores = 3 * steps * 4.0 * visible * a.num_attention_heads * a.head_dim  # forward, and twice that backward
     by_step = 3 if a.own_head else 2  # forward, and backward by rows, and by the weight that is trained
@@ -205,14 +209,15 @@ def make_trainer(
     embedding = embedding.to(choose_dtype("auto", device))
     head = DraftHead.from_target(embedding, torch.arange(vocabulary) if vocabulary else None)
     if draft.architecture == "eagle3":
-        architecture = Eagle3Architecture.of(architecture, head.size, draft.norm_output)
+        taps = draft.tapped(LAYERS)
+        architecture = Eagle3Architecture.of(architecture, head.size, draft.norm_output, taps, draft.fc_norm)
     return Trainer.of(config, 0, accelerator, build_draft(architecture, embedding), head)
 
 
 def make_talks(
-    shape: dict[str, int], config: TrainingConfig, mean_tokens: int, packs_per_batch: int, count: int
+    shape: dict[str, int], config: TrainingConfig, mean_tokens: int, packs_per_batch: int, count: int, taps: int = 0
 ) -> list[list[Talk]]:
-    """The conversations of `count` micro-batches."""
+    """The conversations of `count` micro-batches, with so many states beside the last one."""
     generator = torch.Generator().manual_seed(0)
     wanted = count * packs_per_batch * config.tokens_per_pack
     spread = torch.rand(4 * wanted // mean_tokens + count, generator=generator)
@@ -221,13 +226,14 @@ def make_talks(
         lengths = torch.full_like(lengths, config.tokens_per_pack)
     packs = packs_of_pass(lengths.numpy(), config.tokens_per_pack, 0, 0)[: count * packs_per_batch]
     groups = [packs[i : i + packs_per_batch] for i in range(0, len(packs), packs_per_batch)]
-    return [[_talk(shape, int(lengths[i]), generator) for pack in group for i in pack] for group in groups]
+    return [[_talk(shape, int(lengths[i]), generator, taps) for pack in group for i in pack] for group in groups]
 
 
-def _talk(shape: dict[str, int], length: int, generator: torch.Generator) -> Talk:
+def _talk(shape: dict[str, int], length: int, generator: torch.Generator, taps: int) -> Talk:
     token_ids = torch.randint(0, shape["vocabulary"], (length,), generator=generator)
     features = torch.randn(length, shape["hidden"], generator=generator).bfloat16()
-    return Talk("made-up", token_ids, torch.arange(length) >= length // 5, features)
+    states = torch.randn(length, taps * shape["hidden"], generator=generator).bfloat16() if taps else None
+    return Talk("made-up", token_ids, torch.arange(length) >= length // 5, features, states)
 
 
 def _seconds(step: Callable[[int], object], warm_up: int, steps: int, device: torch.device) -> float:

@@ -45,6 +45,10 @@ class DraftRunner:
         """What `forward` takes [B, T, 2H]: the tokens' embeddings, and the features before them [B, T, H]."""
         return self._fused(token_ids, features, self.embedding)
 
+    def fuse(self, taps: Tensor) -> Tensor:
+        """Features [..., H] from the target's states [..., n·H] that the draft reads."""
+        return self._io.fuse(taps)
+
     def forward(
         self,
         inputs: Tensor,
@@ -87,6 +91,10 @@ def fused_input(token_ids: Tensor, features: Tensor, embedding: Tensor) -> Tenso
 class LayerIO(Protocol):
     """How one architecture feeds the draft's layer and reads it; rows [B, T, 2H] hold embeddings beside features."""
 
+    def fuse(self, taps: Tensor) -> Tensor:
+        """Features [..., H] from the target's states [..., n·H] that the draft reads."""
+        ...
+
     def enter(self, inputs: Tensor, by_kernels: bool) -> tuple[Tensor, Tensor]:
         """What the layer adds to [B, T, H], and what its attention takes, of rows [B, T, 2H]."""
         ...
@@ -102,7 +110,7 @@ class LayerIO(Protocol):
 
 def layer_io(model: DraftModel, eight_bits: bool) -> LayerIO:
     """That of a model, with the weights that it has now."""
-    return Eagle3IO(model) if isinstance(model, Eagle3Model) else EagleIO(model, eight_bits)
+    return Eagle3IO(model, eight_bits) if isinstance(model, Eagle3Model) else EagleIO(model, eight_bits)
 
 
 class EagleIO:
@@ -110,6 +118,9 @@ class EagleIO:
 
     def __init__(self, model: DraftModel, eight_bits: bool):
         self._fc = Linear(model.fc.weight, model.fc.bias, eight_bits)
+
+    def fuse(self, taps: Tensor) -> Tensor:
+        return taps  # it reads none
 
     def enter(self, inputs: Tensor, by_kernels: bool) -> tuple[Tensor, Tensor]:
         u = self._fc.of_few_rows(inputs) if by_kernels else self._fc(inputs)
@@ -125,12 +136,22 @@ class EagleIO:
 class Eagle3IO:
     """EAGLE-3's: a norm for each half before, and one between a state and what the head takes."""
 
-    def __init__(self, model: Eagle3Model):
+    def __init__(self, model: Eagle3Model, eight_bits: bool):
         layer, architecture = model.layer, model.architecture
         self._norms = layer.input_layernorm.weight.detach(), layer.hidden_norm.weight.detach()
         self._last, self._eps = model.norm.weight.detach(), architecture.rms_norm_eps
         self._normed_state = architecture.norm_output
-        self._halves = compiled(normed_halves, any_shape=True) if self._last.is_cuda else normed_halves
+        cuda = self._last.is_cuda
+        self._halves = compiled(normed_halves, any_shape=True) if cuda else normed_halves
+        self._fc = Linear(model.fc.weight, None, eight_bits) if architecture.taps else None
+        self._tap_norms = [norm.weight.detach() for norm in model.tap_norms]
+        self._normed_taps = compiled(normed_taps, any_shape=True) if cuda else normed_taps
+
+    def fuse(self, taps: Tensor) -> Tensor:
+        if self._fc is None:
+            return taps
+        normed = self._normed_taps(taps, self._tap_norms, self._eps) if self._tap_norms else taps
+        return self._fc.of_few_rows(normed)
 
     def enter(self, inputs: Tensor, by_kernels: bool) -> tuple[Tensor, Tensor]:
         return self._halves(inputs, *self._norms, self._eps)
@@ -143,6 +164,12 @@ class Eagle3IO:
 
     def _norm(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self._last, self._eps)
+
+
+def normed_taps(taps: Tensor, norms: list[Tensor], eps: float) -> Tensor:
+    """States [..., n·H], each normed by one of the n weights [H]."""
+    each = zip(taps.chunk(len(norms), -1), norms, strict=True)
+    return torch.cat([F.rms_norm(state, norm.shape, norm, eps) for state, norm in each], -1)
 
 
 def normed_halves(inputs: Tensor, embedding_norm: Tensor, feature_norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:

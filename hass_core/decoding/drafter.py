@@ -30,6 +30,7 @@ class TreeDrafter(Protocol):
     shape: TreeShape
     capturable: bool  # `extend` and `grow` can go into a CUDA graph
     scratch_slots: int  # cache slots needed after the live rows
+    taps: tuple[int, ...]  # layers after which it reads the target's states, in place of the last one; mostly none
 
     def new_cache(self, batch_size: int, max_tokens: int) -> Any:
         """What the drafter remembers of the rows; handed back to it in every call."""
@@ -48,6 +49,10 @@ class TreeDrafter(Protocol):
         """
         ...
 
+    def fuse(self, taps: Tensor) -> Tensor:
+        """The features [..., H] that `extend` takes, from the states [..., n·H] after the layers `taps`, if any."""
+        ...
+
     def grow(
         self, cache: Any, root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None
     ) -> Tree:
@@ -61,6 +66,7 @@ class NoDraft:
     shape = TreeShape(depth=0, top_k=0, nodes=1, static=True)
     capturable = True
     scratch_slots = 1
+    taps = ()
 
     def new_cache(self, batch_size: int, max_tokens: int) -> "NoDraft":
         return self
@@ -72,6 +78,9 @@ class NoDraft:
         self, cache: "NoDraft", features: Tensor, token_ids: Tensor, counts: Tensor, fixed: FixedShapes | None = None
     ) -> Tensor:
         return counts
+
+    def fuse(self, taps: Tensor) -> Tensor:
+        return taps  # never asked: it reads none
 
     def grow(
         self, cache: "NoDraft", root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None
@@ -118,6 +127,7 @@ class Drafter:
 
     def __init__(self, draft: Draft, shape: TreeShape, runner: DraftRunner | None = None):
         self._runner = runner or DraftRunner(draft.model, draft.eight_bits)
+        self.taps = draft.model.taps
         self._head, self._product = draft.head, Linear(draft.head.weight, None, draft.eight_bits)
         self.shape = shape
         self._by_rank = static_scores(shape.top_k).to(draft.head.weight.device) if shape.static else None
@@ -144,6 +154,9 @@ class Drafter:
         outputs = self._runner.forward(inputs, self._runner.rope.at(positions), cache, fixed=fixed)
         cache.lengthen(counts, fixed)
         return last_of(outputs, counts.clamp(min=1))
+
+    def fuse(self, taps: Tensor) -> Tensor:
+        return self._runner.fuse(taps)
 
     def grow(
         self, cache: KVCache, root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None

@@ -211,6 +211,7 @@ class Observer:
     def __init__(self, drafter: Drafter):
         self._drafter, self.shape, self.scratch_slots = drafter, drafter.shape, drafter.scratch_slots
         self.new_cache, self.clear, self.extend = drafter.new_cache, drafter.clear, drafter.extend
+        self.taps, self.fuse = drafter.taps, drafter.fuse
         self.trees: list[Tree] = []
 
     def grow(
@@ -337,7 +338,7 @@ class FixedTree:
 
     def __init__(self, nodes: int):
         self.shape = TreeShape(depth=1, top_k=nodes, nodes=nodes, static=True)
-        self.capturable, self.scratch_slots = True, 0
+        self.capturable, self.scratch_slots, self.taps = True, 0, ()
 
     def new_cache(self, batch_size: int, max_tokens: int) -> Any:
         return self
@@ -349,6 +350,9 @@ class FixedTree:
         self, cache: Any, features: Tensor, token_ids: Tensor, counts: Tensor, fixed: FixedShapes | None = None
     ) -> Tensor:
         return counts
+
+    def fuse(self, taps: Tensor) -> Tensor:
+        return taps  # never asked: it reads none
 
     def grow(
         self, cache: Any, root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None

@@ -39,9 +39,14 @@ class Recording:
     token_ids: Tensor  # [L]
     features: Tensor  # [L, H]
     start: int
+    taps: Tensor | None = None  # [L, n·H] the states inside the target that the draft fuses, if any
+
+    def drafted_from(self, drafter: Drafter) -> Tensor:
+        """The features [L, H] that the drafter takes."""
+        return self.features if self.taps is None else drafter.fuse(self.taps)
 
 
-def last_answer(token_ids: Tensor, loss_mask: Tensor, features: Tensor) -> Recording | None:
+def last_answer(token_ids: Tensor, loss_mask: Tensor, features: Tensor, taps: Tensor | None = None) -> Recording | None:
     """The last run of supervised tokens with all that stands before it; None when it leaves nothing to draft."""
     supervised = loss_mask.nonzero().flatten().tolist()
     if not supervised:
@@ -51,7 +56,7 @@ def last_answer(token_ids: Tensor, loss_mask: Tensor, features: Tensor) -> Recor
         start -= 1
     if start == 0 or end - start < 2:
         return None
-    return Recording(token_ids[: end + 1], features[: end + 1], start)
+    return Recording(token_ids[: end + 1], features[: end + 1], start, None if taps is None else taps[: end + 1])
 
 
 @torch.no_grad()
@@ -108,7 +113,7 @@ def tree_tau(cycles: Sequence[Sequence[int]]) -> float:
 def replay_together(drafter: Drafter, answers: Sequence[Recording], sampler: Sampler) -> list[list[int]]:
     """As `replay`, in one batch, with a sampler for as many rows."""
     token_ids = pad_sequence([a.token_ids for a in answers], batch_first=True, padding_value=UNKNOWN)
-    features = pad_sequence([a.features for a in answers], batch_first=True)
+    features = pad_sequence([a.drafted_from(drafter) for a in answers], batch_first=True)
     lengths = torch.tensor([len(a.token_ids) for a in answers], device=token_ids.device)
     root = torch.tensor([a.start for a in answers], device=token_ids.device)  # position of each answer's root token
     longest = drafter.shape.longest_path

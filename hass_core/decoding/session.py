@@ -24,6 +24,7 @@ from hass_core.decoding.tree import Accepted, RowReport, Tree, accept, pack_repo
 from hass_core.target_model.compiling import compiled
 from hass_core.target_model.kv_cache import FixedShapes, KVCache
 from hass_core.target_model.runner import Runner
+from hass_core.target_model.taps import Taps
 
 WIDTH_STEP = 256  # captured graphs attend to a multiple of this many slots
 TOKENS_PER_PIECE = 512  # of a prompt that is read at once: keeps its attention mask small
@@ -80,14 +81,15 @@ class Session:
         self._under_way = None
         lengths = [len(prompt) for prompt in prompts]
         token_ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
-        features = prefill(self._runner, token_ids, lengths, cache)
+        features, drafted_from = prefill(self._runner, token_ids, lengths, cache, self._drafter)
         self._sampler.start(token_ids, cache.lengths, seed)
         for start, stop, live in pieces([length - 1 for length in lengths]):
             counts = torch.tensor(live, device=device)
-            self._drafter.extend(self._draft_cache, features[:, start:stop], token_ids[:, start + 1 : stop + 1], counts)
+            rows, following = drafted_from[:, start:stop], token_ids[:, start + 1 : stop + 1]
+            self._drafter.extend(self._draft_cache, rows, following, counts)
         last = last_of(features, cache.lengths)
         root, sound = self._sampler.draw(self._runner.logits(last[:, None]), cache.lengths[:, None])
-        self._features[:, 0], self._token_ids[:, 0] = last, root[:, 0]
+        self._features[:, 0], self._token_ids[:, 0] = last_of(drafted_from, cache.lengths), root[:, 0]
         self._counts.fill_(1)
         self._sampler.remember(root, self._counts)
         return [RowReport([token], ok, (), ()) for (token,), (ok,) in zip(root.tolist(), sound.tolist(), strict=True)]
@@ -133,37 +135,46 @@ class Session:
         # verify: one pass of the target over all nodes, one draw at each
         positions = cache.lengths[:, None] + tree.depths
         mask = tree.visible if self.shape.nodes > 1 else None
-        features = runner.forward(tree.token_ids, positions.clamp(max=runner.context_tokens - 1), cache, mask, fixed)
+        within, taps = positions.clamp(max=runner.context_tokens - 1), Taps.of(self._drafter.taps)
+        features = runner.forward(tree.token_ids, within, cache, mask, fixed, taps)
         drawn, sound = self._sampler.draw(runner.logits(features), positions + 1, tree)
 
         # accept: the path along which the draws are the tree's own tokens
         follow = self._settle if fixed else settle
-        accepted, kept, report = follow(tree, drawn, sound, features, self.shape.longest_path)
+        states = taps.joined() if taps else features
+        accepted, kept, report = follow(tree, drawn, sound, states, self.shape.longest_path)
         self._sampler.remember(accepted.token_ids, accepted.counts)
         if self.shape.nodes > 1:
             cache.move(accepted.path)
         counts.copy_(accepted.counts * self._open)
         cache.lengthen(counts, fixed)
-        self._features.copy_(kept)
+        self._features.copy_(self._drafter.fuse(kept) if taps else kept)
         self._token_ids.copy_(accepted.token_ids)
         return report
 
 
 def settle(tree: Tree, drawn: Tensor, sound: Tensor, features: Tensor, longest: int) -> tuple[Accepted, Tensor, Tensor]:
-    """What stands of a tree after the draws [B, N], the features [B, R, H] along it, and the packed report."""
+    """What stands of a tree after the draws [B, N], the features [B, R, ·] along it, and the packed report."""
     accepted = accept(tree, drawn, longest)
     kept = features.gather(1, accepted.path[:, :, None].expand(-1, -1, features.shape[2]))
     return accepted, kept, pack_report(tree, accepted, sound)
 
 
-def prefill(runner: Runner, token_ids: Tensor, lengths: list[int], cache: KVCache) -> Tensor:
-    """Features [B, L, H] of right-padded prompts [B, L]; the cache then holds `lengths` tokens a row."""
-    features = []
+def prefill(
+    runner: Runner, token_ids: Tensor, lengths: list[int], cache: KVCache, drafter: TreeDrafter | None = None
+) -> tuple[Tensor, Tensor]:
+    """Features [B, L, H] of right-padded prompts [B, L], and those that the drafter takes, which are the same unless it
+    fuses states inside the target; the cache then holds `lengths` tokens a row."""
+    features, fused = [], []
     for start, stop, live in pieces(lengths):
         position_ids = torch.arange(start, stop, device=token_ids.device).expand(len(lengths), -1)
-        features.append(runner.forward(token_ids[:, start:stop], position_ids, cache))
+        taps = Taps.of(drafter.taps) if drafter else None
+        features.append(runner.forward(token_ids[:, start:stop], position_ids, cache, taps=taps))
+        if drafter and taps:
+            fused.append(drafter.fuse(taps.joined()))
         cache.advance(live)
-    return torch.cat(features, 1)
+    whole = torch.cat(features, 1)
+    return whole, torch.cat(fused, 1) if fused else whole
 
 
 def pieces(lengths: list[int]) -> list[tuple[int, int, list[int]]]:

@@ -104,13 +104,14 @@ def account(folder: Path, config: dict[str, Any], stored: dict[str, Tensor], tar
     listed, ranks = (_token_ids(folder / name, rows) for name in (VOCABULARY, RANKS))
     if is_eagle3(config, tensors):
         sorted_out = eagle3_files(config, tensors, target)
-        kind, tensors, vocabulary = Eagle3Architecture, sorted_out.tensors, sorted_out.token_ids
+        tensors, vocabulary = sorted_out.tensors, sorted_out.token_ids
         claims, told = sorted_out.objections, {k: v for k, v in config.items() if k not in EAGLE3_FIELDS}
+        architecture = Eagle3Architecture.from_config_json(config, tensors, sorted_out.taps)
     else:
-        kind, vocabulary, claims, told = DraftArchitecture, listed, [*_claims(config, tensors)], config
+        vocabulary, claims, told = listed, [*_claims(config, tensors)], config
         tensors = _without_zero_biases(tensors)
         _compare_vocabularies(folder, record.draft_vocab_size, vocabulary, rows)
-    architecture = kind.from_config_json(config, tensors)
+        architecture = DraftArchitecture.from_config_json(config, tensors)
     embedding = _own_embedding(folder, tensors.pop(EMBEDDING, None), target.embedding)
     objections = [
         *claims,

@@ -130,12 +130,12 @@ def warm_start(folder: Path, target: SharedWeights, wanted: DraftConfig | None =
             "start from a draft without one (a folded fc.bias: from the draft before `hass import --fold-bias`)"
         )
     if wanted:
-        _refuse_other_than(wanted, stored)
+        _refuse_other_than(wanted, stored, target.num_layers)
     return stored
 
 
-def _refuse_other_than(wanted: DraftConfig, stored: StoredDraft) -> None:
-    _refuse_other_architecture(stored, wanted)
+def _refuse_other_than(wanted: DraftConfig, stored: StoredDraft, layers: int) -> None:
+    _refuse_other_architecture(stored, wanted, layers)
     not_llama = {*QKV_BIASES, O_BIAS, *QK_NORMS} & stored.weights.keys()
     if wanted.family == "llama" and not_llama:
         raise DraftMismatch(
@@ -144,7 +144,7 @@ def _refuse_other_than(wanted: DraftConfig, stored: StoredDraft) -> None:
         )
 
 
-def _refuse_other_architecture(stored: StoredDraft, wanted: DraftConfig) -> None:
+def _refuse_other_architecture(stored: StoredDraft, wanted: DraftConfig, layers: int) -> None:
     found = stored.architecture
     kind = "eagle3" if isinstance(found, Eagle3Architecture) else "eagle"
     if kind != wanted.architecture:
@@ -159,11 +159,25 @@ def _refuse_other_architecture(stored: StoredDraft, wanted: DraftConfig) -> None
             f"draft.warm_start: the draft in {stored.folder} drafts {found.draft_vocab_size} tokens by a head of its "
             f"own, draft.vocab_size is {wanted.vocab_size}; leave it out, or train from the start"
         )
-    if wanted.norm_output and not found.norm_output:
+    for name in ("norm_output", "fc_norm"):
+        if getattr(wanted, name) and not getattr(found, name):
+            raise DraftMismatch(
+                f"draft.warm_start: the draft in {stored.folder} was trained without draft.{name}; leave it out, or "
+                "train from the start"
+            )
+    if wanted.tapped(layers) != found.taps:
         raise DraftMismatch(
-            f"draft.warm_start: the draft in {stored.folder} was trained without draft.norm_output; leave it out, or "
-            "train from the start"
+            f"draft.warm_start: the draft in {stored.folder} reads the target {_where(found.taps)}, the settings say "
+            f"{_where(wanted.tapped(layers))}; set draft.taps = {_setting(found.taps)}, or train from the start"
         )
+
+
+def _where(taps: tuple[int, ...]) -> str:
+    return f"after layers {', '.join(map(str, taps))}" if taps else "at its last hidden state"
+
+
+def _setting(taps: tuple[int, ...]) -> str:
+    return str(list(taps)) if taps else '"last"'
 
 
 def origin_difference(info: dict[str, Any], target: DraftedTarget) -> str | None:

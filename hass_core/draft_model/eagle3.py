@@ -1,4 +1,4 @@
-"""The second draft architecture, EAGLE-3's layer over the target's last hidden state: its sizes, tensors and settings.
+"""The second draft architecture, EAGLE-3's layer over states of the target: its sizes, tensors and settings.
 
 It estimates no feature. The layer attends with the embedding and the feature side by side, each normed, and what it
 returns is read by a head of its own, over all of the target's tokens or D of them. Layout and formulas are those that
@@ -11,28 +11,43 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
-from hass_core.draft_model.architecture import DraftArchitecture
+from hass_core.draft_model.architecture import Count, DraftArchitecture
 from hass_core.errors import CorruptFile
 
 LAYER, ELSEWHERE = "midlayer.", "layers.0."  # the same layer: official, and in some trainers' files
 LM_HEAD, NORM, OFFSETS, DRAFTED = "lm_head.weight", "norm.weight", "d2t", "t2d"
+FUSION = "fc.weight"
 TAPPED, TAPS = "eagle_aux_hidden_state_layer_ids", "num_aux_hidden_states"
 
 
 class Eagle3Architecture(DraftArchitecture):
-    """An EAGLE-3 draft that reads the target's hidden state after its final norm. No biases, no norms on q/k."""
+    """An EAGLE-3 draft that reads the target's hidden state after its final norm, or fuses those after some of its
+    layers. No biases, no norms on q/k."""
 
     draft_vocab_size: int = Field(ge=1)  # D, of the head
     norm_output: bool = False  # EAGLE-3.1: the next row takes the state after the final norm, not before it
+    taps: tuple[Count, ...] = ()  # layers whose states are fused, ascending, k the one after k layers; none: the last
+    fc_norm: bool = False  # EAGLE-3.1: each of them is normed before
 
     @classmethod
-    def of(cls, layer: DraftArchitecture, draft_vocab_size: int, norm_output: bool = False) -> "Eagle3Architecture":
+    def of(
+        cls,
+        layer: DraftArchitecture,
+        draft_vocab_size: int,
+        norm_output: bool = False,
+        taps: tuple[int, ...] = (),
+        fc_norm: bool = False,
+    ) -> "Eagle3Architecture":
         """With the sizes of a bare Llama layer (see `family.py`)."""
-        return cls(**layer.model_dump(), draft_vocab_size=draft_vocab_size, norm_output=norm_output)
+        own = {"draft_vocab_size": draft_vocab_size, "norm_output": norm_output, "taps": taps, "fc_norm": fc_norm}
+        return cls(**layer.model_dump(), **own)
 
     @classmethod
-    def from_config_json(cls, config: dict[str, Any], names: Collection[str]) -> "Eagle3Architecture":
-        """Read a draft's config.json. A `draft_vocab_size` that is absent or null is all of the target's tokens.
+    def from_config_json(
+        cls, config: dict[str, Any], names: Collection[str], taps: tuple[int, ...] = ()
+    ) -> "Eagle3Architecture":
+        """Read a draft's config.json. A `draft_vocab_size` that is absent or null is all of the target's tokens. Which
+        `taps` it means depends on the target: see `eagle3_files.py`.
 
         Raises as DraftArchitecture's.
         """
@@ -41,7 +56,8 @@ class Eagle3Architecture(DraftArchitecture):
         size = config.get("draft_vocab_size") or base.vocab_size
         if size > base.vocab_size:
             raise CorruptFile(f"the draft's config.json makes no sense: draft_vocab_size is {size}")
-        return cls.of(base, size, bool(config.get("norm_output", False)))
+        fc_norm = bool(taps) and bool(config.get("fc_norm"))
+        return cls.of(base, size, bool(config.get("norm_output", False)), taps, fc_norm)
 
     @property
     def own_head(self) -> bool:
@@ -64,15 +80,32 @@ class Eagle3Architecture(DraftArchitecture):
             "post_attention_layernorm.weight": (hidden,),
         }
         shapes = {LAYER + name: shape for name, shape in layer.items()}
+        if self.taps:
+            shapes[FUSION] = (hidden, len(self.taps) * hidden)
+        if self.fc_norm:
+            shapes |= {tap_norm(i): (hidden,) for i in range(len(self.taps))}
         return shapes | {NORM: (hidden,), LM_HEAD: (self.draft_vocab_size, hidden)}
 
     def to_config_json(self) -> dict[str, Any]:
-        """config.json as SGLang reads it, and EAGLE's own code."""
-        return super().to_config_json() | {
+        """config.json as SGLang reads it; of a draft that fuses states as vLLM does, too."""
+        config = super().to_config_json()
+        del config["taps"], config["fc_norm"]
+        return config | {
             "architectures": ["LlamaForCausalLMEagle3"],
-            "eagle_config": {"use_aux_hidden_state": False},
+            **(self.tapping() if self.taps else {"eagle_config": {"use_aux_hidden_state": False}}),
             "norm_output": self.norm_output,
         }
+
+    def tapping(self) -> dict[str, Any]:
+        """The fields that say which states are fused: to vLLM at the top, k for the one after k layers; to SGLang in
+        `eagle_config`, where a number is that of the layer, from 0 on, whose output it is."""
+        nested = {"use_aux_hidden_state": True, TAPPED: [layer - 1 for layer in self.taps]}
+        return {"eagle_config": nested, TAPPED: list(self.taps), TAPS: len(self.taps), "fc_norm": self.fc_norm}
+
+
+def tap_norm(number: int) -> str:
+    """The tensor of the norm of a tap, from 0 on."""
+    return f"fc_norm.{number}.weight"
 
 
 def check_fields(config: dict[str, Any]) -> None:

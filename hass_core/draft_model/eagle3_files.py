@@ -1,8 +1,9 @@
 """What an EAGLE-3 draft's files say beside its weights: which tokens it drafts, and what of the target it reads.
 
-A draft of the target's last hidden state comes in two forms that compute the same. SGLang has a switch for it,
-`use_aux_hidden_state: false`. vLLM's default runner ignores that; for it the draft taps the state after the last
-layer, norms it as the target does, and fuses it by the identity.
+A draft that fuses states inside the target names their layers, to vLLM and to SGLang in a field for each (see
+`Eagle3Architecture.tapping`). A draft of the target's last hidden state comes in two forms that compute the same.
+SGLang has a switch for it, `use_aux_hidden_state: false`. vLLM's default runner ignores that; for it the draft taps the
+state after the last layer, norms it as the target does, and fuses it by the identity.
 """
 
 from collections.abc import Iterator
@@ -12,10 +13,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hass_core.draft_model.eagle3 import DRAFTED, ELSEWHERE, LAYER, LM_HEAD, OFFSETS, TAPPED, TAPS, check_fields
+from hass_core.draft_config import three_taps
+from hass_core.draft_model.eagle3 import (
+    DRAFTED,
+    ELSEWHERE,
+    FUSION,
+    LAYER,
+    LM_HEAD,
+    OFFSETS,
+    TAPPED,
+    TAPS,
+    check_fields,
+    tap_norm,
+)
 from hass_core.draft_model.files import same_values
+from hass_core.errors import TargetError
 
-FUSION, TAP_NORM = "fc.weight", "fc_norm.0.weight"
+TAP_NORM = tap_norm(0)
 EAGLE3_FIELDS = {  # of config.json that only EAGLE-3 drafts have
     *("eagle_config", "draft_vocab_size", "norm_output", "fc_norm", "norm_before_fc", "target_hidden_size"),
     *("parallel_drafting", TAPPED, TAPS),
@@ -49,6 +63,7 @@ class Eagle3Files:
     tensors: dict[str, Tensor]
     token_ids: Tensor | None  # [D] the target's token of each row of the head
     objections: list[str]
+    taps: tuple[int, ...] = ()  # layers of the target whose states it fuses; none: it reads the last hidden state
 
 
 def eagle3_files(config: dict[str, Any], stored: dict[str, Tensor], target: TargetEnd) -> Eagle3Files:
@@ -72,8 +87,8 @@ def eagle3_files(config: dict[str, Any], stored: dict[str, Tensor], target: Targ
     if LM_HEAD not in tensors and size == rows:
         tensors[LM_HEAD] = target.head.detach().cpu()
     objections += _settings(config)
-    tensors, reads = _last_state(config, tensors, target)
-    return Eagle3Files(tensors, token_ids, [*objections, *reads])
+    tensors, taps, wrong = _read_of_target(config, tensors, target)
+    return Eagle3Files(tensors, token_ids, [*objections, *wrong], taps)
 
 
 def offsets_of(token_ids: Tensor, rows: int) -> dict[str, Tensor]:
@@ -107,26 +122,66 @@ def _settings(config: dict[str, Any]) -> Iterator[str]:
         yield "config.json says tie_word_embeddings, which SGLang follows and vLLM does not"
 
 
-def _last_state(
+def _read_of_target(
     config: dict[str, Any], tensors: dict[str, Tensor], target: TargetEnd
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors without those that only bring the target's last hidden state, or why they bring another."""
+) -> tuple[dict[str, Tensor], tuple[int, ...], list[str]]:
+    """Of what is read of the target: the tensors without those that only bring its last hidden state, the layers whose
+    states are fused, and what is wrong with them."""
     nested = config.get("eagle_config") or {}
     if nested.get("use_aux_hidden_state", True) is False:
-        return tensors, []
+        return tensors, (), []
     rest = {name: tensor for name, tensor in tensors.items() if name not in (FUSION, TAP_NORM)}
-    fusion, norm, ids = tensors.get(FUSION), tensors.get(TAP_NORM), config.get(TAPPED)
+    fusion, norm = tensors.get(FUSION), tensors.get(TAP_NORM)
     if fusion is None:
-        return rest, [f"it lacks {FUSION}, which fuses the target's states that it reads"]
+        return rest, (), [f"it lacks {FUSION}, which fuses the target's states that it reads"]
     if fusion.ndim != 2:
-        return rest, [f"{FUSION} is {tuple(fusion.shape)}, no matrix"]
-    if ids == [target.num_layers] and fusion.shape[0] == fusion.shape[1]:
-        return rest, [*_other_fusion(config, fusion, norm, target)]
-    fused = fusion.shape[1] // max(1, len(fusion))
-    return rest, [
-        f"it fuses {fused} states of the target (after layers {ids or 'that its config.json does not name'}), and "
-        "features are stored of the last one only; take a draft of the last state (use_aux_hidden_state false)"
-    ]
+        return rest, (), [f"{FUSION} is {tuple(fusion.shape)}, no matrix"]
+    if config.get(TAPPED) == [target.num_layers] and fusion.shape[0] == fusion.shape[1]:
+        return rest, (), [*_other_fusion(config, fusion, norm, target)]
+    try:
+        taps = taps_told(config, target.num_layers)
+    except ValueError as error:
+        return rest, (), [str(error)]
+    return tensors, taps, [*_count(config, fusion, taps)]
+
+
+def taps_told(config: dict[str, Any], layers: int) -> tuple[int, ...]:
+    """The layers of a target of so many whose states config.json says are fused, as vLLM counts. Where it names none,
+    the three that engines take.
+
+    Raises ValueError saying why they cannot be read.
+    """
+    top, nested = config.get(TAPPED), (config.get("eagle_config") or {}).get(TAPPED)
+    for where, named in (("", top), ("eagle_config's ", nested)):
+        if named is not None and not (isinstance(named, list) and all(type(layer) is int for layer in named)):
+            raise ValueError(f"{where}{TAPPED} is {named!r}, no list of layers")
+    counted = None if nested is None else [layer + 1 for layer in nested]
+    if top is not None and counted is not None and top != counted:
+        raise ValueError(
+            f"{TAPPED} is {top} and in eagle_config {nested}, which is after layers {counted}: vLLM and SGLang would "
+            "read other states"
+        )
+    named = counted if top is None else top
+    if named is None:
+        try:
+            return three_taps(layers)
+        except TargetError as error:
+            raise ValueError(f"it names no layers ({TAPPED}): {error}") from None
+    if not named or named != sorted(set(named)) or named[0] < 1 or named[-1] >= layers:
+        raise ValueError(
+            f"it fuses states of the target after layers {named}, which are not ascending ones from 1 to {layers - 1}"
+        )
+    return tuple(named)
+
+
+def _count(config: dict[str, Any], fusion: Tensor, taps: tuple[int, ...]) -> Iterator[str]:
+    """What is wrong with the number of states."""
+    hidden, told = config.get("hidden_size"), config.get(TAPS)
+    if told is not None and told != len(taps):
+        yield f"{TAPS} is {told}, and {len(taps)} layers are named ({list(taps)})"
+    if isinstance(hidden, int) and fusion.shape[1] != len(taps) * hidden:
+        fused = fusion.shape[1] // max(1, hidden)
+        yield f"{FUSION} fuses {fused} states, and {len(taps)} layers are named ({list(taps)})"
 
 
 def _other_fusion(config: dict[str, Any], fusion: Tensor, norm: Tensor | None, target: TargetEnd) -> Iterator[str]:

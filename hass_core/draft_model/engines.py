@@ -38,7 +38,7 @@ class Engine:
     scaled_theta: float | None  # the only base that a scaled rope can have
     rejects_extra: bool  # refuses to load a file with tensors it does not know
     tree: bool  # can verify a tree; otherwise a chain
-    last_state: bool = True  # serves an eagle3 draft of the last hidden state
+    eagle3: bool = True  # is exported to in the second architecture
 
 
 ENGINES = {
@@ -94,7 +94,7 @@ ENGINES = {
             scaled_theta=10_000.0,
             rejects_extra=True,
             tree=True,
-            last_state=False,
+            eagle3=False,
         ),
     )
 }
@@ -103,8 +103,8 @@ SERVING = (ENGINES["vllm"], ENGINES["sglang"])  # a draft that no setting says o
 
 def unheld(engine: Engine, draft: DraftArchitecture) -> Iterator[str]:
     """What of a draft the engine has no place for: tensors by name, settings with their value."""
-    if draft.own_head and not engine.last_state:
-        yield "an eagle3 draft of the last hidden state (it fuses three states of the target)"
+    if draft.own_head and not engine.eagle3:
+        yield "an eagle3 draft as it is written for the others (it fuses three states of its own choice)"
     if draft.qk_norm:
         yield f"{', '.join(QK_NORMS)} (norms on queries and keys)"
     if draft.o_bias and not engine.o_bias:

@@ -20,7 +20,8 @@ def new_architecture(target: PretrainedConfig, draft: DraftConfig, draft_vocab_s
     Raises TargetError as `draft_architecture`.
     """
     if draft.architecture == "eagle3":
-        return Eagle3Architecture.of(_llama(target), draft_vocab_size, draft.norm_output)
+        taps = draft.tapped(target.get_text_config().num_hidden_layers)
+        return Eagle3Architecture.of(_llama(target), draft_vocab_size, draft.norm_output, taps, draft.fc_norm)
     return draft_architecture(target, draft.family)
 
 
@@ -58,7 +59,9 @@ def shape_key(target: PretrainedConfig, draft: DraftConfig) -> dict[str, Any]:
     """What a draft stage's key says of the shape. Nothing where it is the one that every target had before there was a
     choice, so that those drafts keep their names."""
     if draft.architecture == "eagle3":
-        return {"architecture": "eagle3", "norm_output": draft.norm_output}
+        taps = draft.tapped(target.get_text_config().num_hidden_layers)
+        fusing = {"taps": taps, "fc_norm": draft.fc_norm} if taps else {}
+        return {"architecture": "eagle3", "norm_output": draft.norm_output} | fusing
     made = draft_architecture(target, draft.family)
     try:
         own = DraftArchitecture.from_target_config(target)

@@ -19,6 +19,9 @@ def draft_identity(draft: StoredDraft) -> str:
     Not part of it: names, paths, the record of its training, how its file is divided, biases that are zero.
     """
     decisive = draft.architecture.model_dump(exclude={"bos_token_id", "eos_token_id", "target_model_type"})
+    for name in ("taps", "fc_norm"):  # drafts that have none keep the name that they had before there were any
+        if not decisive.get(name):
+            decisive.pop(name, None)
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     tensors = dict(sorted(draft.weights.items()))
     if draft.embedding is not None:

@@ -8,16 +8,20 @@ drafted too. EAGLE and HASS return an estimate of f_{t+1}, which the target's ow
     y = u + attention(u)                      no norm before attention
     f̂_{t+1} = y + mlp(norm(y))                no final norm
 
-EAGLE-3 fuses nothing: the attention takes both side by side, and a head of the draft's own reads the state h_{t+1}:
+EAGLE-3's attention takes both side by side, and a head of the draft's own reads the state h_{t+1}:
 
     w = [norm(embedding(x_{t+1})) ; norm(f_t)]
     y = f_t + attention(w)
     h_{t+1} = y + mlp(norm(y))                read by head(norm(h)); with `norm_output` h is normed itself
 
+With taps, f_t is no state of the target but fuses several, those after some of its layers, side by side in s:
+
+    f_t = fc(s_t)                             with `fc_norm` each state is normed before
+
 Shapes: B batch, L rows, H hidden, A heads, KV key-value heads, d head size, D draft vocabulary.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +61,15 @@ class DraftModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """The weights' type."""
         return self.layer.mlp.down_proj.weight.dtype
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The layers of the target after which states are read in place of the last one."""
+        return ()
+
+    def fused(self, states: Tensor) -> Tensor:
+        """The features [..., H] of rows, from what is read of the target there [..., n·H]."""
+        return states
 
     def fuse(self, token_ids: Tensor, features: Tensor) -> Tensor:
         """u [B, L, H] from next tokens [B, L] and features [B, L, H]."""
@@ -114,12 +127,34 @@ class Eagle3Model(DraftModel):
         assert isinstance(architecture, Eagle3Architecture)
         hidden, eps = architecture.hidden_size, architecture.rms_norm_eps
         self.midlayer = Eagle3Layer(architecture)
+        if count := len(architecture.taps):
+            self.fc = nn.Linear(count * hidden, hidden, bias=False)
+        if architecture.fc_norm:
+            self.fc_norm = nn.ModuleList([Norm(hidden, eps=eps) for _ in architecture.taps])
         self.norm = Norm(hidden, eps=eps)
         self.lm_head = nn.Linear(hidden, architecture.draft_vocab_size, bias=False)
 
     @property
     def layer(self) -> "Eagle3Layer":
         return self.midlayer
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self.architecture.taps
+
+    @property
+    def tap_norms(self) -> list["Norm"]:
+        """One for each tap, or none."""
+        return [cast(Norm, norm) for norm in self.fc_norm] if self.architecture.fc_norm else []
+
+    def fused(self, states: Tensor) -> Tensor:
+        return self.fc(self.taken(states)) if self.taps else states
+
+    def taken(self, states: Tensor) -> Tensor:
+        """What `fc` takes of the states [..., n·H]."""
+        norms = self.tap_norms
+        each = zip(norms, states.chunk(len(norms), -1), strict=True) if norms else ()
+        return torch.cat([norm(state) for norm, state in each], -1) if norms else states
 
     def enter(self, token_ids: Tensor, features: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         layer, embedded = self.midlayer, F.embedding(token_ids, self.embedding).to(features.dtype)

@@ -351,7 +351,7 @@ def _features(
 ) -> Iterator[Finding]:
     try:
         if source.architecture.own_head:
-            read = read_eagle3_as(engine.name, config, stored, target.embedding, target.head)
+            read = read_eagle3_as(engine.name, config, stored, target.embedding, target.head, target.num_layers)
             difference = eagle3_difference(read, source, target)
         else:
             reading = read_as(engine.name, config, stored, target.embedding)

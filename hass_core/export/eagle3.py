@@ -4,6 +4,9 @@ Read in vLLM 0.32.0 (`model_executor/models/llama_eagle3.py`, `v1/worker/gpu/spe
 (`srt/models/llama_eagle3.py`). Both draw the same from the same weights, but the target's last hidden state, which the
 draft reads, comes otherwise: SGLang has a switch for it. vLLM's default runner ignores that switch; there the draft
 taps the state after the last layer, norms it as the target does, and fuses it by the identity.
+
+A draft that fuses states inside the target is one folder for both: vLLM reads the list of layers at the top of
+config.json, SGLang the one in eagle_config, whose numbers are one less.
 """
 
 from collections.abc import Iterator
@@ -14,8 +17,8 @@ from torch import Tensor
 
 from hass_core.draft_model.accounting import StoredDraft
 from hass_core.draft_model.architecture import DraftArchitecture
-from hass_core.draft_model.eagle3 import DRAFTED, LM_HEAD, OFFSETS, TAPPED, TAPS, Eagle3Architecture
-from hass_core.draft_model.eagle3_files import FUSION, TAP_NORM, TargetEnd, offsets_of
+from hass_core.draft_model.eagle3 import DRAFTED, FUSION, LM_HEAD, OFFSETS, TAPPED, TAPS, Eagle3Architecture
+from hass_core.draft_model.eagle3_files import TAP_NORM, TargetEnd, offsets_of, taps_told
 from hass_core.draft_model.engines import Engine
 from hass_core.export.findings import EXPORT_AGAIN, Finding
 
@@ -24,7 +27,7 @@ CLASS = "LlamaForCausalLMEagle3"
 
 def unheld_of_target(engine: Engine, draft: DraftArchitecture, target: TargetEnd) -> Iterator[str]:
     """Why the engine cannot give an eagle3 draft this target's last hidden state."""
-    if engine.name != "vllm" or not draft.own_head:
+    if engine.name != "vllm" or not draft.own_head or _fuses(draft):
         return
     if target.final_norm is None:
         yield "the target's last hidden state (its final norm is not known to be a plain RMSNorm)"
@@ -35,12 +38,16 @@ def unheld_of_target(engine: Engine, draft: DraftArchitecture, target: TargetEnd
         )
 
 
+def _fuses(draft: DraftArchitecture) -> bool:
+    return isinstance(draft, Eagle3Architecture) and bool(draft.taps)
+
+
 def eagle3_weights(source: StoredDraft, engine: Engine, target: TargetEnd) -> dict[str, Tensor]:
     """All tensors of the engine's file beside the embedding. t2d is read by trainers alone, and skipped by engines."""
     weights = dict(source.weights)
     if source.vocabulary is not None:
         weights |= offsets_of(source.vocabulary, target.head.shape[0])
-    if engine.name == "vllm" and target.final_norm is not None:
+    if engine.name == "vllm" and target.final_norm is not None and not _fuses(source.architecture):
         weights[FUSION] = torch.eye(source.architecture.hidden_size)
         weights[TAP_NORM] = target.final_norm[0].detach().cpu()
     return weights
@@ -53,6 +60,8 @@ def eagle3_config(draft: Eagle3Architecture, engine: Engine, target: TargetEnd) 
         "norm_before_residual": False,
         "draft_vocab_size": draft.draft_vocab_size,
     }
+    if draft.taps:
+        return common | draft.tapping()
     if engine.name != "vllm":
         return common | {"eagle_config": {"use_aux_hidden_state": False}}
     tapped = {TAPPED: [target.num_layers], TAPS: 1, "fc_norm": True}
@@ -85,7 +94,9 @@ def _settings(config: dict[str, Any], engine: Engine, target: TargetEnd) -> Iter
             config.get("attention_bias", False), False, "biases are built that the file does not hold: random ones"
         ),
     }  # fmt: skip
-    if engine.name == "vllm":
+    if fuses(config, target):
+        yield from _taps(config, target)
+    elif engine.name == "vllm":
         wanted |= {
             TAPPED: (config.get(TAPPED), [target.num_layers], "other states of the target reach the draft"),
             TAPS: (config.get(TAPS), 1, "fc is built for another number of states"),
@@ -100,6 +111,7 @@ def _settings(config: dict[str, Any], engine: Engine, target: TargetEnd) -> Iter
             nested.get("use_aux_hidden_state", True), False,
             f"{engine.title} captures three states of the target for an fc that is not there",
         )  # fmt: skip
+    if engine.name == "sglang":
         wanted["draft_vocab_size"] = (
             "draft_vocab_size" in config, True, f"{engine.title} stops at its start: it asks for the key"
         )  # fmt: skip
@@ -107,6 +119,32 @@ def _settings(config: dict[str, Any], engine: Engine, target: TargetEnd) -> Iter
         if found != needed:
             what = f"{setting} is {found!r} in config.json, {engine.title} needs {needed!r}"
             yield Finding(setting, what, consequence, EXPORT_AGAIN)
+
+
+def fuses(config: dict[str, Any], target: TargetEnd) -> bool:
+    """Whether config.json is of a draft that fuses states inside the target, whatever is wrong with it."""
+    switched_off = (config.get("eagle_config") or {}).get("use_aux_hidden_state", True) is False
+    return not switched_off and config.get(TAPPED) != [target.num_layers]
+
+
+def _taps(config: dict[str, Any], target: TargetEnd) -> Iterator[Finding]:
+    """One list of layers for each engine, and how many they are."""
+    top, nested = config.get(TAPPED), (config.get("eagle_config") or {}).get(TAPPED)
+    for where, named, engine in (("at its top", top, "vLLM"), ("in eagle_config", nested, "SGLang")):
+        if named is None:
+            yield Finding(
+                TAPPED, f"config.json has no {TAPPED} {where}", f"{engine} takes layers of its own choice", EXPORT_AGAIN
+            )
+    try:
+        taps = taps_told(config, target.num_layers)
+    except ValueError as error:
+        yield Finding(TAPPED, str(error), "other states of the target reach the draft", EXPORT_AGAIN)
+        return
+    if config.get(TAPS) != len(taps):
+        yield Finding(
+            TAPS, f"{TAPS} is {config.get(TAPS)!r} for the states after layers {list(taps)}",
+            "fc is built for another number of states", EXPORT_AGAIN,
+        )  # fmt: skip
 
 
 def _vocabulary(config: dict[str, Any], tensors: dict[str, Tensor], engine: Engine, rows: int) -> Iterator[Finding]:

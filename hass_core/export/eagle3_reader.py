@@ -34,14 +34,17 @@ class Eagle3Reading(Reading):
     vocab_size: int
     norm_output: bool
     norm_before_residual: bool
-    taps: bool  # it is given states before the final norm, else the last hidden state
+    layers: tuple[int, ...] | None  # k: it is given the states after k layers; None: the last hidden state
 
-    def given(self, before: Tensor, after: Tensor) -> Tensor:
-        """What the layer takes [L, H], of the target's last states before and after its final norm [L, H]."""
-        if not self.taps:
-            return after
-        norm = self.weights.get("fc_norm.0.weight")
-        return self._linear("fc", before if norm is None else self._normed(before, norm))
+    def given(self, states: Tensor, last: Tensor) -> Tensor:
+        """What the layer takes [L, H], of the target's states after k = 0 … N layers [N + 1, L, H] and the last of them
+        after the final norm [L, H]."""
+        if self.layers is None:
+            return last
+        taken = [states[layer] for layer in self.layers]
+        norms = [self.weights.get(f"fc_norm.{i}.weight") for i in range(len(taken))]
+        normed = [x if norm is None else self._normed(x, norm) for x, norm in zip(taken, norms, strict=True)]
+        return self._linear("fc", torch.cat(normed, -1))
 
     def features(self, token_ids: Tensor, features: Tensor, positions: Tensor) -> Tensor:
         """The states [L, H] that the next row takes, of rows with next tokens [L] and features [L, H]; causal."""
@@ -70,9 +73,10 @@ class Eagle3Reading(Reading):
 
 
 def read_eagle3_as(
-    engine: str, config: dict[str, Any], stored: Mapping[str, Tensor], embedding: Tensor, head: Tensor
+    engine: str, config: dict[str, Any], stored: Mapping[str, Tensor], embedding: Tensor, head: Tensor, layers: int
 ) -> Eagle3Reading:
-    """config.json and the file's tensors as that engine loads them for a target with these weights [V, H].
+    """config.json and the file's tensors as that engine loads them for a target of so many layers with these weights
+    [V, H].
 
     Raises EngineRefuses.
     """
@@ -88,8 +92,11 @@ def read_eagle3_as(
     rows = len(head)
     size = config.get("draft_vocab_size") or rows
     taps = (config.get("eagle_config") or {}).get("use_aux_hidden_state", True)
-    if taps and not vllm:
-        raise EngineRefuses("it cannot capture the state after the last layer")
+    captured = CAPTURED[engine](config, layers) if taps else None
+    if captured is not None and (missing := [k for k in captured if k > layers or (k == layers and not vllm)]):
+        raise EngineRefuses(f"it cannot capture the state after layer {missing[0]} of {layers}")
+    if captured is not None and len(captured) != _states(config):
+        raise EngineRefuses(f"{len(captured)} states are captured for an fc of {_states(config)}")
     shapes = _shapes(config, size, taps)
     if vllm:
         _refuse_unknown(layer, {*shapes, "embed_tokens.weight", "t2d", *(() if size == rows else ("d2t",))})
@@ -113,7 +120,7 @@ def read_eagle3_as(
         vocab_size=rows,
         norm_output=bool(config.get("norm_output")),
         norm_before_residual=vllm and bool(config.get("norm_before_residual")),
-        taps=taps,
+        layers=captured,
     )
 
 
@@ -123,11 +130,35 @@ RULES = {  # engine → names of its classes for this layout
 }
 
 
+def _default(layers: int) -> list[int]:
+    return [2, layers // 2, layers - 3]
+
+
+def _captured_by_vllm(config: dict[str, Any], layers: int) -> tuple[int, ...]:
+    """By its default runner, which reads the list at the top only; sorted, each once."""
+    return tuple(sorted(set(config.get("eagle_aux_hidden_state_layer_ids") or _default(layers))))
+
+
+def _captured_by_sglang(config: dict[str, Any], layers: int) -> tuple[int, ...]:
+    """It reads the list in eagle_config only: numbers of layers whose output is meant; in the layers' order."""
+    named = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    return tuple(sorted(set(_default(layers) if named is None else [layer + 1 for layer in named])))
+
+
+CAPTURED = {"vllm": _captured_by_vllm, "sglang": _captured_by_sglang}
+
+
+def _states(config: dict[str, Any]) -> int:
+    """How many states fc is built for, by either engine."""
+    nested = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    return config.get("num_aux_hidden_states") or (len(nested) if nested else 3)
+
+
 def _shapes(config: dict[str, Any], size: int, taps: bool) -> dict[str, tuple[int, ...]]:
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     width = config.get("head_dim") or hidden // heads
     shared = (config.get("num_key_value_heads") or heads) * width
-    states = config.get("num_aux_hidden_states") or 3
+    states = _states(config)
     shapes: dict[str, tuple[int, ...]] = {
         f"{ATTENTION}q_proj.weight": (heads * width, 2 * hidden),
         f"{ATTENTION}k_proj.weight": (shared, 2 * hidden),

@@ -36,18 +36,26 @@ def eagle3_difference(reading: Eagle3Reading, source: StoredDraft, target: Draft
     token_ids, before, positions = _inputs(source, target)
     weight, eps = target.final_norm or (torch.ones(before.shape[1]), 0.0)
     after = F.rms_norm(before, before.shape[1:], weight.detach().cpu().float(), eps)
+    states = _states_before(before, target.num_layers)
     with torch.inference_mode():
         model = _rounded(source, target)
-        ours = model(token_ids[None], after[None], positions[None])[0]
+        read = torch.cat([states[layer] for layer in model.taps], -1) if model.taps else after
+        ours = model(token_ids[None], model.fused(read)[None], positions[None])[0]
         head = model.head(DraftHead.from_target(target.head.detach().cpu().float(), source.vocabulary))
         drawn = torch.full((len(ours), reading.vocab_size), -torch.inf)
         drawn[:, head.to_target_ids(torch.arange(head.size))] = head.logits(model.read(ours))
-        rows = token_ids, reading.given(before, after), positions
+        rows = token_ids, reading.given(states, after), positions
         theirs, logits = reading.features(*rows), reading.logits(*rows)
     if not torch.equal(drawn.isinf(), logits.isinf()):
         return torch.inf
     can = ~drawn.isinf()
     return max(_relative(theirs, ours), _relative(logits[can], drawn[can]))
+
+
+def _states_before(last: Tensor, layers: int) -> Tensor:
+    """[N + 1, L, H]: other random numbers after each layer, and `last` [L, H] after the last."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.cat([torch.randn(layers, *last.shape, generator=generator), last[None]])
 
 
 def _rounded(source: StoredDraft, target: DraftedTarget) -> DraftModel:

@@ -31,6 +31,7 @@ from hass_core.store import Artifact, FileRecord, StageFolder, Store
 from hass_core.target_model.capture import Capture, TokenIds, batches_for
 from hass_core.target_model.embeddings import MadeWith
 from hass_core.target_model.loader import Target
+from hass_core.target_model.taps import check_taps
 
 STEP_VERSION = 4  # 4: the target by its identity, row groups by their size
 SAMPLE_CONVERSATIONS, SAMPLE_PARTS = 64, 8
@@ -43,7 +44,7 @@ SPEED_ONLY = {"max_tokens_per_batch"}  # row groups decide in which order conver
 SERVERS = {"engine", "server_urls", "server_folder", "server_model", "server_concurrency"}  # where, not what
 
 States = Callable[[Sequence[TokenIds], Sequence[str]], Callable[[], list[Tensor]]]
-"""Rows of token ids and their names → what waits for their features, [L, H] each, bfloat16 on the CPU."""
+"""Rows of token ids and their names → what waits for their features, [L, S·H] each, bfloat16 on the CPU."""
 Spread = Callable[[list[str]], Iterable[str]]
 """Has `extract_part` run for each of these parts, anywhere, and gives each name once its part is in the store."""
 
@@ -63,11 +64,13 @@ def extract_features(
     folder = store.stage("features", _key(config, responses, target))
     if done := folder.artifact():
         return done
+    taps = config.draft.tapped(target.num_layers)
+    check_taps(target, taps)
     source = store.open(responses)
     rows = {name: source.record(name).rows or 0 for name in shard_names(source)}
     finished = folder.finished().keys()
     unfinished = [name for name in rows if name not in finished]
-    with states_of(config.features, target) as states:
+    with states_of(config.features, target, taps) as states:
         run = _Extraction(config, source, folder, target, progress, rows, states)
         if spread:
             run.forecast(run.sample(unfinished), unfinished)
@@ -94,7 +97,7 @@ def extract_part(config: RunConfig, responses: Artifact, store: Store, target: T
     folder, source = store.stage("features", _key(config, responses, target)), store.open(responses)
     rows = {name: source.record(name).rows or 0}
     with (
-        states_of(config.features, target) as states,
+        states_of(config.features, target, config.draft.tapped(target.num_layers)) as states,
         tokenising(target.tokenizer, config.features, rows[name]) as parts_of,
     ):
         parts = parts_of([name], source.local_path)
@@ -127,14 +130,14 @@ def measure(
 ) -> Measured:
     """Make by `states` and encode a few batches of the sample's token ids; the first, which warms up, is not timed."""
     batches = list(batches_for(target, [len(ids) for ids in sample], max_tokens))[:TIMED_BATCHES]
-    size = tokens = 0
+    size, tokens, hidden = 0, 0, target.embedding.shape[1]
 
     def rows(batch: list[int]) -> list[Tensor]:
         return states([sample[i] for i in batch], [f"{i} of the sample" for i in batch])()
 
     for batch in batches[:1]:
         for row in rows(batch):
-            size += len(encode(row, encoding))
+            size += len(encode(row.reshape(-1, hidden), encoding))
             tokens += len(row)
     started = time.perf_counter()
     timed = sum(len(row) for batch in batches for row in rows(batch))
@@ -180,6 +183,7 @@ class _Extraction:
             hidden_size=target.embedding.shape[1],
             encoding=config.features.encoding,
             target_identity=target.fingerprint,
+            taps=config.draft.tapped(target.num_layers),
         )
 
     def complete(self, names: list[str], parts: Iterator[Part]) -> float:
@@ -245,13 +249,14 @@ class _Extraction:
 
 
 def _key(config: RunConfig, responses: Artifact, target: Target) -> dict[str, Any]:
+    taps = config.draft.tapped(target.num_layers)
     return {
         "responses": responses.digest,
         "features": config.features.model_dump(exclude=SPEED_ONLY | SERVERS) | _decided_by_engine(config.features),
         "target": target.identity.parts(),
         "dtype": str(target.dtype),
         "version": STEP_VERSION,
-    }
+    } | ({"taps": taps} if taps else {})
 
 
 def _decided_by_engine(settings: FeaturesConfig) -> dict[str, str]:
@@ -260,13 +265,13 @@ def _decided_by_engine(settings: FeaturesConfig) -> dict[str, str]:
 
 
 @contextmanager
-def states_of(settings: FeaturesConfig, target: Target) -> Iterator[States]:
-    """The target's own pass, or the servers of the settings."""
+def states_of(settings: FeaturesConfig, target: Target, taps: tuple[int, ...] = ()) -> Iterator[States]:
+    """The target's own pass, or the servers of the settings; `taps` are layers whose states are wanted, too."""
     if settings.engine == "vllm":
         with ServedStates(settings, target) as served:
             yield served
     else:
-        yield lambda token_ids, names: Capture(target, token_ids, names).rows
+        yield lambda token_ids, names: Capture(target, token_ids, names, taps).rows
 
 
 def _captured(encoded: list[Encoded], target: Target, settings: FeaturesConfig, states: States) -> Iterator[Computed]:

@@ -4,7 +4,6 @@ For those who lack the disk. It costs a forward pass of the target for every pas
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -50,9 +49,11 @@ class LiveFeatures:
         found = self._stored.many(indices)
         for places in batches_for(self._target, [len(c.token_ids) for c in found], self._max_tokens):
             batch = [found[place] for place in places]
-            rows = capture_features(self._target, [c.token_ids.tolist() for c in batch], [c.id for c in batch])
-            for place, features in zip(places, rows, strict=True):
-                found[place] = replace(found[place], features=features)
+            token_ids, names = [c.token_ids.tolist() for c in batch], [c.id for c in batch]
+            rows = capture_features(self._target, token_ids, names, self._stored.info.taps)
+            for place, states in zip(places, rows, strict=True):
+                one, hidden = found[place], self._stored.info.hidden_size
+                found[place] = Conversation.of(one.id, one.token_ids, one.loss_mask, states, hidden)
         return found
 
 

@@ -41,6 +41,13 @@ class Conversation:
     token_ids: Tensor  # [L] int64
     loss_mask: Tensor  # [L] bool
     features: Tensor  # [L, H] bfloat16; for the encoding "bf16" a view of the file's bytes: do not write into it
+    taps: Tensor | None = None  # [L, n·H] alike, the states after other layers that the draft reads
+
+    @classmethod
+    def of(cls, name: str, token_ids: Tensor, loss_mask: Tensor, states: Tensor, hidden: int) -> "Conversation":
+        """From all states [L, S·H] of its tokens."""
+        taps = states[:, hidden:] if states.shape[1] > hidden else None
+        return cls(name, token_ids, loss_mask, states[:, :hidden], taps)
 
 
 class Answer(NamedTuple):
@@ -167,10 +174,11 @@ class FeatureDataset:
                 self._remote.forget(place.file, place.row_group)
             raise CorruptFile(f"{where}: the checksum of the features differs; remove the stage and extract again")
         try:
-            features = decode(data, int(self.lengths[index]), self.info.hidden_size, self.info.encoding)
+            length, hidden, states = int(self.lengths[index]), self.info.hidden_size, self.info.states
+            features = decode(data, states * length, hidden, self.info.encoding).view(-1, states * hidden)
         except (ValueError, OSError) as error:
             raise CorruptFile(f"{where}: {error}; remove the stage and extract again") from error
-        conversation = Conversation(group.ids[row], group.tokens(row), group.mask(row), features)
+        conversation = Conversation.of(group.ids[row], group.tokens(row), group.mask(row), features, hidden)
         if unchecked:
             check(conversation, where, self.holds_features)
             group.checked.add(row)
@@ -263,7 +271,7 @@ def check(conversation: Conversation, where: str, holds_features: bool = True) -
         raise CorruptFile(f"{where}: no token is supervised")
     if not holds_features:
         return
-    if not _is_finite(conversation.features):
+    if not all(_is_finite(states) for states in (conversation.features, conversation.taps) if states is not None):
         raise CorruptFile(f"{where}: the features hold NaN or infinite values; extract again, in another dtype")
 
 

@@ -4,7 +4,10 @@ One row is one conversation. `features` holds num_tokens × hidden_size numbers,
 final norm, in the encoding that the metadata names; `checksum` that of those bytes. bf16 is lossless; int8 halves the
 space: one bfloat16 scale per token, all of them written before the numbers.
 
-Shapes: L tokens, H hidden size.
+A draft that reads states inside the target has these stored behind the last one: a token is then S = 1 + n states of H
+numbers, first the last one, then those after the layers `taps` that the metadata names. Each state has a scale.
+
+Shapes: L tokens, H hidden size, S states a token.
 """
 
 import zlib
@@ -48,10 +51,17 @@ class FeatureInfo(BaseModel):
     encoding: Encoding
     target_identity: str = Field(validation_alias=AliasChoices("target_identity", "target_fingerprint"))  # its digest
     code_version: str = __version__
+    taps: tuple[int, ...] = ()  # layers after which states are stored behind the last one, as vLLM counts
+
+    @property
+    def states(self) -> int:
+        """S."""
+        return 1 + len(self.taps)
 
     def schema(self) -> pa.Schema:
-        """The columns with this information attached."""
-        return COLUMNS.with_metadata({METADATA_KEY: self.model_dump_json().encode()})
+        """The columns with this information attached; taps are named where there are any."""
+        told = self.model_dump_json(exclude=None if self.taps else {"taps"})
+        return COLUMNS.with_metadata({METADATA_KEY: told.encode()})
 
     @classmethod
     def of(cls, schema: pa.Schema) -> "FeatureInfo":

@@ -105,10 +105,10 @@ class FeatureWriter:
         self.num_rows = 0
 
     def add(self, name: str, split: str, token_ids: Numbers, loss_mask: Numbers, features: Tensor) -> None:
-        """Append one conversation: L token ids, L mask flags, features [L, H]."""
+        """Append one conversation: L token ids, L mask flags, features [L, S·H]."""
         if not len(token_ids) == len(loss_mask) == len(features):
             raise ValueError(f"{name}: {len(token_ids)} tokens, {len(loss_mask)} flags, {len(features)} features")
-        data = encode(features, self._info.encoding)
+        data = encode(features.reshape(-1, self._info.hidden_size), self._info.encoding)
         if split not in self._groups:
             self._groups[split] = _Group(self._row_group_bytes)
         group = self._groups[split]

@@ -215,7 +215,7 @@ def stage_seconds(config: RunConfig, shape: Shape, work: Work, gpu: Gpu, n: int)
     copies = n // per_copy
     decoded = copies * decoding_rate(shape, gpu, rows, work.length / 2 + FRAME / 2, per_copy)
     passed = matrix_rate(gpu, shape.hidden) * copies / pass_flops(shape)  # spread layers work one after the other
-    written = WRITING / (bytes_per_token(config.features.encoding, shape.hidden) + BESIDE)
+    written = WRITING / (bytes_per_token(config.features.encoding, shape.hidden, 1 + shape.taps) + BESIDE)
     return {
         "prompts": START + CANDIDATES * work.self_written * max(PROMPT_TOKENS / decoded, 1 / JUDGED),
         "responses": START + work.answer_tokens / decoded,  # kept ones: the rate was measured so
@@ -272,7 +272,7 @@ def memory(config: RunConfig, shape: Shape) -> dict[str, float]:
 
 def feature_bytes(shape: Shape, work: Work, encoding: Encoding) -> float:
     """On disk."""
-    return work.tokens * (bytes_per_token(encoding, shape.hidden) + BESIDE)
+    return work.tokens * (bytes_per_token(encoding, shape.hidden, 1 + shape.taps) + BESIDE)
 
 
 def disk(config: RunConfig, shape: Shape, work: Work) -> float:

@@ -26,6 +26,7 @@ class Shape:
     tied: bool  # the head is the embedding
     qkv_bias: bool = False
     head_rows: int = 0  # of the draft's own head, which an eagle3 draft trains
+    taps: int = 0  # states inside the target that the draft fuses
 
     @classmethod
     def of_config(cls, config: dict[str, Any]) -> "Shape":
@@ -67,7 +68,9 @@ class Shape:
     def drafted_by(self, draft: DraftConfig) -> "Shape":
         """With the draft's own head, where the settings ask for an architecture that has one."""
         rows = min(draft.vocab_size or self.vocabulary, self.vocabulary)
-        return replace(self, head_rows=rows) if draft.architecture == "eagle3" else self
+        if draft.architecture == "eagle":
+            return self
+        return replace(self, head_rows=rows, taps=len(draft.tapped(self.layers)))
 
     @property
     def fusion(self) -> int:
@@ -81,7 +84,7 @@ class Shape:
         """Trained parameters of a draft: a layer of the target's sizes, the fusion of embedding and feature, and either
         biases and the norm before the MLP, or four norms and a head."""
         if self.head_rows:
-            return self.layer + self.fusion + (4 + self.head_rows) * self.hidden
+            return self.layer + self.fusion + (4 + self.head_rows + self.taps * self.hidden) * self.hidden
         biases = self.head_dim * (self.heads + 2 * self.groups) if self.qkv_bias else 0
         return self.layer + self.fusion + self.hidden + biases
 

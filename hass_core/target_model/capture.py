@@ -1,4 +1,7 @@
-"""Capture features: the target's hidden state after its final norm, for given token ids, without computing logits."""
+"""Capture features: the target's hidden state after its final norm, for given token ids, without computing logits.
+
+With `taps` the states after those layers stand behind it in every row: H numbers become (1 + n)·H.
+"""
 
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -11,6 +14,7 @@ from torch import Tensor
 from hass_core.errors import NonFinite
 from hass_core.target_model.loader import Target
 from hass_core.target_model.packed import packed_pass
+from hass_core.target_model.taps import Taps, listening
 
 TokenIds = Sequence[int] | np.ndarray  # of one row
 
@@ -38,22 +42,33 @@ def batches_by_tokens(lengths: Sequence[int], max_tokens: int, padded: bool = Tr
         yield batch
 
 
-def capture_features(target: Target, token_ids: Sequence[TokenIds], names: Sequence[str] | None = None) -> list[Tensor]:
-    """Features [L_i, H] of each row, bfloat16 on the CPU; row t is what the head turns into the next token of x_{≤t}.
+def capture_features(
+    target: Target, token_ids: Sequence[TokenIds], names: Sequence[str] | None = None, taps: Sequence[int] = ()
+) -> list[Tensor]:
+    """Features [L_i, (1 + n)·H] of each row, bfloat16 on the CPU; the first H of row t are what the head turns into the
+    next token of x_{≤t}, after them the states after the layers `taps`.
 
     Raises NonFinite with the row's name, else its index.
     """
-    return Capture(target, token_ids, names).rows()
+    return Capture(target, token_ids, names, taps).rows()
 
 
 class Capture:
     """`capture_features` under way: on a GPU, work for the next rows can be started before these are fetched."""
 
     @torch.no_grad()
-    def __init__(self, target: Target, token_ids: Sequence[TokenIds], names: Sequence[str] | None = None):
+    def __init__(
+        self,
+        target: Target,
+        token_ids: Sequence[TokenIds],
+        names: Sequence[str] | None = None,
+        taps: Sequence[int] = (),
+    ):
         self._lengths, self._names = [len(ids) for ids in token_ids], names
-        packed = packed_pass(target)
-        hidden = packed(token_ids) if packed else _padded_pass(target, token_ids, self._lengths)
+        packed, tapped = packed_pass(target), Taps.of(taps)
+        hidden = packed(token_ids, tapped) if packed else _padded_pass(target, token_ids, self._lengths, tapped)
+        if tapped:
+            hidden = torch.cat([hidden, tapped.joined()], -1)
         self._is_padded = packed is None
         here = _Fetching(hidden.isfinite().all(-1), hidden.to(torch.bfloat16))
         self._finite, self._features = here.tensors
@@ -77,7 +92,7 @@ class Capture:
         return list(tensor.split(self._lengths))
 
 
-def _padded_pass(target: Target, token_ids: Sequence[TokenIds], lengths: list[int]) -> Tensor:
+def _padded_pass(target: Target, token_ids: Sequence[TokenIds], lengths: list[int], taps: Taps | None) -> Tensor:
     """Hidden states [B, longest, H] by the model's own pass.
 
     Rows are padded on the right. Attention is causal, so padding reaches no real token and needs no mask.
@@ -86,7 +101,9 @@ def _padded_pass(target: Target, token_ids: Sequence[TokenIds], lengths: list[in
     for row, ids in zip(padded, token_ids, strict=True):
         row[: len(ids)] = ids
     decoder = cast(Any, target.model).base_model
-    return decoder(input_ids=_sent(torch.from_numpy(padded), target.device), use_cache=False).last_hidden_state
+    with listening(target.model, target.num_layers, taps, target.device):
+        out = decoder(input_ids=_sent(torch.from_numpy(padded), target.device), use_cache=False)
+    return out.last_hidden_state
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from hass_core.target_model.kv_cache import FixedShapes, KVCache, additive, cache_mask, tree_attention_mask
 from hass_core.target_model.loader import Target
 from hass_core.target_model.soundness import FULL, SLIDING, check_model
+from hass_core.target_model.taps import Taps, listening
 
 
 class HFRunner:
@@ -45,17 +46,19 @@ class HFRunner:
         cache: KVCache,
         visible: Tensor | None = None,
         fixed: FixedShapes | None = None,
+        taps: Taps | None = None,
     ) -> Tensor:
         slots = cache.lengths[:, None] + torch.arange(token_ids.shape[1], device=self.device)
         width = cache.width(token_ids.shape[1], fixed)
         mask = cache_mask(slots, width) if visible is None else tree_attention_mask(visible, cache.lengths, width)
-        out = self._body(
-            input_ids=token_ids,
-            position_ids=position_ids,
-            attention_mask=self._masks(mask, position_ids, slots),
-            past_key_values=SlotCache(cache, slots, mask.shape[-1]),
-            use_cache=True,
-        )
+        with listening(self._model, len(self._shapes), taps, self.device):
+            out = self._body(
+                input_ids=token_ids,
+                position_ids=position_ids,
+                attention_mask=self._masks(mask, position_ids, slots),
+                past_key_values=SlotCache(cache, slots, mask.shape[-1]),
+                use_cache=True,
+            )
         return out.last_hidden_state
 
     def _masks(self, mask: Tensor, position_ids: Tensor, slots: Tensor) -> Tensor | dict[str, Tensor]:

@@ -20,6 +20,7 @@ from hass_core import kernels
 from hass_core.target_model.block import Linear, rotated
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import FusedRunner
+from hass_core.target_model.taps import Taps
 
 FLASH_DTYPES, FLASH_HEAD_DIM = (torch.bfloat16, torch.float16), 256
 
@@ -52,10 +53,11 @@ class Rows:
 
 
 class PackedPass(FusedRunner):
-    """Call it with rows of token ids; it gives their features [T, H], row after row."""
+    """Call it with rows of token ids; it gives their features [T, H], row after row. `taps` see the states after their
+    layers, laid out alike."""
 
     @torch.no_grad()
-    def __call__(self, token_ids: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
+    def __call__(self, token_ids: Sequence[Sequence[int] | np.ndarray], taps: Taps | None = None) -> Tensor:
         lengths = [len(ids) for ids in token_ids]
         starts = np.cumsum([0, *lengths])
         positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
@@ -68,10 +70,12 @@ class PackedPass(FusedRunner):
         rotation = torch.cat(self.rope.at(position_ids[None]), dim=2)[0]
         rows = Rows(cu_seqlens, max(lengths))
         x, block = F.embedding(ids, self.embedding), self.block
-        for weights in self.layers:
+        for number, weights in enumerate(self.layers, 1):
             qkv = block.before(x[None], weights)[0]
             x = added_product(self._attended(qkv, rotation, rows), weights.o, x)
             x = added_product(gate(weights.gate_up(block.normed(x, weights.mlp_norm))), weights.down, x)
+            if taps:
+                taps.see(number, x)
         return block.normed(x, self.final_norm)
 
     def _attended(self, qkv: Tensor, rotation: Tensor, rows: Rows) -> Tensor:

@@ -17,6 +17,7 @@ from hass_core.target_model.block import Attend, DecoderBlock, LayerShape, Layer
 from hass_core.target_model.generic import HFRunner
 from hass_core.target_model.kv_cache import FixedShapes, KVCache, attention_of
 from hass_core.target_model.loader import Target
+from hass_core.target_model.taps import Taps
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -42,13 +43,14 @@ class Runner(Protocol):
         cache: KVCache,
         visible: Tensor | None = None,
         fixed: FixedShapes | None = None,
+        taps: Taps | None = None,
     ) -> Tensor:
         """Features after the final norm [B, T, H] of new tokens [B, T] at `position_ids` [B, T].
 
         Their keys and values go into the slots after each row's live length, which stays as it is: `cache.advance`
         makes them live. Each token sees its row's live slots, and of the new tokens those up to itself or those that
         the tree attention mask `visible` [B, T, T] says. With `fixed`, nothing depends on what the host knows of the
-        lengths.
+        lengths. `taps` see the states [B, T, H] after their layers.
         """
         ...
 
@@ -103,24 +105,30 @@ class FusedRunner:
         cache: KVCache,
         visible: Tensor | None = None,
         fixed: FixedShapes | None = None,
+        taps: Taps | None = None,
     ) -> Tensor:
         attention = attention_of(token_ids.shape[1], cache, self.block.group, self.dtype, visible, fixed=fixed)
         cos, sin = self.rope.at(position_ids)
         attends = [lambda qkv, layer=layer: attention(qkv, cos, sin, *layer) for layer in cache.layers]
         x, lasting = F.embedding(token_ids, self.embedding), fixed is not None and fixed.lasting
         if lasting and few_rows(self.embedding, token_ids.numel()):
-            x = self._by_kernels(x, attends)
+            x = self._by_kernels(x, attends, taps)
         else:
-            for weights, attend in zip(self.layers, attends, strict=True):
+            for number, (weights, attend) in enumerate(zip(self.layers, attends, strict=True), 1):
                 x = self.block(x, weights, attend, lasting)
+                if taps:
+                    taps.see(number, x)
         return self.block.normed(x, self.final_norm)
 
-    def _by_kernels(self, x: Tensor, attends: list[Attend]) -> Tensor:
+    def _by_kernels(self, x: Tensor, attends: list[Attend], taps: Taps | None) -> Tensor:
         """The last layer's output by the kernels for few rows."""
         norms = [cast(Tensor, weights.input_norm) for weights in self.layers] + [self.final_norm]
         normed = self.block.normed(x, norms[0])
-        for weights, attend, next_norm in zip(self.layers, attends, norms[1:], strict=True):
+        layers = zip(self.layers, attends, norms[1:], strict=True)
+        for number, (weights, attend, next_norm) in enumerate(layers, 1):
             x, normed = self.block.by_kernels(x, normed, weights, attend, next_norm)
+            if taps:
+                taps.see(number, x)
         return x
 
 

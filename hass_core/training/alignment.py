@@ -41,11 +41,12 @@ class Alignment(nn.Module):
     def forward(self, batch: Batch, features: Tensor, with_head: bool = False) -> list[Tensor]:
         """For each step j = 1..n what a head reads of the estimates of f_{r+j} at all anchors r, [Q, H].
 
-        `features` [N, H] are the input features of all rows: the batch's, perhaps with noise. `with_head`: after those
+        `features` [N, H] are the input features of all rows: the batch's, perhaps with noise; of a draft that fuses
+        states of the target those, [N, n·H]. `with_head`: after those
         comes the weight [D, H] of the draft's own head, where it has one, so that its gradient, too, goes through
         whatever accelerate wraps around this.
         """
-        output, keys, values = self._maybe_again(self._first, batch, features)
+        output, keys, values = self._maybe_again(self._first, batch, self.draft.fused(features))
         outputs, own = [output], []
         again = OwnAgain(partial(self._own_of, batch, outputs), features.device.type)
         for step in range(2, self.align_steps + 1):

@@ -30,6 +30,8 @@ class Conversation(Protocol):
     def loss_mask(self) -> Tensor: ...  # [L] bool, True on the assistant's answers
     @property
     def features(self) -> Tensor: ...  # [L, H]
+    @property
+    def taps(self) -> Tensor | None: ...  # [L, n·H] the states that the draft fuses, where it does
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class Batch:
     num_tokens: int  # of its conversations; there may be more rows, see `rounded_up`
     pack_rows: tuple[int, ...]  # rows of each pack, in order
     first_pack: int = 0  # the first one's number within the optimizer step
-    noisy: Tensor | None = None  # [N, H] what the draft is given in place of the features
+    taps: Tensor | None = None  # [N, n·H] states inside the target, which the draft is given in place of the features
+    noisy: Tensor | None = None  # [N, H or n·H] what the draft is given instead, with noise
 
     @property
     def rows(self) -> int:
@@ -79,8 +82,10 @@ class Batch:
 
     @property
     def inputs(self) -> Tensor:
-        """[N, H] features that the draft is given; what it is to predict stays without noise."""
-        return self.features if self.noisy is None else self.noisy
+        """[N, H] features that the draft is given, or the states [N, n·H] that it fuses; what it is to predict stays
+        without noise."""
+        given = self.features if self.taps is None else self.taps
+        return given if self.noisy is None else self.noisy
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; from pinned memory the copies run in the background."""
@@ -121,20 +126,26 @@ def collate(conversations: Sequence[Conversation], align_steps: int) -> Batch:
         counts=torch.from_numpy(supervised.numpy().sum(1)),
         num_tokens=len(answer),
         pack_rows=(len(answer),),
+        taps=_laid_out([c.taps for c in conversations]),
     )
+
+
+def _laid_out(parts: Sequence[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
 
 
 def add_noise(batch: Batch, half_width: float, seed: int, step: int, dtype: torch.dtype) -> Batch:
     """The batch with uniform noise on the draft's inputs, in `dtype`. A pack's noise depends on the seed, the
     optimizer step and its number within that, so it is the same however the step is divided."""
-    noise = torch.zeros(batch.features.shape, device=batch.features.device)
+    noise = torch.zeros(batch.inputs.shape, device=batch.features.device)
     generator = torch.Generator(noise.device)
     first = 0
     for number, rows in enumerate(batch.pack_rows, batch.first_pack):
         generator.manual_seed(hash((seed, step, number)) % 2**63)
         noise[first : first + rows].uniform_(-half_width, half_width, generator=generator)
         first += rows
-    return replace(batch, noisy=(batch.features + noise).to(dtype))
+    return replace(batch, noisy=(batch.inputs + noise).to(dtype))
 
 
 def _supervision(answer: Tensor, document: Tensor, rows: Tensor, align_steps: int) -> tuple[Tensor, Tensor]:
@@ -200,6 +211,7 @@ def _rounded_to(batch: Batch, step: int) -> Batch:
         batch,
         token_ids=_longer(batch.token_ids, new_rows),
         features=_longer(batch.features, new_rows),
+        taps=None if batch.taps is None else _longer(batch.taps, new_rows),
         position_ids=position_ids,
         documents=_documents(_starts(batch, rows, step), position_ids, anchors, round_up=True),
         anchors=anchors,

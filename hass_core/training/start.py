@@ -11,7 +11,8 @@ by the head for instance, has the same minimiser.)
 
 An **eagle3** draft has no fusion layer, and what its layer returns is read through a norm by a head of its own. That
 head starts as the target's, and the norm at the features' mean scale: what the layer adds to a feature is then read as
-the target would.
+the target would. Where it fuses states inside the target, `fc` is fitted to make the target's last hidden state of
+them, as far as a linear map can.
 
 **The vocabulary** is the tokens that the target's answers use most. Drafting scores only these, which makes the head
 several times cheaper; verification still uses all tokens, so the output does not change.
@@ -78,6 +79,34 @@ def start_from_target(
     with torch.no_grad():
         draft.lm_head.weight.copy_(head.weight)
         draft.norm.weight.fill_((squares / count) ** 0.5 if count else 1.0)
+
+
+@torch.no_grad()
+def start_fusion(
+    draft: Eagle3Model, conversations: Iterable[Conversation], max_rows: int = 100_000, ridge: float = 1e-4
+) -> None:
+    """Fit `fc` on up to about `max_rows` answer tokens to the last hidden state. Changes `draft` in place.
+
+    `ridge` is relative to each input's own mean square: some of a residual stream's numbers are far larger than others.
+    """
+    hidden, width, device = draft.architecture.hidden_size, draft.fc.in_features, draft.embedding.device
+    squares = torch.zeros(width, width, dtype=torch.float64, device=device)
+    products = torch.zeros(width, hidden, dtype=torch.float64, device=device)
+    rows, pending = 0, []
+    for conversation in conversations:
+        assert conversation.taps is not None
+        answer = conversation.loss_mask.bool()
+        taps, last = (x[answer].to(device, torch.float32) for x in (conversation.taps, conversation.features))
+        pending.append((draft.taken(taps).double(), last.double()))
+        if sum(len(x) for x, _ in pending) >= ROWS_PER_BLOCK:
+            rows += _accumulate(squares, products, pending)
+        if rows >= max_rows:
+            break
+    rows += _accumulate(squares, products, pending)
+    if rows:
+        own = squares.diagonal()
+        damping = torch.diag(ridge * own.clamp(min=1e-6 * float(own.mean())))
+        draft.fc.weight.copy_(torch.linalg.solve(squares + damping, products).T)
 
 
 def _moments(draft: DraftModel, conversations: Iterable[Conversation], max_rows: int) -> tuple[Tensor, Tensor, int]:

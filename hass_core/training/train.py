@@ -32,19 +32,21 @@ from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.identity import draft_identity
 from hass_core.draft_model.layers import DraftModel, Eagle3Model, build_draft
 from hass_core.draft_model.shipped import draft_at
-from hass_core.errors import BadInput
+from hass_core.errors import BadInput, DraftMismatch
 from hass_core.features.live import LiveFeatures, with_features
 from hass_core.features.reader import Conversation, FeatureDataset
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, StageFolder, Store
 from hass_core.target_model.known import KnownTarget
+from hass_core.target_model.loader import Target
+from hass_core.target_model.taps import check_taps
 from hass_core.training.checkpoint import Position, checkpoints, load_checkpoint, load_weights
 from hass_core.training.feed import Dataset, Division, Feed, Prefetcher, micro_batches
 from hass_core.training.loop import Run, train
 from hass_core.training.metrics import MetricsFile
 from hass_core.training.packing import PackStream, sample_order
 from hass_core.training.sharding import make_accelerator
-from hass_core.training.start import ranked_tokens, start_from_target, start_least_squares
+from hass_core.training.start import ranked_tokens, start_from_target, start_fusion, start_least_squares
 from hass_core.training.step import Trainer, compute_dtype
 from hass_core.training.validation import held_out, recorded_answers, validate_sampling
 
@@ -74,6 +76,7 @@ def train_draft(
     if config.pretraining:
         config = pretrained(config, features, store, target, progress)
     stored = FeatureDataset(store, features, "train", target.fingerprint)
+    check_states(config, stored, target)
     dataset = with_features(stored, target, config.features.max_tokens_per_batch)
     if len(dataset) == 0:
         raise BadInput(f"{features.url} holds no training conversation; generate more responses")
@@ -108,6 +111,16 @@ def train_draft(
         steps.close()
     rate = (at.tokens_seen - before.tokens_seen) / (time.monotonic() - started)
     return _finish(run, at, target, rate, ranked(config, stored, target), int(stored.lengths.max()))
+
+
+def check_states(config: RunConfig, stored: FeatureDataset, target: KnownTarget) -> None:
+    """Raise DraftMismatch where the features hold other states of the target than the draft reads."""
+    wanted, found = config.draft.tapped(target.num_layers), stored.info.taps
+    if wanted != found:
+        raise DraftMismatch(
+            f"the features hold the states after layers {list(found)} beside the last one, and by draft.taps the draft "
+            f"reads {list(wanted)}; extract features with these settings"
+        )
 
 
 def pretrained(
@@ -196,6 +209,9 @@ def make_draft(
     conversations = (dataset[i] for i in sample_order(len(dataset), config.seed, dataset.blocks))
     if isinstance(draft, Eagle3Model):
         start_from_target(draft, head, conversations)
+        if config.draft.start == "least_squares" and draft.taps:
+            again = (dataset[i] for i in sample_order(len(dataset), config.seed, dataset.blocks))
+            start_fusion(draft, again)
     elif config.draft.start == "least_squares":
         start_least_squares(draft, conversations)
     return draft
@@ -206,6 +222,8 @@ def start_architecture(config: RunConfig, target: KnownTarget) -> DraftArchitect
 
     Raises TargetError, CorruptFile or DraftMismatch where there is no such draft.
     """
+    if isinstance(target, Target):
+        check_taps(target, config.draft.tapped(target.num_layers))
     if config.draft.warm_start:
         return warm_start(draft_at(config.draft.warm_start), target, config.draft).architecture
     size, rows = config.draft.vocab_size, target.head.shape[0]

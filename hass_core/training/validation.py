@@ -88,7 +88,7 @@ def validate(
     for part in own_share(held, accelerator):
         batch = part.batch
         with torch.autocast(batch.features.device.type, dtype, enabled=dtype != torch.float32):
-            outputs = runner(batch, batch.features.to(alignment.draft.dtype))
+            outputs = runner(batch, batch.inputs.to(alignment.draft.dtype))
         hits = _hits(outputs, part, alignment.draft.head(head))
         right += hits.sum(1)
         chains += _chains(hits, batch)
@@ -130,10 +130,15 @@ def _choices(features: Tensor, head: Tensor) -> Tensor:
 
 def recorded_answers(conversations: Iterable[Conversation], head: DraftHead, limit: int) -> list[Recording]:
     """Up to `limit` last answers, on the head's device and in its type."""
-    found = (last_answer(c.token_ids, c.loss_mask, c.features) for c in conversations)
+    found = (last_answer(c.token_ids, c.loss_mask, c.features, c.taps) for c in conversations)
     device, dtype = head.weight.device, head.weight.dtype
     return [
-        Recording(a.token_ids.to(device), a.features.to(device, dtype), a.start)
+        Recording(
+            a.token_ids.to(device),
+            a.features.to(device, dtype),
+            a.start,
+            None if a.taps is None else a.taps.to(device, dtype),
+        )
         for a in islice((a for a in found if a is not None), limit)
     ]
 

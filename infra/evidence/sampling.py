@@ -160,7 +160,7 @@ def recorded(
                 continue
             ids = torch.tensor([prompt + generation.token_ids], device=runner.device)
             cache = runner.new_cache(1, ids.shape[1])
-            features = prefill(runner, ids, [ids.shape[1]], cache)[0]
+            features = prefill(runner, ids, [ids.shape[1]], cache)[0][0]
             answers.append((name, Recording(ids[0], features.clone(), len(prompt))))
     return answers
 

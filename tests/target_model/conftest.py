@@ -57,12 +57,13 @@ OTHERS = {
 }
 
 
-def tiny_model(variant: str, seed: int = 0) -> Target:
-    """A random two-layer target; `variant` is a key of VARIANTS, or a model type taking the same sizes."""
+def tiny_model(variant: str, seed: int = 0, **sizes: object) -> Target:
+    """A random target, of two layers unless `sizes` say otherwise; `variant` is a key of VARIANTS, or a model type
+    taking the same sizes."""
     family = variant.split(",")[0]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **(SIZES | (VARIANTS | OTHERS).get(variant, {})))
+        AutoConfig.for_model(family, **(SIZES | (VARIANTS | OTHERS).get(variant, {}) | sizes))
     )
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:  # zeros and ones would hide a missing term

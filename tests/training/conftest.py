@@ -27,6 +27,7 @@ class Talk:
     token_ids: Tensor
     loss_mask: Tensor
     features: Tensor
+    taps: Tensor | None = None
 
 
 def make_talk(name: str, length: int, prompt: int, seed: int = 0, hidden: int = HIDDEN) -> Talk:

@@ -35,7 +35,7 @@ class LookupDrafter:
 
     def __init__(self, draft_tokens: int, device: torch.device):
         self.shape = TreeShape.of(TreeConfig(kind="chain", depth=draft_tokens, top_k=1), 1)
-        self.capturable, self.scratch_slots = False, 0
+        self.capturable, self.scratch_slots, self.taps = False, 0, ()
         self._parents = torch.arange(-1, draft_tokens, device=device).clamp(min=0)[None]
 
     def new_cache(self, batch_size: int, max_tokens: int) -> Contexts:
@@ -52,6 +52,9 @@ class LookupDrafter:
         for context, new, count in zip(cache, token_ids.tolist(), counts.tolist(), strict=True):
             context += new[:count]
         return features[:, 0]
+
+    def fuse(self, taps: Tensor) -> Tensor:
+        return taps  # never asked: it reads none
 
     def grow(
         self, cache: Contexts, root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None

@@ -109,7 +109,7 @@ class Reader:
     def start(self, prompt: list[int]) -> Tensor:
         """Logits [V] after the prompt."""
         rows = torch.tensor([prompt], device=self.runner.device)
-        return self.runner.logits(prefill(self.runner, rows, [len(prompt)], self.cache)[0, -1])
+        return self.runner.logits(prefill(self.runner, rows, [len(prompt)], self.cache)[0][0, -1])
 
     def read(self, token_ids: list[int]) -> Tensor:
         """Logits [n, V] after each of n new tokens, which are then in the cache."""

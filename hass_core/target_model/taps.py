@@ -1,0 +1,110 @@
+"""The states inside a target that a draft may read beside the last one: the residual stream after some of its layers.
+
+Layer numbers count as vLLM's: k is the state after k layers. A runner that is given `Taps` hands them over on its way;
+without, nothing is kept. A model of transformers is listened to by hooks on its layers.
+
+Shapes: B batch, T tokens, H hidden, n taps.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hass_core.errors import TargetError
+from hass_core.target_model.loader import Target
+
+PROBED_TOKENS = 4
+
+_listening = threading.Lock()  # hooks hear every pass through a model: one at a time
+
+
+class Taps:
+    """Collects the states of one pass after `layers`, ascending."""
+
+    def __init__(self, layers: Sequence[int]):
+        self.layers = tuple(layers)
+        self._states: dict[int, Tensor] = {}
+
+    @classmethod
+    def of(cls, layers: Sequence[int]) -> "Taps | None":
+        """None where there is nothing to collect."""
+        return cls(layers) if layers else None
+
+    def see(self, layer: int, state: Tensor) -> None:
+        """`state` [..., H] is what `layer` layers have made."""
+        if layer in self.layers:
+            self._states[layer] = state
+
+    def joined(self) -> Tensor:
+        """[..., n·H]: the states side by side, in the order of `layers`."""
+        return torch.cat([self._states[layer] for layer in self.layers], -1)
+
+
+def check_taps(target: Target, layers: Sequence[int]) -> None:
+    """Raise TargetError where the states after these layers cannot be had: there are no such layers, or not one list of
+    them that each hand on a state of the features' width."""
+    if not layers:
+        return
+    if wrong := [layer for layer in layers if not 0 < layer < target.num_layers]:
+        raise TargetError(
+            f"draft.taps: the target {target.name} has {target.num_layers} layers, so states are taken after layer 1 "
+            f"to {target.num_layers - 1}, not after {', '.join(map(str, wrong))}"
+        )
+    hidden, taps = target.embedding.shape[1], Taps(layers)
+    token_ids = torch.arange(1, 1 + PROBED_TOKENS, device=target.device)[None]
+    with torch.no_grad(), listening(target.model, target.num_layers, taps, target.device):
+        cast(Any, target.model).base_model(input_ids=token_ids, use_cache=False)
+    heard = {layer: tuple(state.shape) for layer, state in taps._states.items()}
+    if heard != dict.fromkeys(layers, (1, PROBED_TOKENS, hidden)):
+        raise TargetError(
+            f"draft.taps: the layers of {target.name} do not hand on one state of {hidden} numbers a token: they gave "
+            f"{heard}; leave draft.taps out for a draft of the last state"
+        )
+
+
+@contextmanager
+def listening(model: PreTrainedModel, count: int, taps: Taps | None, device: torch.device) -> Iterator[None]:
+    """While a model of `count` layers runs its own pass within, `taps` hear it; the states come to `device`.
+
+    Raises TargetError where its layers are not to be found.
+    """
+    if taps is None:
+        yield
+        return
+    layers = _layers(model, count)
+
+    def hear(number: int) -> Any:
+        def ran(module: nn.Module, inputs: Any, output: Any) -> None:
+            state = output[0] if isinstance(output, tuple) else output
+            taps.see(number, state.to(device, non_blocking=True))
+
+        return ran
+
+    with _listening:
+        hooks = [layers[number - 1].register_forward_hook(hear(number)) for number in taps.layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _layers(model: PreTrainedModel, count: int) -> nn.ModuleList:
+    """The model's decoder layers: the one list of so many modules that stands nearest to its body."""
+    body = cast(nn.Module, model.base_model)
+    lists = [
+        (name.count("."), m) for name, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count
+    ]
+    nearest = min((depth for depth, _ in lists), default=0)
+    found = [modules for depth, modules in lists if depth == nearest]
+    if len(found) != 1:
+        raise TargetError(
+            f"draft.taps: {len(found)} lists of {count} layers were found in a {model.config.model_type} model, one is "
+            "needed to take states after some of them; leave draft.taps out for a draft of the last state"
+        )
+    return found[0]
