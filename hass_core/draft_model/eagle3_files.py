@@ -165,8 +165,11 @@ def taps_told(config: dict[str, Any], layers: int) -> tuple[int, ...]:
     if named is None:
         try:
             return three_taps(layers)
-        except TargetError as error:
-            raise ValueError(f"it names no layers ({TAPPED}): {error}") from None
+        except TargetError:
+            raise ValueError(
+                f"it fuses states of the target and names no layers ({TAPPED}); those that engines take, 2, N/2 and "
+                f"N-3, are not three in order of the target's {layers}"
+            ) from None
     if not named or named != sorted(set(named)) or named[0] < 1 or named[-1] >= layers:
         raise ValueError(
             f"it fuses states of the target after layers {named}, which are not ascending ones from 1 to {layers - 1}"

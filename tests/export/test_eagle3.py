@@ -82,7 +82,7 @@ def test_an_export_is_clean_and_comes_back_as_it_was(normed_target, tmp_path, en
 
 def test_what_an_engine_cannot_hold_is_refused(normed_target, tmp_path):
     draft = write_draft(tmp_path / "draft", normed_target)
-    with pytest.raises(DraftMismatch, match=r"EAGLE.* fuses three states of the target"):
+    with pytest.raises(DraftMismatch, match=r"EAGLE.* fuses three states of its own choice"):
         exported(draft, normed_target, "eagle", tmp_path / "out")
     edit_config(rms_norm_eps=1e-3)(draft)
     exported(draft, normed_target, "sglang", tmp_path / "sglang")
@@ -202,13 +202,11 @@ def test_a_public_draft_keeps_its_own_rope_and_length(normed_target, tmp_path):
     assert load_draft(out, normed_target).head.size == normed_target.head.shape[0]
 
 
-def test_three_taps_are_refused_by_what_is_missing(normed_target, tmp_path):
+def test_three_states_of_a_target_with_too_few_layers_are_refused(normed_target, tmp_path):
     draft = write_draft(tmp_path / "draft", normed_target)
     put("fc.weight", lambda t: torch.zeros(48, 144))(draft)
     edit_config(eagle_config={})(draft)
-    with pytest.raises(
-        DraftMismatch, match=r"it fuses 3 states of the target .* features are stored of the last one only"
-    ):
+    with pytest.raises(DraftMismatch, match=r"it fuses states of the target and names no layers .* not three in order"):
         import_draft(draft, normed_target, tmp_path / "out")
 
 
