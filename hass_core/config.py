@@ -374,11 +374,6 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _settled(self) -> "RunConfig":
-        if self.features.engine == "vllm" and self.draft.taps != "last":
-            raise ValueError(
-                'features.engine = "vllm" gives the last hidden state, and draft.taps asks for others: set '
-                'features.engine = "transformers", or draft.taps = "last"'
-            )
         for name in ("training", "pretraining"):
             training = getattr(self, name)
             if training and (changed := settle(self.draft, training)):

@@ -19,7 +19,6 @@ from hass_core.memory import release_unused
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, FinishedStore, Store, Unfinished
 from hass_core.target_model.loader import Target, load_target
-from hass_core.target_model.taps import check_taps
 from hass_core.training import train
 from hass_core.training.train import train_draft
 
@@ -57,7 +56,7 @@ def check_ahead(last: Stage, config: RunConfig, target: Target) -> None:
     ContextTooLong or ConfigError for questions that cannot be asked.
     """
     if last in ("features", "draft", "evaluation"):
-        check_taps(target, config.draft.tapped(target.num_layers))
+        extract.check_states(config, target)
     if last in ("draft", "evaluation") and config.draft.warm_start != CHAMPION:
         train.start_architecture(config, target)
     if last == "evaluation":

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from hass_core.config import FeaturesConfig, RunConfig
-from hass_core.errors import HassError, StoreError
+from hass_core.errors import HassError, StoreError, TargetError
 from hass_core.features.checks import AUDIT, audit_masks
 from hass_core.features.reader import shard_names
 from hass_core.features.schema import SKIPPED, Encoding, FeatureInfo, encode
@@ -64,8 +64,7 @@ def extract_features(
     folder = store.stage("features", _key(config, responses, target))
     if done := folder.artifact():
         return done
-    taps = config.draft.tapped(target.num_layers)
-    check_taps(target, taps)
+    taps = check_states(config, target)
     source = store.open(responses)
     rows = {name: source.record(name).rows or 0 for name in shard_names(source)}
     finished = folder.finished().keys()
@@ -87,6 +86,18 @@ def extract_features(
     folder.write_text(AUDIT, audit.model_dump_json(indent=1))
     folder.write_text(MADE_WITH, MadeWith.of(target).model_dump_json(indent=1))
     return folder.finish(summary)
+
+
+def check_states(config: RunConfig, target: Target) -> tuple[int, ...]:
+    """The layers after which the draft reads states. Raises TargetError where they cannot be had."""
+    taps = config.draft.tapped(target.num_layers)
+    if taps and config.features.engine == "vllm":
+        raise TargetError(
+            'features.engine = "vllm" gives the last hidden state, and draft.taps asks for others: set features.engine = '
+            '"transformers", or leave draft.taps out'
+        )
+    check_taps(target, taps)
+    return taps
 
 
 def extract_part(config: RunConfig, responses: Artifact, store: Store, target: Target, name: str) -> str:
