@@ -12,6 +12,8 @@ from infra.stack.postgres import Postgres
 from infra.stack.processes import Processes, without_other_servers
 
 PREFECT = [sys.executable, "-m", "prefect"]
+WITHOUT_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+"""Eight processes and 1.3 GB for judges of answers, which the pipeline does not use."""
 
 
 def start_mlflow(processes: Processes, postgres: Postgres, environment: dict[str, str], port: int) -> dict[str, str]:
@@ -19,7 +21,7 @@ def start_mlflow(processes: Processes, postgres: Postgres, environment: dict[str
     address = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     places = ["--backend-store-uri", postgres.address("mlflow", "psycopg2"), "--artifacts-destination", "s3://mlflow"]
     command = [sys.executable, "-m", "mlflow", "server", *address, *places]
-    processes.start("mlflow", command, environment | postgres.environment)
+    processes.start("mlflow", command, environment | postgres.environment | WITHOUT_JOBS)
     return {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
 
 

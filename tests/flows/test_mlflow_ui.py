@@ -16,6 +16,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from infra.stack.servers import WITHOUT_JOBS
 from tests.flows.stack import ROOT, answers, end, free_port, wait_for
 
 CHROMIUM = shutil.which("chromium")
@@ -35,7 +36,9 @@ def server(tmp_path) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     places = [f"--backend-store-uri=sqlite:///{tmp_path}/server.db", f"--artifacts-destination={tmp_path}/artifacts"]
     with (tmp_path / "mlflow.log").open("wb") as log:
-        process = subprocess.Popen([*command, *places], stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            [*command, *places], env=os.environ | WITHOUT_JOBS, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         wait_for(lambda: answers(f"{address}/health"), "the MLflow server", 120)
         yield address

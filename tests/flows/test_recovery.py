@@ -19,6 +19,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
+from infra.stack.servers import WITHOUT_JOBS
 from tests.flows.stack import ROOT, Stack, answers, end, free_port, wait_for
 from tests.s3_server import ACCESS_KEY, SECRET_KEY
 
@@ -315,7 +316,7 @@ class MLflowServer:
 
     def start(self) -> None:
         """Start, and wait until it answers."""
-        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+        environment = os.environ | WITHOUT_JOBS | {"MLFLOW_DISABLE_TELEMETRY": "true"}
         with (self._folder / "mlflow.log").open("ab") as log:
             self.process = subprocess.Popen(
                 self._command, cwd=self._folder, env=environment, stdout=log, stderr=log, start_new_session=True
