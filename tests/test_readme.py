@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.conftest import forks
 from tests.conftest import byte_tokenizer, tiny_llama
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +51,15 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
+def hass(place: Path, *arguments: str) -> str:
+    """What `hass` printed in that folder: a process of its own, which finds torch imported."""
+    told = forks(place, with_torch=True).ask(list(arguments), stdin="")
+    assert told["status"] == 0, f"{arguments}\n{told['out']}{told['error']}"
+    return told["out"]
+
+
 def run(place: Path, *arguments: str) -> str:
+    """What a program behind Python's -m printed."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
     own = {
         "PYTHONPATH": str(ROOT),
@@ -104,8 +113,8 @@ def test_a_reader_gets_from_a_model_to_a_served_draft(place):
     typed = [line.replace("Qwen/Qwen3-8B", "model").replace("smollm2-135m", "model") for line in commands()]
     mine = [line for line in typed if line.startswith(("hass init", "hass forecast", "make retrain PRESET"))]
     assert len(mine) == 3
-    run(place, "hass_core.cli", *shlex.split(mine[0])[1:])
-    assert "trained parameters" in run(place, "hass_core.cli", *shlex.split(mine[1])[1:])
+    hass(place, *shlex.split(mine[0])[1:])
+    assert "trained parameters" in hass(place, *shlex.split(mine[1])[1:])
     printed = run(place, *recipe(mine[2]), *shlex.split(SMALL, posix=False))
     assert "champion" in printed
     assert recipe(typed[0])[:2] == ["flows.retrain", "smollm2-cpu"]
@@ -113,7 +122,7 @@ def test_a_reader_gets_from_a_model_to_a_served_draft(place):
         verb, *rest = shlex.split(line)[1:]
         small = {"evaluate": ["-c", "mine.toml", *[word for s in SMALL.split() for word in ("-s", s)]]}.get(verb, [])
         small = ["--limit", "2", "--max-new-tokens", "8"] if verb == "doctor" else small
-        answered = run(place, "hass_core.cli", verb, *rest, *(["--help"] if verb in ("serve", "chat") else small))
+        answered = hass(place, verb, *rest, *(["--help"] if verb in ("serve", "chat") else small))
         assert answered
     assert (place / "out/report.html").is_file()
     assert (place / "served/config.json").is_file()

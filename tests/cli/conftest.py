@@ -102,7 +102,8 @@ def forks(folder: Path, with_torch: bool) -> Forks:
 
 def environment_in(folder: Path) -> dict[str, str]:
     """What a command finds."""
-    environment = os.environ | {
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
+    environment = kept | {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "HASS_CACHE": str(folder / "cache"),

@@ -141,7 +141,7 @@ def test_a_wrong_parameter_is_refused_before_the_run_starts(stack):
 
 
 def test_a_killed_flow_is_completed_by_the_same_command_and_nothing_is_done_twice(stack, repository, tiny_preset):
-    long_training = ("training.passes=60", "training.checkpoint_every_steps=2")
+    long_training = ("training.passes=24", "training.checkpoint_every_steps=2")
     run_retraining(stack, tiny_preset, overrides=long_training)
     draft = tiny_preset.parent / ".hass/store/draft"
     wait_for(lambda: list(draft.rglob("metrics.jsonl")), "the training to begin", 120)
