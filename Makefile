@@ -9,6 +9,8 @@ STACK  ?=
 COPY   ?=
 # Which of the recovery tests, as pytest's -k takes it; all where it is empty
 RECOVERY ?=
+# Test files at a time: one more than there are cores, four at most, since many tests wait for servers and time-outs
+FILES_AT_ONCE ?= $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
 # A package index for torch, such as https://download.pytorch.org/whl/cpu (saves 3 GB on a machine without a GPU)
 TORCH_INDEX ?=
 
@@ -29,8 +31,8 @@ install: $(VENV)/.installed  ## create .venv and install everything into it
 retrain: $(VENV)/.installed  ## retrain the draft of PRESET, with SET's changes
 	@$(BIN)/python -m flows.retrain $(PRESET) $(SET)
 
-test: $(VENV)/.installed  ## run the tests, a file at a time on each core, four at most
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: $(VENV)/.installed  ## run the tests, FILES_AT_ONCE files at a time
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(FILES_AT_ONCE) --dist loadfile --no-loadscope-reorder
 
 test-recovery: $(VENV)/.installed  ## kill workers, servers and stores under real runs (15 minutes)
 	@$(BIN)/python -m pytest -m recovery -k '$(RECOVERY)'
