@@ -93,8 +93,8 @@ def check_states(config: RunConfig, target: Target) -> tuple[int, ...]:
     taps = config.draft.tapped(target.num_layers)
     if taps and config.features.engine == "vllm":
         raise TargetError(
-            'features.engine = "vllm" gives the last hidden state, and draft.taps asks for others: set features.engine = '
-            '"transformers", or leave draft.taps out'
+            'features.engine = "vllm" gives the last hidden state, and draft.taps asks for others: set '
+            'features.engine = "transformers", or leave draft.taps out'
         )
     check_taps(target, taps)
     return taps
