@@ -5,6 +5,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from flows.decision import decide
+from flows.outcome import completed
 from flows.parameters import PromotionParameters
 from flows.terminal import main
 from hass_core.config import RunConfig
@@ -20,7 +21,7 @@ def promote_draft(run: PromotionParameters) -> Verdict:
     config = run.config()
     verdict = decide(config, find_version(config, run.version), again=run.version is not None)
     release_champion(config)
-    return verdict
+    return completed(verdict, str(verdict))
 
 
 def show(console: Console, config: RunConfig, verdict: Verdict) -> None:

@@ -3,6 +3,7 @@
 from prefect import flow
 from rich.console import Console
 
+from flows.outcome import completed
 from flows.parameters import RejectionParameters
 from flows.terminal import main
 from hass_core.config import RunConfig
@@ -15,12 +16,18 @@ from tasks.tracking import DraftVersion
 def reject_draft(run: RejectionParameters) -> DraftVersion:
     """Take a registered draft out of the running; promote-draft with its number can bring it back."""
     config = run.config()
-    return reject(config, find_version(config, run.version), run.reason)
+    done = reject(config, find_version(config, run.version), run.reason)
+    return completed(done, told(done))
+
+
+def told(done: DraftVersion) -> str:
+    """What was refused."""
+    return f"version {done.version} of {done.model} is refused"
 
 
 def show(console: Console, config: RunConfig, done: DraftVersion) -> None:
-    """What was refused."""
-    console.print(f"version {done.version} of {done.model} is refused", highlight=False)
+    """The same, in the terminal."""
+    console.print(told(done), highlight=False)
 
 
 if __name__ == "__main__":

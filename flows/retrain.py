@@ -3,13 +3,13 @@
 Prompts, answers, features, training, evaluation, registration; what the store already holds is not done again.
 """
 
-from prefect import State, flow
-from prefect.states import Completed
+from prefect import flow
 from pydantic import BaseModel
 from rich.console import Console
 
 from flows.chain import run_until
 from flows.decision import decide
+from flows.outcome import completed
 from flows.parameters import RunParameters
 from flows.terminal import main
 from hass_core.config import RunConfig
@@ -38,7 +38,7 @@ class Retrained(BaseModel):
 
 
 @flow(name="retrain", flow_run_name="retrain {run.preset}", timeout_seconds=LONGEST_SECONDS)
-def retrain(run: RunParameters) -> Retrained | State[Retrained]:
+def retrain(run: RunParameters) -> Retrained:
     """Retrain the draft, measure it, register it, and put it in use when it is better than the present one.
 
     Where nothing is new the run completes as "Nothing new" and leaves every record as it is.
@@ -50,13 +50,14 @@ def retrain(run: RunParameters) -> Retrained | State[Retrained]:
             release_champion(config)  # where that was left undone
             report = report_address(config, chain.run_id)
             done = Retrained(run_id=chain.run_id, evaluation=chain.last, version=version, report=report, new=False)
-            return Completed(name="Nothing new", message=nothing_new(version), data=done)
+            return completed(done, nothing_new(version), name="Nothing new")
         version = register_draft(config, chain.artifacts, chain.run_id)
     rules = config.promotion
     verdict = decide(config, version, approval=rules.approval) if rules.automatic else None
     report = publish_report(config, chain.run_id, chain.artifacts, chain.seconds, version, verdict)
     release_champion(config)
-    return Retrained(run_id=chain.run_id, evaluation=chain.last, version=version, verdict=verdict, report=report)
+    done = Retrained(run_id=chain.run_id, evaluation=chain.last, version=version, verdict=verdict, report=report)
+    return completed(done, version_lines(version, verdict))
 
 
 def show(console: Console, config: RunConfig, done: Retrained) -> None:

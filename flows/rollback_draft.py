@@ -2,6 +2,7 @@
 
 from prefect import flow
 
+from flows.outcome import completed
 from flows.parameters import RunParameters
 from flows.terminal import main
 from tasks.promotion import RolledBack, roll_back
@@ -14,7 +15,7 @@ def rollback_draft(run: RunParameters) -> RolledBack:
     """Withdraw the champion; the one it replaced is the champion again, and released again where releases are made."""
     done = roll_back(run.config())
     release_champion(run.config())
-    return done
+    return completed(done, str(done))
 
 
 if __name__ == "__main__":

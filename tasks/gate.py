@@ -55,6 +55,9 @@ class Verdict(BaseModel):
         replaces = self.promoted and not self.waits
         return f"{self.outcome}, it replaces {before}" if replaces else f"{self.outcome}, {before} stays champion"
 
+    def __str__(self) -> str:
+        return f"version {self.challenger}: {self.title} ({'; '.join(self.reasons)})"
+
     def refused(self, reason: str) -> "Verdict":
         """The same after a person said no."""
         return self.model_copy(update={"promoted": False, "waits": False, "reasons": (reason, *self.reasons)})

@@ -218,7 +218,10 @@ def test_a_person_refuses_in_the_form_and_the_commands_decide_on_what_waits(stac
     by_hand = ("promotion.automatic=false",)
     assert ended(start_run(stack, tiny_preset, (*by_hand, "seed=1"))) == {"challenger": 2}
     assert verdict(2) == "None: "
-    assert ended(start_run(stack, tiny_preset, by_hand, flow="promote-draft")) == {"champion": 2}
+    promotion = start_run(stack, tiny_preset, by_hand, flow="promote-draft")
+    assert ended(promotion) == {"champion": 2}
+    told = stack.api_get(f"flow_runs/{promotion}")["state"]["message"]
+    assert told.startswith("version 2: promoted (there is no champion"), "for those who see the run and no terminal"
     assert verdict(2).startswith("true:  2: promoted")
 
     assert ended(start_run(stack, tiny_preset, (*by_hand, "seed=2"))) == {"challenger": 3, "champion": 2}

@@ -200,7 +200,9 @@ class Loop:
 
     def rollback(self) -> None:
         before = self.champion
-        done = rollback_draft(self.parameters())
+        state = rollback_draft(self.parameters(), return_state=True)
+        done = state.result()
+        assert state.message == str(done), "for those who see the run and no terminal"
         assert done.withdrawn.version == before
         self.champion = done.restored.version
         self.diary = [(v, "withdrawn" if v == before else verdict, old) for v, verdict, old in self.diary]
