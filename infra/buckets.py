@@ -9,7 +9,7 @@ from pathlib import Path
 import s3fs
 from botocore.exceptions import BotoCoreError
 
-from hass_core.errors import StoreError
+from hass_core.errors import ConfigError, StoreError
 from infra.mistakes import in_one_sentence, needed
 
 BUCKETS = ("hass", "mlflow")
@@ -19,13 +19,17 @@ def save(folder: Path) -> int:
     """Copy every file of the buckets below `folder`; how many."""
     files = s3fs.S3FileSystem(skip_instance_cache=True)
     names = [name for bucket in BUCKETS for name in files.find(bucket)]
+    for bucket in BUCKETS:
+        (folder / bucket).mkdir(parents=True, exist_ok=True)  # an empty bucket is in the copy too
     if names:
         files.get(names, [str(folder / name) for name in names])
     return len(names)
 
 
 def load(folder: Path) -> int:
-    """Copy what `save` wrote back into the buckets, which exist; how many files."""
+    """Copy what `save` wrote back into the buckets, which exist; how many files. Raises ConfigError for no copy."""
+    if not any((folder / bucket).is_dir() for bucket in BUCKETS):
+        raise ConfigError(f"{folder} is no copy of the buckets: it has no folder {' or '.join(BUCKETS)}")
     files = s3fs.S3FileSystem(skip_instance_cache=True)
     paths = sorted(path for bucket in BUCKETS for path in (folder / bucket).rglob("*") if path.is_file())
     if paths:

@@ -52,6 +52,13 @@ def test_buckets_of_a_store_that_is_away_are_named(tmp_path, monkeypatch):
         buckets.main()
 
 
+def test_a_folder_that_is_no_copy_of_the_buckets_is_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["buckets", "load", str(tmp_path / "mistyped")])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(ConfigError, match=f"{tmp_path}/mistyped is no copy of the buckets: it has no folder hass or"):
+        buckets.main()
+
+
 def test_the_exporter_names_a_port_that_is_taken():
     with answering(200) as url, pytest.raises(ConfigError, match=r"cannot listen on .*: address already in use;"):
         exporter.main(["--port", url.rpartition(":")[2]])
