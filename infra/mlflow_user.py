@@ -6,6 +6,7 @@ may change; all else it may read.
 """
 
 import os
+import warnings
 
 from mlflow.exceptions import MlflowException
 from mlflow.server import get_app_client
@@ -27,7 +28,9 @@ def main() -> None:
 
 
 def _put(uri: str, password: str) -> str:
-    client = get_app_client("basic-auth", tracking_uri=uri)
+    with warnings.catch_warnings():  # of Starlette, about what MLflow's server imports
+        warnings.simplefilter("ignore")
+        client = get_app_client("basic-auth", tracking_uri=uri)
     try:
         client.create_user(USER, password)
     except MlflowException as error:
