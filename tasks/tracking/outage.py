@@ -6,6 +6,7 @@ MLflow's client asks again by itself, but says nothing while it does, and ends w
 
 import logging
 import re
+import sys
 import time
 from collections.abc import Sequence
 
@@ -77,7 +78,15 @@ class _OutageFilter(logging.Filter):
         self._logged_at = now
         record.levelno, record.levelname = logging.WARNING, "WARNING"
         record.msg, record.args = "MLflow at %s does not answer; it is asked again for some minutes", (self._address,)
+        if not _is_heard():
+            print(record.getMessage(), file=sys.stderr)
         return True
+
+
+def _is_heard() -> bool:
+    """Whether a handler shows the notes; urllib3 has one that shows nothing and keeps Python's own from it."""
+    loggers = (REQUESTS, logging.getLogger("urllib3"), logging.getLogger())
+    return any(not isinstance(handler, logging.NullHandler) for logger in loggers for handler in logger.handlers)
 
 
 def _is_for_mlflow(arguments: object) -> bool:

@@ -36,6 +36,14 @@ def test_a_server_that_is_not_there_is_told_once_and_ends_in_one_sentence(impati
     assert told(caplog) == [f"MLflow at {address} does not answer; it is asked again for some minutes"]
 
 
+def test_it_is_told_too_where_no_log_is_shown_as_for_hass_chat(impatient, monkeypatch, capsys):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own
+    address = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(TrackingError):
+        tracking.connect(settings_for(address))
+    assert capsys.readouterr().err == f"MLflow at {address} does not answer; it is asked again for some minutes\n"
+
+
 def test_a_server_that_is_busy_is_asked_again_and_named(impatient, caplog):
     asked: list[dict[str, str]] = []
     with answering(503, asked=asked) as address, pytest.raises(TrackingError, match=f"{address} does not answer"):
