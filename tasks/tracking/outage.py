@@ -36,7 +36,10 @@ def outage_in(error: BaseException) -> TrackingError | None:
     if found is None:
         return None
     address = found["scheme"] + found["host"].rpartition("@")[2]
-    return TrackingError(f"MLflow at {address} does not answer: start it or change tracking.uri; what is done is kept")
+    return TrackingError(
+        f"MLflow at {address} does not answer: start it or change tracking.uri or MLFLOW_TRACKING_URI; what is done is "
+        "kept"
+    )
 
 
 def refusal_in(error: MlflowException, address: str) -> TrackingError:
