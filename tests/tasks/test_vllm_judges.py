@@ -127,7 +127,7 @@ def test_the_gate_and_the_watch_tell_a_good_draft_from_a_spoilt_one(
 
     monkeypatch.setattr(watch, "create_markdown_artifact", lambda *given, **named: None)
     told: list[str] = []
-    monkeypatch.setattr(watch, "tell", lambda event, *given: told.append(event))
+    monkeypatch.setattr(watch, "emit", lambda event, *given: told.append(event))
     with open_retraining(config, prompts, {}) as run_id:
         tags = {"hass.digest.evaluation": make_evaluation(store, expected).digest}
         crowned(config, tracking.register(config, run_id, make_draft(store, tiny_target), store, tiny_target, tags))
