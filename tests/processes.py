@@ -9,7 +9,9 @@ import os
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 
-LOADED = ("accelerate", "transformers.models.llama.modeling_llama", "hass_core.training.train",
+from flows.collector import imported
+
+LOADED = ("tests.conftest", "accelerate", "transformers.models.llama.modeling_llama", "hass_core.training.train",
           "hass_core.evaluation.evaluate", "hass_core.export.exporter", "hass_core.decoding.planner")  # fmt: skip
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(list(LOADED))
@@ -30,5 +32,6 @@ def wait(process: ForkServerProcess, seconds: float = 200) -> int:
 
 
 def _call(function: Callable[..., object], arguments: tuple[object, ...], environment: dict[str, str]) -> None:
+    imported()
     os.environ.update(environment)
     function(*arguments)

@@ -1,66 +1,25 @@
 """However a step is divided - micro-batches, packs, processes - the weights come out the same."""
 
 import os
+import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 
-from hass_core.store import Store
-from hass_core.training.checkpoint import checkpoint_name, checkpoints
-from hass_core.training.train import draft_folder, train_draft
-from tests.training.conftest import read_records, store_features
-from tests.training.test_train import settings
-
-WORKER = """
-import os
-import signal
-import sys
-import torch
-torch.set_num_threads(1)
-from accelerate import PartialState
-PartialState(cpu=True)
+from hass_core.config import RunConfig
 from hass_core.store import Store
 from hass_core.target_model.loader import freeze
 from hass_core.training import loop, step, train
+from hass_core.training.checkpoint import checkpoint_name, checkpoints
+from hass_core.training.train import draft_folder, train_draft
 from tests.conftest import byte_tokenizer, tiny_llama
-from tests.training.conftest import store_features
-from tests.training.test_division import division
-
-store = Store(sys.argv[1])
-target = freeze(tiny_llama(), byte_tokenizer(), name="tiny")
-with PartialState().main_process_first():
-    features = store_features(store, target)
-config = division(1, sys.argv[2], os.environ.get("ARCHITECTURE", "eagle"))
-if os.environ.get("RECOMPUTE"):
-    config = config.model_copy(update={"training": config.training.model_copy(update={"recompute": True})})
-if os.environ.get("AS_CAPTURED"):  # all that surrounds a CUDA graph, without the graph
-    config = config.model_copy(update={"training": config.training.model_copy(update={"compile": True})})
-    step.Alignment.compile_parts = lambda alignment: None
-    step.can_be_captured = lambda accelerator: True
-    step.GraphPerShape = lambda backward: backward
-take_step = loop.train_step
-def step_or_die(trainer, batches, step, stop):
-    if step == int(os.environ.get("DIES_AT", -1)):
-        os._exit(9)
-    if step == 1 and os.environ.get("TERMINATED") == os.environ["RANK"]:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return take_step(trainer, batches, step, stop)
-loop.train_step = step_or_die
-if os.environ.get("COUNTS_BROADCASTS"):
-    in_training = loop.train
-    def train_without(*given):
-        def sent(*what, **options):
-            raise AssertionError("buffers are sent")
-        torch.distributed._broadcast_coalesced = sent
-        return in_training(*given)
-    train.train = train_without
-train.train_draft(config, features, store, target)
-"""
+from tests.processes import start, wait
+from tests.training.conftest import read_records, store_features
+from tests.training.test_train import settings
 
 
 def division(packs_per_micro_batch: int, optimizer: str = "adamw", architecture: str = "eagle"):
@@ -178,13 +137,53 @@ def two_processes(root: Path, optimizer: str = "adamw", **variables: str) -> lis
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    common |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(root), optimizer],
-            env=os.environ | common | variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[2],
-        )
-        for rank in range(2)
-    ]
-    return [worker.wait(timeout=200) for worker in workers]
+    common |= {"ACCELERATE_USE_CPU": "true", **variables}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    workers = [start(train_as_one_of_two, root, optimizer, **common, **rank) for rank in ranks]
+    return [wait(worker) for worker in workers]
+
+
+def train_as_one_of_two(root: Path, optimizer: str) -> None:
+    """In a process of its own, whose environment says what happens to it."""
+    torch.set_num_threads(1)
+    PartialState(cpu=True)
+    store, target = Store(root), freeze(tiny_llama(), byte_tokenizer(), name="tiny")
+    with PartialState().main_process_first():
+        features = store_features(store, target)
+    spoil_steps()
+    train_draft(as_told(division(1, optimizer, os.environ.get("ARCHITECTURE", "eagle"))), features, store, target)
+
+
+def as_told(config: RunConfig) -> RunConfig:
+    """With what this process's environment wants of it."""
+    changes = {
+        name: True for name, told in (("recompute", "RECOMPUTE"), ("compile", "AS_CAPTURED")) if told in os.environ
+    }
+    return config.model_copy(update={"training": config.training.model_copy(update=changes)})
+
+
+def spoil_steps() -> None:
+    """Of this process, as its environment wants it."""
+    if os.environ.get("AS_CAPTURED"):  # all that surrounds a CUDA graph, without the graph
+        step.Alignment.compile_parts = lambda alignment: None
+        step.can_be_captured = lambda accelerator: True
+        step.GraphPerShape = lambda backward: backward
+    take_step, train_all = loop.train_step, loop.train
+
+    def step_or_die(trainer, batches, number, stop):
+        if number == int(os.environ.get("DIES_AT", -1)):
+            os._exit(9)
+        if number == 1 and os.environ.get("TERMINATED") == os.environ["RANK"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(trainer, batches, number, stop)
+
+    def train_without_broadcasts(*given):
+        def sent(*what, **options):
+            raise AssertionError("buffers are sent")
+
+        torch.distributed._broadcast_coalesced = sent
+        return train_all(*given)
+
+    loop.train_step = step_or_die
+    if os.environ.get("COUNTS_BROADCASTS"):
+        train.train = train_without_broadcasts

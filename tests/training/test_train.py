@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +22,13 @@ from hass_core.draft_model.checkpoint import load_draft
 from hass_core.errors import CorruptFile, DraftMismatch, NonFinite
 from hass_core.features.reader import FeatureDataset
 from hass_core.store import Artifact, Store
-from hass_core.target_model.loader import Target
+from hass_core.target_model.loader import Target, freeze
 from hass_core.training import loop, step
 from hass_core.training.batch import collate
 from hass_core.training.step import compute_dtype
 from hass_core.training.train import draft_folder, train_draft
+from tests.conftest import byte_tokenizer, tiny_llama
+from tests.processes import start, wait
 from tests.training.conftest import make_talk, read_records, store_features
 
 MEASURED = {"train/tokens_per_second", "train/waiting_for_data"}
@@ -138,26 +138,11 @@ def test_interrupted_training_continues_bit_for_bit(store, tiny_target, features
         assert torch.equal(value, whole[name]), name
 
 
-PROCESS = """
-import sys
-import torch
-torch.set_num_threads(1)
-from hass_core.store import Artifact, Store
-from hass_core.target_model.loader import freeze
-from hass_core.training.train import train_draft
-from tests.conftest import byte_tokenizer, tiny_llama
-from tests.training.conftest import store_features
-from tests.training.test_train import settings
-
-store = Store(sys.argv[1])
-target = freeze(tiny_llama(), byte_tokenizer(), name="tiny")
-train_draft(settings(passes=8), store_features(store, target), store, target)
-"""
-
-
-def start_process(root: Path) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, "-c", PROCESS, str(root)], env=environment, cwd=Path(__file__).parents[2])
+def train_once(root: Path) -> None:
+    """In a process of its own."""
+    torch.set_num_threads(1)
+    store, target = Store(root), freeze(tiny_llama(), byte_tokenizer(), name="tiny")
+    train_draft(settings(passes=8), store_features(store, target), store, target)
 
 
 def wait_for_step(path: Path, step: int) -> None:
@@ -175,13 +160,13 @@ def test_a_killed_process_run_again_gives_the_same_curve(tmp_path, tiny_target, 
     for root in roots:
         store = Store(root)
         folders.append(draft_folder(settings(passes=8), store_features(store, tiny_target), store, tiny_target))
-    assert start_process(roots[0]).wait(timeout=200) == 0
-    process = start_process(roots[1])
+    assert wait(start(train_once, roots[0])) == 0
+    process = start(train_once, roots[1])
     wait_for_step(folders[1].scratch() / "metrics.jsonl", step=9)
-    process.send_signal(death)
-    assert process.wait(timeout=60) == (-9 if death == signal.SIGKILL else 143)
+    os.kill(process.pid, death)
+    assert wait(process, 60) == (-9 if death == signal.SIGKILL else 143)
     assert folders[1].artifact() is None
-    assert start_process(roots[1]).wait(timeout=200) == 0
+    assert wait(start(train_once, roots[1])) == 0
 
     curves = []
     for folder in folders:
