@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from hass_core.config import FeaturesConfig, RunConfig
-from hass_core.errors import HassError, StoreError, TargetError
+from hass_core.errors import HassError, StoreError
 from hass_core.features.checks import AUDIT, audit_masks
 from hass_core.features.reader import shard_names
 from hass_core.features.schema import SKIPPED, Encoding, FeatureInfo, encode
@@ -91,11 +91,6 @@ def extract_features(
 def check_states(config: RunConfig, target: Target) -> tuple[int, ...]:
     """The layers after which the draft reads states. Raises TargetError where they cannot be had."""
     taps = config.draft.tapped(target.num_layers)
-    if taps and config.features.engine == "vllm":
-        raise TargetError(
-            'features.engine = "vllm" gives the last hidden state, and draft.taps asks for others: set '
-            'features.engine = "transformers", or leave draft.taps out'
-        )
     check_taps(target, taps)
     return taps
 
@@ -279,7 +274,7 @@ def _decided_by_engine(settings: FeaturesConfig) -> dict[str, str]:
 def states_of(settings: FeaturesConfig, target: Target, taps: tuple[int, ...] = ()) -> Iterator[States]:
     """The target's own pass, or the servers of the settings; `taps` are layers whose states are wanted, too."""
     if settings.engine == "vllm":
-        with ServedStates(settings, target) as served:
+        with ServedStates(settings, target, taps) as served:
             yield served
     else:
         yield lambda token_ids, names: Capture(target, token_ids, names, taps).rows

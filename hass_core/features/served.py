@@ -2,9 +2,10 @@
 served once, and answers as well as gives features.
 
 A request of token ids makes the server write a safetensors file, `hidden_states` [L, n, H] and `token_ids` [L], into
-its `shared_storage_path`, which this machine sees as `features.server_folder`. The state behind the last layer comes
-before the final norm; the norm is applied here. What a server runs cannot be seen from here, so every row is held
-against the token that the server drew behind it, and of every batch one row against the target's own pass.
+its `shared_storage_path`, which this machine sees as `features.server_folder`. The state behind the last layer is the
+last of the n and comes before the final norm, which is applied here; the others are those that the draft fuses. What a
+server runs cannot be seen from here, so every row is held against the token that the server drew behind it, and of
+every batch one row against the target's own pass.
 """
 
 import asyncio
@@ -34,13 +35,13 @@ FARTHEST = 0.25  # of a row's norm: how far two computations of a hidden state i
 
 class ServedStates:
     """Called with rows of token ids and their names, it asks for them and gives a function that waits for the features,
-    [L, H] each, bfloat16. A context manager.
+    [L, n·H] each as they are stored, bfloat16. A context manager.
 
     That function raises TargetError where a server fails, refuses a row or runs another model, NonFinite naming a row.
     """
 
-    def __init__(self, settings: FeaturesConfig, target: Target):
-        self._settings, self._target = settings, target
+    def __init__(self, settings: FeaturesConfig, target: Target, taps: tuple[int, ...] = ()):
+        self._settings, self._target, self._taps = settings, target, taps
         self._folder = Path(cast(str, settings.server_folder)).expanduser()
         self._norm = _final_norm(target)
         self._own_pass = threading.Lock()
@@ -81,14 +82,20 @@ class ServedStates:
     def _check(self, served: Tensor, token_ids: TokenIds, name: str) -> None:
         """Raise TargetError unless a row's features are those of the target's own pass."""
         with self._own_pass:  # writers wait for several batches at once
-            (own,) = capture_features(self._target, [token_ids], [name])
-        apart = (served.float() - own.float()).norm(dim=-1) / own.float().norm(dim=-1)
+            (own,) = capture_features(self._target, [token_ids], [name], self._taps)
+        ours, theirs = (x.float().unflatten(1, (1 + len(self._taps), -1)) for x in (own, served))
+        apart = (theirs - ours).norm(dim=-1) / ours.norm(dim=-1)
         if float(apart.max()) > FARTHEST:
             raise TargetError(
                 f"conversation {name}: the features of {self._servers} are not those of {self._target.name}: they lie "
                 f"up to {float(apart.max()):.0%} apart, {FARTHEST:.0%} is taken for rounding; serve the same weights, "
-                f"and the state behind layer {self._target.num_layers} alone"
+                f"and the states behind layers {self._layers} alone"
             )
+
+    @property
+    def _layers(self) -> list[int]:
+        """Behind which the servers shall write states."""
+        return [*self._taps, self._target.num_layers]
 
     async def _connect(self) -> None:
         urls, model = list(self._settings.server_urls), self._settings.server_model
@@ -110,7 +117,7 @@ class ServedStates:
         return self._submit(work).result()
 
     async def _row(self, token_ids: list[int], name: str) -> Tensor:
-        """Features [L, H] of one row."""
+        """Features [L, n·H] of one row."""
         async with self._room:
             reply = await self._asked(token_ids, name)
             return await asyncio.to_thread(self._features, reply, token_ids, name)
@@ -155,8 +162,10 @@ class ServedStates:
     def _features(self, reply: dict[str, Any], token_ids: list[int], name: str) -> Tensor:
         """A row's features from the file that a reply names, which is removed. Runs in a thread."""
         states = self._read(reply["file"], token_ids, name)
-        features = self._norm(states.to(self._target.device, self._target.dtype))
-        if not bool(features.isfinite().all()):
+        states = states.to(self._target.device, self._target.dtype)
+        features = self._norm(states[:, -1])
+        whole = torch.cat([features, states[:, :-1].flatten(1)], 1)
+        if not bool(whole.isfinite().all()):
             raise NonFinite(f"conversation {name}: the hidden states of {self._servers} are NaN or infinite")
         logits = features[-1] @ self._target.head.mT
         short = float(logits.max() - logits[reply["token"]])
@@ -166,10 +175,10 @@ class ServedStates:
                 f"gives {short:.1f} less than its best for the state that came back; the servers must run "
                 f"{self._target.name} and write the state behind its last layer, layer {self._target.num_layers}"
             )
-        return features.to("cpu", torch.bfloat16)
+        return whole.to("cpu", torch.bfloat16)
 
     def _read(self, file: str, token_ids: list[int], name: str) -> Tensor:
-        """The states [L, H] in a file; only the name counts of what a server says, it lies in the folder of ours."""
+        """The states [L, n, H] in a file; only the name counts of what a server says, it lies in the folder of ours."""
         path = self._folder / PurePosixPath(file).name
         lock = path.with_name(path.name + ".lock")
         try:
@@ -184,16 +193,19 @@ class ServedStates:
             ) from None
         path.unlink()
         lock.unlink(missing_ok=True)
-        states, hidden = found.get("hidden_states"), self._target.embedding.shape[1]
-        if states is None or list(states.shape) != [len(token_ids), 1, hidden]:
+        states, wanted = (
+            found.get("hidden_states"),
+            [len(token_ids), len(self._layers), self._target.embedding.shape[1]],
+        )
+        if states is None or list(states.shape) != wanted:
             shape = "nothing" if states is None else list(states.shape)
             raise TargetError(
-                f"conversation {name}: the server wrote {shape} for [{len(token_ids)}, 1, {hidden}]; start it with "
-                f'"eagle_aux_hidden_state_layer_ids": [{self._target.num_layers}]'
+                f"conversation {name}: the server wrote {shape} for {wanted}; start it with "
+                f'"eagle_aux_hidden_state_layer_ids": {self._layers}'
             )
         if found["token_ids"].tolist() != token_ids:
             raise TargetError(f"conversation {name}: the server wrote the states of other tokens than it was asked for")
-        return states[:, 0]
+        return states
 
 
 def _parsed(reply: Any, server: Server) -> dict[str, Any]:

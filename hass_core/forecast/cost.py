@@ -132,7 +132,8 @@ def training_flops(shape: Shape, vocabulary: int, align_steps: int, answer_share
     trunk = 6 * (align_steps * answer_share * layer + (1 - answer_share) * seen)
     scores = 12 * align_steps * answer_share * CONTEXT_SHARE * length * shape.heads * shape.head_dim
     head = 2 * vocabulary * shape.hidden * answer_share * (1 + (3 if shape.head_rows else 2) * align_steps)
-    return trunk + scores + head
+    fused = 4 * shape.taps * shape.hidden**2  # of states that are not trained
+    return trunk + scores + head + fused
 
 
 def optimizer_seconds(shape: Shape, optimizer: str, rate: float) -> float:
@@ -142,7 +143,7 @@ def optimizer_seconds(shape: Shape, optimizer: str, rate: float) -> float:
     h, q, k = shape.hidden, shape.heads * shape.head_dim, shape.groups * shape.head_dim
     matrices = [(h, 2 * h), (q, h), (h, q), (k, h), (k, h), *[(shape.inner, h)] * 3]
     if shape.head_rows:  # the head is AdamW's
-        matrices = [(q, 2 * h), (h, q), (k, 2 * h), (k, 2 * h), *[(shape.inner, h)] * 3]
+        matrices = [(q, 2 * h), (h, q), (k, 2 * h), (k, 2 * h), *[(shape.inner, h)] * 3, (h, shape.taps * h)]
     return MUON + 5 * sum(4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3 for s in matrices) / rate
 
 

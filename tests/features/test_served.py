@@ -1,6 +1,7 @@
 """Features from servers: those of the target's own pass, or refused. The servers here speak as vLLM does, over HTTP."""
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from hass_core.data.engines import openai
 from hass_core.errors import ConfigError, NonFinite, TargetError
 from hass_core.features.extract import extract_features
 from hass_core.features.reader import FeatureDataset
-from tests.conftest import tiny_llama
+from hass_core.target_model.loader import freeze
+from tests.conftest import byte_tokenizer, tiny_llama
 from tests.features.conftest import responses_artifact
 
 Change = Callable[[dict[str, Any]], dict[str, Any] | bytes | int]
@@ -27,14 +29,19 @@ Change = Callable[[dict[str, Any]], dict[str, Any] | bytes | int]
 
 
 class StatesServer(ThreadingHTTPServer):
-    """As vLLM with extract_hidden_states: answers token ids by one token and a file with the states behind `layer`."""
+    """As vLLM with extract_hidden_states: answers token ids by one token and a file with the states after
+    the layers `taps` and behind `layer`."""
 
     daemon_threads = True
 
-    def __init__(self, model: Any, folder: Path, change: Change = lambda made: made, layer: int = -1):
+    def __init__(
+        self, model: Any, folder: Path, change: Change = lambda made: made, layer: int = -1,
+        taps: tuple[int, ...] = ()
+    ):  # fmt: skip
         super().__init__(("127.0.0.1", 0), Asked)
         self.model = deepcopy(model)  # the test's process uses its own meanwhile
-        self.folder, self.change, self.layer, self.requests = folder, change, layer, 0
+        self.folder, self.change, self.requests = folder, change, 0
+        self.layers = [*(tap - 1 for tap in taps), layer]
         self.lock = threading.Lock()
         self.told = folder  # where it says that its files are
 
@@ -71,12 +78,14 @@ class Asked(BaseHTTPRequestHandler):
     @torch.no_grad()
     def made(self, ids: list[int]) -> dict[str, Any]:
         decoder, found = self.server.model.model, []
-        hook = decoder.layers[self.server.layer].register_forward_hook(lambda m, i, out: found.append(out))
+        layers = [decoder.layers[number] for number in self.server.layers]
+        hooks = [layer.register_forward_hook(lambda m, i, out: found.append(out)) for layer in layers]
         last = decoder(torch.tensor([ids])).last_hidden_state[0, -1]
-        hook.remove()
-        state = found[0][0] if isinstance(found[0], tuple) else found[0]
+        for hook in hooks:
+            hook.remove()
+        states = torch.stack([(out[0] if isinstance(out, tuple) else out)[0] for out in found], 1)
         token = int(self.server.model.lm_head(last).argmax())
-        return {"hidden_states": state[0][:, None].contiguous(), "token_ids": torch.tensor(ids), "token": token}
+        return {"hidden_states": states, "token_ids": torch.tensor(ids), "token": token}
 
     def reply(self, status: int, data: bytes) -> None:
         self.send_response(status)
@@ -136,6 +145,31 @@ def test_they_are_those_of_the_targets_own_pass_and_leave_no_file_behind(tiny_ta
         torch.testing.assert_close(theirs[name].features, row.features, rtol=0.02, atol=0.02)
     assert min(one.requests, other.requests) > 0
     assert list(folder.iterdir()) == []
+
+
+def test_states_that_a_draft_fuses_come_with_the_last_one(store, rows, folder):
+    target = freeze(tiny_llama(num_hidden_layers=5), byte_tokenizer(), name="tiny")
+    responses, draft = responses_artifact(store, rows), {"architecture": "eagle3", "taps": [1, 3]}
+    right = StatesServer(target.model, folder, taps=(1, 3))
+    with serving(right):
+        config = settings(folder, right.url)
+        config = config.model_copy(update={"draft": parse_config({"draft": draft}).draft})
+        served = rows_of(store, extract_features(config, responses, store, target))
+    own = parse_config({"features": {"validation_fraction": 0.2}, "draft": draft})
+    for name, row in rows_of(store, extract_features(own, responses, store, target)).items():
+        torch.testing.assert_close(served[name].features, row.features, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(served[name].taps, row.taps, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("taps", "says"), [((2, 3), "behind layers [1, 3, 5] alone"), ((), '"eagle_aux_hidden_state_layer_ids": [1, 3, 5]')]
+)
+def test_other_states_than_the_draft_fuses_are_refused(store, rows, folder, taps, says):
+    target = freeze(tiny_llama(num_hidden_layers=5), byte_tokenizer(), name="tiny")
+    wrong, draft = StatesServer(target.model, folder, taps=taps), {"architecture": "eagle3", "taps": [1, 3]}
+    config = settings(folder, wrong.url).model_copy(update={"draft": parse_config({"draft": draft}).draft})
+    with serving(wrong), pytest.raises(TargetError, match=re.escape(says)):
+        extract_features(config, responses_artifact(store, rows), store, target)
 
 
 def test_a_lost_server_costs_no_row(tiny_target, store, rows, folder):

@@ -48,6 +48,9 @@ def test_parameters_are_those_of_the_draft_that_is_built_and_of_the_model_that_i
     settings = DraftConfig(architecture="eagle3", vocab_size=8192)
     tensors = new_architecture(transformers_config(source), settings, 8192).tensors()
     assert shape.drafted_by(settings).draft == sum(math.prod(sizes) for sizes in tensors.values())
+    fusing = DraftConfig(architecture="eagle3", vocab_size=8192, taps="three")
+    tensors = new_architecture(transformers_config(source), fusing, 8192).tensors()
+    assert shape.drafted_by(fusing).draft == sum(math.prod(sizes) for sizes in tensors.values())
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(transformers_config(source, num_hidden_layers=2, layer_types=None))
     two_layers = 2 * shape.layer + shape.ends
@@ -69,6 +72,19 @@ def test_flops_are_those_that_the_benchmark_counts():
     counted = needed_flops(Eagle3Architecture.of(architecture, 49_152), 49_152, batch) / batch.num_tokens
     shape = shape.drafted_by(DraftConfig(architecture="eagle3"))
     assert cost.training_flops(shape, 49_152, 3, 0.8, 330) == pytest.approx(counted, rel=0.02)
+    fusing = Eagle3Architecture.of(architecture, 49_152, taps=(2, 15, 27))
+    more = needed_flops(fusing, 49_152, batch, taps=3) / batch.num_tokens - counted
+    fused = shape.drafted_by(DraftConfig(architecture="eagle3", taps="three"))
+    flops = cost.training_flops(fused, 49_152, 3, 0.8, 330) - cost.training_flops(shape, 49_152, 3, 0.8, 330)
+    assert flops == pytest.approx(more, rel=0.02)
+
+
+def test_states_that_a_draft_fuses_are_stored_beside_the_last_one():
+    config = load_config("smollm2-eagle3-taps-cpu")
+    shape, work = shape_of(config.target.source), cost.work_of(config)
+    fused = shape.drafted_by(config.draft)
+    three = cost.feature_bytes(fused, work, "bf16") - cost.feature_bytes(shape, work, "bf16")
+    assert three == work.tokens * 3 * 2 * shape.hidden
 
 
 @pytest.mark.parametrize("check", checks(), ids=lambda check: f"{check.what} {check.measured}")

@@ -1,9 +1,9 @@
 """vLLM serves a target with an exported draft: the same tokens as plain decoding, the same acceptance as our own chain.
 
 Of SmolLM2 (Llama), of a tiny Qwen2 (its biases by `qkv_bias`), and of a tiny Qwen3, whose draft is a Llama layer with
-a head_dim of its own; and eagle3 drafts, over half of the tokens, of a tiny Llama and a tiny Qwen3. Greedy and float32
-only: there both sides compute the same argmax. vLLM lives in an environment of its own; see CONTRIBUTING.md. Without
-HASS_VLLM_PYTHON these tests are skipped.
+a head_dim of its own; and eagle3 drafts, over half of the tokens, of a tiny Llama and a tiny Qwen3, of the last state
+and of three fused ones. Greedy and float32 only: there both sides compute the same argmax. vLLM lives in an environment
+of its own; see CONTRIBUTING.md. Without HASS_VLLM_PYTHON these tests are skipped.
 """
 
 import json
@@ -11,6 +11,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,10 +43,19 @@ DRAFT = os.environ.get("HASS_ORACLE_DRAFT")  # a trained draft's folder, instead
 DEPTH, NEW_TOKENS, PROMPTS = 3, 32, 4
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512, "initializer_range": 0.2}
+DEEP = {"num_hidden_layers": 9}
 TINY: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig.from_dict(SIZES | HEADS | {"head_dim": 32})),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config.from_dict(SIZES | HEADS)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config.from_dict(SIZES | HEADS | {"head_dim": 64})),
+    "deep llama": lambda: LlamaForCausalLM(LlamaConfig.from_dict(SIZES | HEADS | DEEP | {"head_dim": 32})),
+    "deep qwen3": lambda: Qwen3ForCausalLM(Qwen3Config.from_dict(SIZES | HEADS | DEEP | {"head_dim": 64})),
+}
+EAGLE3: dict[str, dict[str, Any]] = {  # of each target, the settings of its draft in the second layout
+    "llama": {},
+    "qwen3": {"norm_output": True},
+    "deep llama": {"taps": "three"},
+    "deep qwen3": {"taps": (1, 4, 8), "fc_norm": True, "norm_output": True},
 }
 CHAIN = TreeConfig(kind="chain", depth=DEPTH, top_k=1, nodes=DEPTH + 1)
 
@@ -56,7 +66,7 @@ pytestmark = [
 ]
 
 
-JUDGED = [("smollm2", "eagle"), ("qwen2", "eagle"), ("qwen3", "eagle"), ("llama", "eagle3"), ("qwen3", "eagle3")]
+JUDGED = [*((name, "eagle") for name in ("smollm2", "qwen2", "qwen3")), *((name, "eagle3") for name in EAGLE3)]
 
 
 @pytest.fixture(scope="module", params=JUDGED, ids="-".join)
@@ -97,7 +107,7 @@ def plain(target, prompts) -> list[list[int]]:
 def draft_folder(judged, target, prompts, plain, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("oracle") / "draft"
     if judged[1] == "eagle3":
-        save_draft(folder, *fitted_eagle3(target, prompts, plain, 80, judged[0] == "qwen3"), draft_info(target))
+        save_draft(folder, *fitted_eagle3(target, prompts, plain, 80, **EAGLE3[judged[0]]), draft_info(target))
         return folder
     trained = load_draft(Path(DRAFT), target).model.float() if DRAFT and target.name.startswith("smollm2") else None
     draft = trained or fitted_draft(target, prompts, plain, steps=60)
