@@ -42,6 +42,7 @@ def halves(responses: Artifact, store: Store) -> list[Artifact]:
         if (done := stage.artifact()) is None:
             with stage.writing("part-00000.parquet") as file:
                 pq.write_table(part, file.path)
+                file.rows = len(part)
             done = stage.finish({"conversations": len(part)})
         made.append(done)
     return made

@@ -10,6 +10,7 @@ import argparse
 import json
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -68,6 +69,7 @@ def main() -> None:
             try:
                 print(json.dumps(measured(preset, Path(folder), options.device)), flush=True)
             except Exception as error:
+                traceback.print_exc()
                 print(json.dumps({"preset": preset, "failed": f"{type(error).__name__}: {error}"}), flush=True)
         if options.device != "cpu":
             torch.cuda.empty_cache()
