@@ -1,9 +1,14 @@
 """A retraining small enough for a test: the tiny target in a folder, a dozen prompts, a settings file."""
 
 import json
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.flows.stack import PREFECT, answers, end, free_port, wait_for
 
 PROMPTS = ["Name a colour.", "Add two and three.", "Say hello.", "What is rain?", "Count to four.", "Spell cat."]
 SETTINGS = """
@@ -47,6 +52,22 @@ lossless_questions = 2
 def prefect_home(tmp_path_factory) -> Path:
     """One Prefect database for all flows that run without a server: making its tables takes seconds."""
     return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory) -> Iterator[str]:
+    """The address of a Prefect server for commands that need none of their own, which takes seconds each time."""
+    home, port = tmp_path_factory.mktemp("server"), free_port()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
+    environment = kept | {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    command = [*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
+    with (home / "server.log").open("wb") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/api/health"), "the Prefect server", 120)
+        yield f"http://127.0.0.1:{port}/api"
+    finally:
+        end(server)
 
 
 @pytest.fixture

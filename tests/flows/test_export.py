@@ -30,18 +30,23 @@ def version(tiny_preset, tiny_target) -> tracking.DraftVersion:
         )
 
 
-def export(preset: Path, prefect_home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def export(preset: Path, prefect_api: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
-    environment |= {"PREFECT_HOME": str(prefect_home), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment |= {
+        "PREFECT_HOME": str(preset.parent / "prefect"),
+        "PREFECT_API_URL": prefect_api,
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+    }
     return subprocess.run(
         [sys.executable, "-m", "flows.export_draft", str(preset), *arguments],
         cwd=preset.parent, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
-def test_a_draft_is_exported_by_its_alias_and_a_failure_is_told_and_recorded(tiny_preset, prefect_home, version):
+def test_a_draft_is_exported_by_its_alias_and_a_failure_is_told_and_recorded(tiny_preset, prefect_api, version):
     done = export(
-        tiny_preset, prefect_home, f"source=models:/{version.model}@champion", "engine=sglang", "target.license=mit"
+        tiny_preset, prefect_api, f"source=models:/{version.model}@champion", "engine=sglang", "target.license=mit"
     )
     assert done.returncode == 0, done.stdout + done.stderr
     out = tiny_preset.parent / "exports" / f"{version.model}-1-sglang"
@@ -55,7 +60,7 @@ def test_a_draft_is_exported_by_its_alias_and_a_failure_is_told_and_recorded(tin
     tensors["fc.weight"][0, 0] = float("nan")
     save_file(tensors, broken / "model.safetensors")
     (broken / "config.json").write_bytes((weights.parent / "config.json").read_bytes())
-    done = export(tiny_preset, prefect_home, f"source={broken}")
+    done = export(tiny_preset, prefect_api, f"source={broken}")
     assert done.returncode == 2, done.stdout + done.stderr
     assert f"error: the draft in {broken} cannot be taken as it is: fc.weight holds NaN" in done.stderr
     assert list((tiny_preset.parent / "exports").iterdir()) == [out]

@@ -31,6 +31,12 @@ SECRETS = {
 
 
 @pytest.fixture
+def with_server(environment, prefect_api) -> dict[str, str]:
+    """The same where PREFECT_API_URL names a server."""
+    return environment | {"PREFECT_API_URL": prefect_api}
+
+
+@pytest.fixture
 def environment(prefect_home) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
     return kept | {"PREFECT_HOME": str(prefect_home), "OMP_NUM_THREADS": "1", "COLUMNS": "200", **SECRETS}
@@ -66,7 +72,7 @@ def files_with(text: str, folder: Path) -> list[Path]:
 
 
 def test_a_retraining_ends_with_report_and_version_a_repeat_as_nothing_new_and_the_next_reuses_what_it_can(
-    environment, tiny_preset, prefect_home
+    environment, with_server, tiny_preset, prefect_home
 ):
     first = retrain(environment, tiny_preset, "execution.workers=2")
     assert first.returncode == 0, first.stdout + first.stderr
@@ -87,13 +93,13 @@ def test_a_retraining_ends_with_report_and_version_a_repeat_as_nothing_new_and_t
 
     database = f"sqlite:///{tiny_preset.parent}/.hass/mlflow.db"
     recorded = record_of(database)
-    again = retrain(environment, tiny_preset)
+    again = retrain(with_server, tiny_preset)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "nothing new: hass-draft-tiny version 1, the champion, was made of the same prompts" in again.stdout
     assert record_of(database) == recorded
     assert finished_stages(tiny_preset) == before
 
-    second = retrain(environment, tiny_preset, "training.passes=5")
+    second = retrain(with_server, tiny_preset, "training.passes=5")
     assert second.returncode == 0, second.stdout + second.stderr
     assert "version 2" in second.stdout
     assert len(re.findall(r"^\w+ +found finished,", second.stdout, re.MULTILINE)) == 3
@@ -176,8 +182,8 @@ def test_a_wrong_setting_is_one_sentence_and_exit_code_2(environment, tiny_prese
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_a_mistake_found_by_a_stage_is_one_sentence_too(environment, tiny_preset):
-    done = retrain(environment, tiny_preset, 'prompts.files=["/nowhere.jsonl"]')
+def test_a_mistake_found_by_a_stage_is_one_sentence_too(with_server, tiny_preset):
+    done = retrain(with_server, tiny_preset, 'prompts.files=["/nowhere.jsonl"]')
     assert done.returncode == 2
     assert done.stderr.strip().endswith("error: /nowhere.jsonl: no such file; check prompts.files")
     assert "Traceback" not in done.stdout + done.stderr
