@@ -16,6 +16,8 @@ import psutil
 ROOT = Path(__file__).parents[2]
 BUSY = 4  # so many times as long as on a machine that does nothing else
 PREFECT = [sys.executable, "-m", "prefect"]
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's shell starts `pytest … &` so, and a worker that
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # inherits it never stops: Prefect's SIGTERM is a SIGINT
 
 
 class Stack:
