@@ -23,8 +23,8 @@ from tests.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, FaultyProxy, seaweed
 IMPATIENT = {"read_timeout": 1, "connect_timeout": 1, "retries": {"max_attempts": 2, "mode": "standard"}}
 
 LONGEST = (  # files of a minute and more, the longest first
-    "test_deployment", "test_retrain", "test_six_months", "test_kernels", "test_division", "test_train", "test_shards",
-    "test_readme", "test_launch", "test_verbs", "test_tokenise", "test_export", "test_prompts", "test_gate_trials",
+    "test_deployment", "test_retrain", "test_six_months", "test_kernels", "test_shards", "test_readme", "test_train",
+    "test_launch", "test_division", "test_export", "test_verbs", "test_tokenise", "test_prompts", "test_gate_trials",
 )  # fmt: skip
 
 hypothesis.settings.register_profile(  # tests do not time, and try the same examples everywhere

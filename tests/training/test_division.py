@@ -115,7 +115,7 @@ def test_two_processes_do_not_send_each_other_the_embedding(tmp_path):
     assert two_processes(tmp_path / "two", COUNTS_BROADCASTS="1") == [0, 0]
 
 
-@pytest.mark.recovery
+@pytest.mark.slow
 def test_divided_training_that_died_continues_from_its_checkpoint(tmp_path):
     divided = {"ACCELERATE_USE_FSDP": "true"}
     assert two_processes(tmp_path / "whole", **divided) == [0, 0]
