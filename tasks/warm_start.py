@@ -4,10 +4,11 @@ from prefect import task
 
 from hass_core.config import CHAMPION, RunConfig
 from hass_core.draft_model.eagle3 import is_eagle3
+from hass_core.draft_model.eagle3_files import reads_last_state, taps_told
 from hass_core.draft_model.files import read_config
 from hass_core.evaluation.evaluate import local_draft
 from hass_core.store import Artifact
-from tasks import tracking
+from tasks import resources, tracking
 from tasks.resources import is_served, made_by, store_of
 from tasks.retries import SHORT
 
@@ -19,8 +20,8 @@ def resolve_warm_start(config: RunConfig, prompts: Artifact, continues: str | No
     """The settings with a folder for `champion`, and the tags by which a retraining remembers its choice.
 
     One retraining (settings, prompts, target) starts from one draft for ever: its record says which. A new one takes
-    the champion of this target; where there is none, or one of another architecture, the draft starts as draft.start
-    says.
+    the champion of this target; where there is none, or one of another architecture or over other states of the target,
+    the draft starts as draft.start says.
     """
     if config.draft.warm_start != CHAMPION:
         return config, {}
@@ -38,6 +39,11 @@ def _present(config: RunConfig) -> str:
     if champion is None or not is_served(config, champion):
         return NONE
     folder = local_draft(store_of(config).open(champion.draft))
-    if is_eagle3(read_config(folder), {}) != (config.draft.architecture == "eagle3"):
+    told, wanted = read_config(folder), config.draft
+    if is_eagle3(told, {}) != (wanted.architecture == "eagle3"):
         return NONE
+    if wanted.architecture == "eagle3":
+        layers = resources.target_of(config).num_layers
+        if (() if reads_last_state(told) else taps_told(told, layers)) != wanted.tapped(layers):
+            return NONE
     return champion.draft.model_dump_json(exclude={"summary"})

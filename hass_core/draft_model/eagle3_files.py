@@ -127,8 +127,7 @@ def _read_of_target(
 ) -> tuple[dict[str, Tensor], tuple[int, ...], list[str]]:
     """Of what is read of the target: the tensors without those that only bring its last hidden state, the layers whose
     states are fused, and what is wrong with them."""
-    nested = config.get("eagle_config") or {}
-    if nested.get("use_aux_hidden_state", True) is False:
+    if reads_last_state(config):
         return tensors, (), []
     rest = {name: tensor for name, tensor in tensors.items() if name not in (FUSION, TAP_NORM)}
     fusion, norm = tensors.get(FUSION), tensors.get(TAP_NORM)
@@ -143,6 +142,11 @@ def _read_of_target(
     except ValueError as error:
         return rest, (), [str(error)]
     return tensors, taps, [*_count(config, fusion, taps)]
+
+
+def reads_last_state(config: dict[str, Any]) -> bool:
+    """Whether config.json says that an EAGLE-3 draft fuses no states of the target."""
+    return (config.get("eagle_config") or {}).get("use_aux_hidden_state", True) is False
 
 
 def taps_told(config: dict[str, Any], layers: int) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from hass_core.draft_model.accounting import StoredDraft
 from hass_core.draft_model.architecture import DraftArchitecture
 from hass_core.draft_model.eagle3 import DRAFTED, FUSION, LM_HEAD, OFFSETS, TAPPED, TAPS, Eagle3Architecture
-from hass_core.draft_model.eagle3_files import TAP_NORM, TargetEnd, offsets_of, taps_told
+from hass_core.draft_model.eagle3_files import TAP_NORM, TargetEnd, offsets_of, reads_last_state, taps_told
 from hass_core.draft_model.engines import Engine
 from hass_core.export.findings import EXPORT_AGAIN, Finding
 
@@ -123,8 +123,7 @@ def _settings(config: dict[str, Any], engine: Engine, target: TargetEnd) -> Iter
 
 def fuses(config: dict[str, Any], target: TargetEnd) -> bool:
     """Whether config.json is of a draft that fuses states inside the target, whatever is wrong with it."""
-    switched_off = (config.get("eagle_config") or {}).get("use_aux_hidden_state", True) is False
-    return not switched_off and config.get(TAPPED) != [target.num_layers]
+    return not reads_last_state(config) and config.get(TAPPED) != [target.num_layers]
 
 
 def _taps(config: dict[str, Any], target: TargetEnd) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from tests.features.conftest import conversation, responses_artifact
 from tests.flows.stack import answers, end, free_port, wait_for
 
 PYTHON = os.environ.get("HASS_VLLM_PYTHON")
-LAYERS = 2
+LAYERS = 4
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,12 +37,17 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", params=[(), (1, 3)], ids=["last", "with two inside"])
+def taps(request) -> tuple[int, ...]:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def server(model, tmp_path_factory) -> Iterator[tuple[str, Path]]:
+def server(model, taps, tmp_path_factory) -> Iterator[tuple[str, Path]]:
     """A vLLM server's address and the folder into which it writes states."""
     folder, port = tmp_path_factory.mktemp("states"), free_port()
-    taps = {"hf_config": {"eagle_aux_hidden_state_layer_ids": [LAYERS]}}
-    speculative = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": taps}
+    layers = {"hf_config": {"eagle_aux_hidden_state_layer_ids": [*taps, LAYERS]}}
+    speculative = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": layers}
     transfer = {
         "kv_connector": "CPUHiddenStates",
         "kv_connector_module_path": "cpu_hidden_states",
@@ -69,19 +74,22 @@ def server(model, tmp_path_factory) -> Iterator[tuple[str, Path]]:
             end(process)
 
 
-def test_its_states_are_those_of_the_targets_own_pass(model, server, store):
+def test_its_states_are_those_of_the_targets_own_pass(model, server, taps, store):
     target = load_target(TargetConfig(source=str(model), dtype="float32", device="cpu"))
     # all rows begin alike, so that most of them find their beginning in the server's prefix cache
     rows = [conversation(f"c{i}", answer="word " * (10 + i) + "end") for i in range(12)]
     responses = responses_artifact(store, rows, parts=2)
     url, folder = server
+    draft = {"draft": {"architecture": "eagle3", "taps": list(taps)}} if taps else {}
     served_by = {"engine": "vllm", "server_urls": [url], "server_folder": str(folder), "server_concurrency": 4}
     served, own = (
-        FeatureDataset(store, extract_features(parse_config({"features": features}), responses, store, target))
+        FeatureDataset(store, extract_features(parse_config({"features": features} | draft), responses, store, target))
         for features in (served_by, {})
     )
     assert len(served) == len(own) == len(rows)
     for i in range(len(own)):
         assert served[i].id == own[i].id
         torch.testing.assert_close(served[i].features, own[i].features, rtol=0.02, atol=0.02)
+        if taps:
+            torch.testing.assert_close(served[i].taps, own[i].taps, rtol=0.02, atol=0.02)
     assert list(folder.iterdir()) == []

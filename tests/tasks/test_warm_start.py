@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hass_core.draft_model.eagle3 import TAPPED
 from tasks import tracking, warm_start
 from tasks.tracking import open_retraining
 from tests.tasks.conftest import register_draft
@@ -38,6 +39,23 @@ def test_the_champion_is_the_start_of_a_new_retraining(continuing, register, pro
     assert begin(continuing, prompts) == champion.draft.digest
     other = continuing.draft.model_copy(update={"architecture": "eagle3"})
     assert begin(continuing.model_copy(update={"draft": other}), prompts) is None
+
+
+@pytest.mark.parametrize(
+    ("told", "taps"),
+    [
+        ({"eagle_config": {"use_aux_hidden_state": False}}, "last"),
+        ({"eagle_config": {TAPPED: [0]}, TAPPED: [1]}, (1,)),
+    ],
+    ids=["last", "one inside"],
+)
+def test_a_champion_over_other_states_of_the_target_is_no_start(continuing, register, prompts, monkeypatch, told, taps):
+    champion = register(0)
+    monkeypatch.setattr(warm_start, "read_config", lambda folder: told)
+    for wanted in ("last", (1,)):
+        draft = continuing.draft.model_copy(update={"architecture": "eagle3", "taps": wanted})
+        found = begin(continuing.model_copy(update={"draft": draft}), prompts)
+        assert found == (champion.draft.digest if wanted == taps else None)
 
 
 def test_a_repeat_starts_from_the_same_draft_though_the_champion_is_another_now(continuing, register, prompts, store):
