@@ -31,6 +31,7 @@ from hass_core.training.batch import Conversation
 
 ROWS_PER_BLOCK = 8192
 MAX_CONVERSATIONS = 5_000  # counts from so many rank the tokens well enough
+COUNTED_TOGETHER = 1_000
 
 
 class Answered(Protocol):
@@ -153,8 +154,9 @@ def ranked_tokens(
     their number.
     """
     counts = torch.zeros(vocab_size, dtype=torch.long)
-    for conversation in islice(conversations, MAX_CONVERSATIONS):
-        counts += torch.bincount(conversation.token_ids[conversation.loss_mask.bool()].long(), minlength=vocab_size)
+    answers = (c.token_ids[c.loss_mask.bool()].long() for c in islice(conversations, MAX_CONVERSATIONS))
+    while some := list(islice(answers, COUNTED_TOGETHER)):  # one by one, V sums each would cost far more than counting
+        counts += torch.bincount(torch.cat(some), minlength=vocab_size)
     counts[list(always)] = counts.max() + 1
     order = torch.arange(vocab_size)
     if before is not None:
