@@ -77,8 +77,8 @@ def together(answers: Sequence[Recording]) -> list[Sequence[Recording]]:
 
 
 class RecordedNoise(Noise):
-    """Noise with which the recorded tokens win, and fresh noise past the answers' ends. A GPU draws it itself: nobody else
-    has to know it, and a processor takes a millisecond for a position's."""
+    """Noise with which the recorded tokens win, and fresh noise past the answers' ends. A GPU draws it itself: nobody
+    else has to know it, and a processor takes a millisecond for a position's."""
 
     def __init__(self, answers: Sequence[Recording], head: Tensor, sampling: SamplingConfig):
         super().__init__(len(answers), len(head), head.device, fused=False)
