@@ -14,7 +14,8 @@ import traceback
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hass_core.config import load_config
 from hass_core.presets import recorded_shapes
@@ -36,7 +37,18 @@ def wide_target(source: str, folder: Path, device: str, layers: int = LAYERS) ->
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    naming_all(config.vocab_size).save_pretrained(folder)
+
+
+def naming_all(vocab_size: int) -> PreTrainedTokenizerFast:
+    """The byte tokenizer with words for the rest of the vocabulary, which are never read but can be drawn: an answer of
+    tokens without a text counts as empty."""
+    tokenizer = byte_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    known = state["model"]["vocab"]
+    known |= {f"Ġ{number}": number for number in range(len(known), vocab_size)}
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return tokenizer
 
 
 def measured(preset: str, folder: Path, device: str) -> dict[str, object]:
