@@ -24,7 +24,7 @@ from hass_core.target_model.generic import HFRunner
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import make_runner
 from hass_core.training.alignment import Alignment
-from hass_core.training.batch import collate
+from hass_core.training.batch import add_noise, collate, rounded_up
 from hass_core.training.losses import Objective, distill
 from hass_core.training.start import start_fusion
 from hass_core.training.train import train_draft
@@ -115,6 +115,22 @@ def test_training_from_prefixes_equals_the_chain_of_the_layers_own_forward(tappe
             for step, drafted in enumerate(draft_chain(draft, *locate(as_features, row))):
                 worst = max(worst, float((draft.read(drafted) - outputs[step][anchor]).abs().max()))
     assert worst <= 1e-5
+
+
+def test_rows_added_for_a_graph_change_nothing_and_noise_comes_on_what_is_fused(tapped):
+    head, gradients = trimmed(40)[1].double(), []
+    batch = collate(tapped, 3)
+    for given in (batch, rounded_up(batch, 16 * 100)):
+        draft = make_tapping(40, fc_norm=True).double()
+        outputs = Alignment(draft, 3, False)(given, given.inputs.double(), with_head=True)
+        torch.autograd.backward(outputs, distill(outputs, given, head, Objective(0.0), given.counts)[1])
+        gradients.append({name: p.grad for name, p in draft.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)
+    noisy = add_noise(batch, 0.1, 0, 0, torch.float32)
+    assert noisy.inputs.shape == batch.taps.shape
+    assert 0 < float((noisy.inputs - batch.taps).abs().max()) <= 0.1001
+    assert torch.equal(noisy.features, batch.features)
 
 
 def test_the_start_makes_the_last_state_where_a_linear_map_can(tapped):
