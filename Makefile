@@ -64,8 +64,7 @@ stack-backup: $(VENV)/.installed  ## copy all that the running stack knows to th
 	@$(BIN)/python -m infra.stack backup --copy '$(COPY)' $(STACK)
 
 stack-test: $(VENV)/.installed  ## retrainings through that stack, a loss and a restoration, and compose.yaml's services
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m recovery --numprocesses 2 --dist loadfile \
-		tests/flows/test_local_stack.py tests/infra/test_compose.py
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m recovery tests/flows/test_local_stack.py tests/infra/test_compose.py
 
 constraints: $(VENV)/.installed  ## write the installed versions to infra/constraints.txt
 	@{ echo "# Versions that passed the tests together. Made by \`make constraints\`."; \
