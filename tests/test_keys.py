@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
@@ -34,7 +35,8 @@ SERVER = LOCAL | {"responses": {"engine": "openai", "server_url": "http://127.0.
 WRITING = LOCAL | {"prompts": {"files": ["MINE/a.jsonl"], "self_written": 5}}
 PRETRAINED = LOCAL | {"pretraining": {}}
 NO_TREE = LOCAL | {"training": {"tree_answers": 0}}
-AUTOMATIC = choose_dtype("auto", torch.device("cpu"))  # this machine's own, which to name changes nothing
+BY_ITSELF = choose_dtype("auto", torch.device("cpu"))  # to name what this machine would choose changes nothing
+OTHER_DTYPE = "float32" if BY_ITSELF is torch.bfloat16 else "bfloat16"
 
 TRAINING: dict[str, tuple[Any, str]] = {
     "align_steps": (2, "draft"),
@@ -63,7 +65,7 @@ TRAINING: dict[str, tuple[Any, str]] = {
     "clip_norm": (0.5, "draft"),
     "clip_value": (0.5, "draft"),
     "ema_decay": (0.9, "draft"),
-    "dtype": ("float32" if AUTOMATIC == torch.bfloat16 else "bfloat16", "draft"),
+    "dtype": (OTHER_DTYPE, "draft"),
     "compile": (True, "draft"),
     "validate_every_steps": (7, "draft"),
     "tree_answers": (5, "draft"),
