@@ -33,6 +33,11 @@ class GraphCache:
         self._most = most
         self._pool = torch.cuda.graph_pool_handle()
 
+    @classmethod
+    def on(cls, device: torch.device, capturable: bool) -> "GraphCache | None":
+        """None where there are no CUDA graphs, or where the work asks something of the host: a capture cannot."""
+        return cls() if device.type == "cuda" and capturable else None
+
     def run(self, key: Hashable, work: Callable[[], R], inputs: Sequence[Tensor] = ()) -> R:
         """The result of `work`, which reads nothing back to the host and changes no shape.
 

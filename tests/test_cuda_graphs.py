@@ -32,6 +32,12 @@ def asked(monkeypatch):
     return calls
 
 
+def test_only_work_on_a_gpu_that_asks_nothing_of_the_host_is_captured(asked):
+    assert isinstance(GraphCache.on(torch.device("cuda"), True), GraphCache)
+    assert GraphCache.on(torch.device("cuda"), False) is None
+    assert GraphCache.on(torch.device("cpu"), True) is None
+
+
 def test_work_runs_once_is_captured_once_and_then_replayed_from_its_own_inputs(asked):
     graphs, given = GraphCache(), []
 

@@ -58,7 +58,7 @@ class Session:
         self._counts = torch.zeros(rows, dtype=torch.long, device=device)
         self._open = torch.ones(rows, dtype=torch.long, device=device)
         capturable = runner.capturable and drafter.capturable and self._sampler.capturable
-        self._graphs = GraphCache() if device.type == "cuda" and capturable else None
+        self._graphs = GraphCache.on(device, capturable)
         if device.type == "cuda" and self._graphs is None:
             log.info("decoding without CUDA graphs: %s or %s cannot be captured", runner, drafter)
         self._settle = compiled(settle) if device.type == "cuda" else settle

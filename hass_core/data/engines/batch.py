@@ -61,7 +61,7 @@ class RunningBatch:
         self.top_k = torch.zeros(self.rows, dtype=torch.long, device=device)
         self.answers: dict[int, RunningAnswer] = {}  # by row
         self._row_numbers = torch.arange(self.rows, device=device)
-        self._graphs = GraphCache() if device.type == "cuda" and runner.capturable else None
+        self._graphs = GraphCache.on(device, runner.capturable)
 
     @property
     def free(self) -> list[int]:
