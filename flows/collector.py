@@ -8,17 +8,22 @@ import atexit
 import gc
 
 IMPORTING = (100_000, 50, 100)  # of gc.set_threshold: no full collection before all is imported
-_threshold = gc.get_threshold()
+_before: tuple[int, int, int] | None = None  # the threshold, while it is another one
 
 
 def importing() -> None:
     """Collect rarely from now on, until `imported` is called."""
-    gc.set_threshold(*IMPORTING)
+    global _before
+    if _before is None:
+        _before = gc.get_threshold()
+        gc.set_threshold(*IMPORTING)
 
 
 def imported() -> None:
     """Collect as before `importing`, and no more among what is there now. A second call changes nothing."""
-    if gc.get_threshold() == IMPORTING:
+    global _before
+    if _before is not None:
         gc.freeze()
         atexit.register(gc.unfreeze)  # or Triton's bindings print all they hold as leaked
-        gc.set_threshold(*_threshold)
+        gc.set_threshold(*_before)
+        _before = None

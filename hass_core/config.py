@@ -168,7 +168,7 @@ class FeaturesConfig(Settings):
     max_tokens_per_batch: int = Field(default=16_384, ge=16, description="Tokens of one forward pass, padding included")
     encoding: Literal["bf16", "int8", "none"] = Field(
         default="bf16",
-        description="bf16 is lossless; int8 halves the space; "
+        description="bf16 is exact where the target computes in bfloat16; int8 halves the space; "
         "none stores no features: the target makes them again while training",
     )
     row_group_mb: int = Field(default=64, ge=1, le=1024, description="Megabytes of one Parquet row group")
@@ -180,7 +180,7 @@ class FeaturesConfig(Settings):
         if encoding is None:  # features.encoding=none on the command line, where none is no value
             return "none"
         if encoding in ("fp8", "bf16-planes-zstd"):
-            raise ValueError(f'features.encoding = {encoding!r} is gone: "bf16" is lossless, "int8" halves the space')
+            raise ValueError(f'features.encoding = {encoding!r} is gone: "bf16" is exact, "int8" halves the space')
         return encoding
 
     @model_validator(mode="after")

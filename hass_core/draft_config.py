@@ -25,7 +25,7 @@ class DraftConfig(Settings):
     taps: Literal["last", "three"] | tuple[int, ...] = Field(
         default="last",
         description="eagle3 only: the states of the target that it reads. last: the one that the head takes; "
-        "three: fused, those after layers 2, N/2 and N-3 of N; or a list of layers, after which each stands",
+        "three: fused, those after layers 2, N/2 and N-3 of N; or the numbers of the layers whose outputs are fused",
     )
     fc_norm: bool = Field(default=False, description="With `taps`: norm each state before they are fused (EAGLE-3.1)")
     norm_output: bool = Field(
@@ -37,8 +37,8 @@ class DraftConfig(Settings):
     start: Literal["random", "least_squares"] = Field(
         default="least_squares",
         description="least_squares fits fc to the features in closed form before training; "
-        "an eagle3 draft starts random but for its head, the target's, and with least_squares for fc over `taps`, "
-        "fitted to the last state",
+        "an eagle3 draft starts random but for its head, which is the target's. With `taps`, least_squares fits its fc "
+        "to the last hidden state",
     )
     family: Literal["auto", "target", "llama"] = Field(
         default="auto",
@@ -111,6 +111,7 @@ class Objectives(Protocol):
 
     regression_weight: float
     detach_features: bool
+    feature_noise: float
     model_fields_set: set[str]
 
 
@@ -118,7 +119,7 @@ def settle(draft: DraftConfig, training: Objectives) -> dict[str, float | bool]:
     """What the training's settings become where they are left out. An eagle3 draft estimates no feature, so none is
     compared, and only the gradient of later steps tells what a state is good for.
 
-    Raises ValueError for a regression that there is nothing to compare for.
+    Raises ValueError for a regression that there is nothing to compare for, and for noise on fused states.
     """
     if draft.architecture == "eagle":
         return {}
@@ -126,6 +127,11 @@ def settle(draft: DraftConfig, training: Objectives) -> dict[str, float | bool]:
         raise ValueError(
             'training.regression_weight compares features, and draft.architecture = "eagle3" estimates none; leave it '
             "out"
+        )
+    if draft.taps != "last" and training.feature_noise:
+        raise ValueError(
+            "training.feature_noise is one width for numbers of the last hidden state's size; those of the states that "
+            "draft.taps reads are of other sizes; leave it out"
         )
     kept = {} if "detach_features" in training.model_fields_set else {"detach_features": False}
     return {"regression_weight": 0.0} | kept

@@ -20,7 +20,7 @@ from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, FinishedStore, Store, Unfinished
 from hass_core.target_model.loader import Target, load_target
 from hass_core.training import train
-from hass_core.training.train import train_draft
+from hass_core.training.launch import train_on_all
 
 STEP_VERSIONS: dict[Stage, int] = {
     "prompts": prompts.STEP_VERSION,
@@ -33,7 +33,7 @@ Work = Callable[[RunConfig, Artifact, Store, Target, Progress], Artifact]
 WORK: dict[Stage, Work] = {  # of the stages behind prompts, each on what the one before it made
     "responses": generate_responses,
     "features": extract_features,
-    "draft": train_draft,
+    "draft": train_on_all,
     "evaluation": evaluate_draft,
 }
 

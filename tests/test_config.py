@@ -31,7 +31,7 @@ def test_every_preset_loads_under_its_own_name(name):
         ),
         ("training.renormalize_top_k=true", r"training\.renormalize_top_k is gone: no result was better for it"),
         ("draft.fc_bias=true", r"draft\.fc_bias is gone: vLLM cannot serve such a draft"),
-        ("features.encoding=fp8", r"features\.encoding = 'fp8' is gone: \"bf16\" is lossless, \"int8\" halves"),
+        ("features.encoding=fp8", r"features\.encoding = 'fp8' is gone: \"bf16\" is exact, \"int8\" halves"),
     ],
 )
 def test_a_bad_setting_is_named_with_its_value(override, says):
@@ -47,6 +47,13 @@ def test_all_bad_settings_are_told_at_once():
 def test_overrides_take_toml_values_and_bare_words():
     config = load_config("smollm2-cpu", ["training.passes=2", "target.dtype=float32", "draft.vocab_size=none"])
     assert (config.training.passes, config.target.dtype, config.draft.vocab_size) == (2, "float32", None)
+
+
+def test_noise_of_one_width_on_states_of_different_sizes_is_refused():
+    tapped = ["draft.architecture=eagle3", "draft.warm_start=none", "training.feature_noise=0.1"]
+    assert load_config("smollm2-cpu", tapped).training.feature_noise == 0.1
+    with pytest.raises(ConfigError, match=r"training\.feature_noise is one width"):
+        load_config("smollm2-cpu", [*tapped, "draft.taps=three"])
 
 
 def test_an_encoding_called_none_can_be_typed():

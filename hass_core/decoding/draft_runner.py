@@ -45,9 +45,9 @@ class DraftRunner:
         """What `forward` takes [B, T, 2H]: the tokens' embeddings, and the features before them [B, T, H]."""
         return self._fused(token_ids, features, self.embedding)
 
-    def fuse(self, taps: Tensor) -> Tensor:
+    def features_from(self, tapped: Tensor) -> Tensor:
         """Features [..., H] from the target's states [..., n·H] that the draft reads."""
-        return self._io.fuse(taps)
+        return self._io.features_from(tapped)
 
     def forward(
         self,
@@ -91,7 +91,7 @@ def fused_input(token_ids: Tensor, features: Tensor, embedding: Tensor) -> Tenso
 class LayerIO(Protocol):
     """How one architecture feeds the draft's layer and reads it; rows [B, T, 2H] hold embeddings beside features."""
 
-    def fuse(self, taps: Tensor) -> Tensor:
+    def features_from(self, tapped: Tensor) -> Tensor:
         """Features [..., H] from the target's states [..., n·H] that the draft reads."""
         ...
 
@@ -119,8 +119,8 @@ class EagleIO:
     def __init__(self, model: DraftModel, eight_bits: bool):
         self._fc = Linear(model.fc.weight, model.fc.bias, eight_bits)
 
-    def fuse(self, taps: Tensor) -> Tensor:
-        return taps  # it reads none
+    def features_from(self, tapped: Tensor) -> Tensor:
+        return tapped  # it reads none
 
     def enter(self, inputs: Tensor, by_kernels: bool) -> tuple[Tensor, Tensor]:
         u = self._fc.of_few_rows(inputs) if by_kernels else self._fc(inputs)
@@ -147,10 +147,10 @@ class Eagle3IO:
         self._tap_norms = [norm.weight.detach() for norm in model.tap_norms]
         self._normed_taps = compiled(normed_taps, any_shape=True) if cuda else normed_taps
 
-    def fuse(self, taps: Tensor) -> Tensor:
+    def features_from(self, tapped: Tensor) -> Tensor:
         if self._fc is None:
-            return taps
-        normed = self._normed_taps(taps, self._tap_norms, self._eps) if self._tap_norms else taps
+            return tapped
+        normed = self._normed_taps(tapped, self._tap_norms, self._eps) if self._tap_norms else tapped
         return self._fc.of_few_rows(normed)
 
     def enter(self, inputs: Tensor, by_kernels: bool) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ class TreeDrafter(Protocol):
         """
         ...
 
-    def fuse(self, taps: Tensor) -> Tensor:
+    def features_from(self, tapped: Tensor) -> Tensor:
         """The features [..., H] that `extend` takes, from the states [..., n·H] after the layers `taps`, if any."""
         ...
 
@@ -79,8 +79,8 @@ class NoDraft:
     ) -> Tensor:
         return counts
 
-    def fuse(self, taps: Tensor) -> Tensor:
-        return taps  # never asked: it reads none
+    def features_from(self, tapped: Tensor) -> Tensor:
+        return tapped  # never asked: it reads none
 
     def grow(
         self, cache: "NoDraft", root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None
@@ -155,13 +155,14 @@ class Drafter:
         cache.lengthen(counts, fixed)
         return last_of(outputs, counts.clamp(min=1))
 
-    def fuse(self, taps: Tensor) -> Tensor:
-        return self._runner.fuse(taps)
+    def features_from(self, tapped: Tensor) -> Tensor:
+        return self._runner.features_from(tapped)
 
     def grow(
         self, cache: KVCache, root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None
     ) -> Tree:
-        """The tree over root tokens [B], whose predecessor's estimated feature after the root is `estimate` [B, H]."""
+        """The tree over root tokens [B]; `estimate` [B, H] is the draft's state for the row whose next token is the
+        root."""
         shape, runner = self.shape, self._runner
         begin, finish = (self._begin, self._finish) if fixed and fixed.lasting else (first_frontier, tree_of)
         children = partial(self._children, cache.lengths, sampler)

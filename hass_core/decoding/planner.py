@@ -351,8 +351,8 @@ class FixedTree:
     ) -> Tensor:
         return counts
 
-    def fuse(self, taps: Tensor) -> Tensor:
-        return taps  # never asked: it reads none
+    def features_from(self, tapped: Tensor) -> Tensor:
+        return tapped  # never asked: it reads none
 
     def grow(
         self, cache: Any, root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None

@@ -43,7 +43,7 @@ class Recording:
 
     def drafted_from(self, drafter: Drafter) -> Tensor:
         """The features [L, H] that the drafter takes."""
-        return self.features if self.taps is None else drafter.fuse(self.taps)
+        return self.features if self.taps is None else drafter.features_from(self.taps)
 
 
 def last_answer(token_ids: Tensor, loss_mask: Tensor, features: Tensor, taps: Tensor | None = None) -> Recording | None:

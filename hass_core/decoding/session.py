@@ -148,7 +148,7 @@ class Session:
             cache.move(accepted.path)
         counts.copy_(accepted.counts * self._open)
         cache.lengthen(counts, fixed)
-        self._features.copy_(self._drafter.fuse(kept) if taps else kept)
+        self._features.copy_(self._drafter.features_from(kept) if taps else kept)
         self._token_ids.copy_(accepted.token_ids)
         return report
 
@@ -171,7 +171,7 @@ def prefill(
         taps = Taps.of(drafter.taps) if drafter else None
         features.append(runner.forward(token_ids[:, start:stop], position_ids, cache, taps=taps))
         if drafter and taps:
-            fused.append(drafter.fuse(taps.joined()))
+            fused.append(drafter.features_from(taps.joined()))
         cache.advance(live)
     whole = torch.cat(features, 1)
     return whole, torch.cat(fused, 1) if fused else whole

@@ -17,7 +17,7 @@ from hass_core.errors import CorruptFile
 LAYER, ELSEWHERE = "midlayer.", "layers.0."  # the same layer: official, and in some trainers' files
 LM_HEAD, NORM, OFFSETS, DRAFTED = "lm_head.weight", "norm.weight", "d2t", "t2d"
 FUSION = "fc.weight"
-TAPPED, TAPS = "eagle_aux_hidden_state_layer_ids", "num_aux_hidden_states"
+TAP_LAYERS, TAP_COUNT = "eagle_aux_hidden_state_layer_ids", "num_aux_hidden_states"
 
 
 class Eagle3Architecture(DraftArchitecture):
@@ -99,8 +99,8 @@ class Eagle3Architecture(DraftArchitecture):
     def tapping(self) -> dict[str, Any]:
         """The fields that say which states are fused: to vLLM at the top, k for the one after k layers; to SGLang in
         `eagle_config`, where a number is that of the layer, from 0 on, whose output it is."""
-        nested = {"use_aux_hidden_state": True, TAPPED: [layer - 1 for layer in self.taps]}
-        return {"eagle_config": nested, TAPPED: list(self.taps), TAPS: len(self.taps), "fc_norm": self.fc_norm}
+        nested = {"use_aux_hidden_state": True, TAP_LAYERS: [layer - 1 for layer in self.taps]}
+        return {"eagle_config": nested, TAP_LAYERS: list(self.taps), TAP_COUNT: len(self.taps), "fc_norm": self.fc_norm}
 
 
 def tap_norm(number: int) -> str:
@@ -113,8 +113,8 @@ def check_fields(config: dict[str, Any]) -> None:
     kinds: dict[str, type | tuple[type, ...]] = {
         "draft_vocab_size": int,
         "eagle_config": dict,
-        TAPPED: list,
-        TAPS: int,
+        TAP_LAYERS: list,
+        TAP_COUNT: int,
         "norm_output": bool,
         "fc_norm": bool,
         "rms_norm_eps": (int, float),
@@ -134,7 +134,7 @@ def is_eagle3(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     return (
         any(name.startswith(NAMES) for name in tensors)
         or any("eagle3" in str(name).lower() for name in classes)
-        or any(name in config for name in ("eagle_config", TAPPED))
+        or any(name in config for name in ("eagle_config", TAP_LAYERS))
         or config.get("speculators_model_type") == "eagle3"
         or (fusion is not None and fusion.ndim == 2 and isinstance(hidden, int) and fusion.shape[1] == 3 * hidden)
     )

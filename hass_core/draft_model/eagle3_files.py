@@ -21,22 +21,26 @@ from hass_core.draft_model.eagle3 import (
     LAYER,
     LM_HEAD,
     OFFSETS,
-    TAPPED,
-    TAPS,
+    TAP_COUNT,
+    TAP_LAYERS,
     check_fields,
     tap_norm,
 )
 from hass_core.draft_model.files import same_values
 from hass_core.errors import TargetError
 
-TAP_NORM = tap_norm(0)
+TAP_NORM, TAP_NORMS = tap_norm(0), "fc_norm."
 EAGLE3_FIELDS = {  # of config.json that only EAGLE-3 drafts have
     *("eagle_config", "draft_vocab_size", "norm_output", "fc_norm", "norm_before_fc", "target_hidden_size"),
-    *("parallel_drafting", TAPPED, TAPS),
+    *("parallel_drafting", TAP_LAYERS, TAP_COUNT),
 }
 UNSUPPORTED = {  # settings of EAGLE-3 drafts that change what is computed, and their plain value
     "norm_before_fc": False,
     "parallel_drafting": False,
+    "norm_before_residual": False,
+    "use_input_layernorm_in_first_layer": True,
+    "use_last_layernorm": True,
+    "use_mtp_layernorm": False,
 }
 
 
@@ -84,7 +88,7 @@ def eagle3_files(config: dict[str, Any], stored: dict[str, Tensor], target: Targ
     elif offsets is not None:
         token_ids, wrong = _token_ids(offsets, drafted, size, rows)
         objections += wrong
-    if LM_HEAD not in tensors and size == rows:
+    if LM_HEAD not in tensors and size == rows and token_ids is None:  # the target's head is in the target's order
         tensors[LM_HEAD] = target.head.detach().cpu()
     objections += _settings(config)
     tensors, taps, wrong = _read_of_target(config, tensors, target)
@@ -116,6 +120,8 @@ def _settings(config: dict[str, Any]) -> Iterator[str]:
         for value in (config.get(setting), nested.get(setting)):
             if value not in (None, plain):
                 yield f"{setting} = {value!r} in config.json is not supported"
+    for name in nested.keys() - UNSUPPORTED.keys() - {"use_aux_hidden_state", TAP_LAYERS}:
+        yield f"eagle_config.{name} = {nested[name]!r} in config.json: no engine's rule for it is known here"
     if config.get("target_hidden_size") not in (None, config.get("hidden_size")):
         yield "it is narrower or wider than its target (target_hidden_size), which is not supported"
     if config.get("tie_word_embeddings"):
@@ -129,13 +135,13 @@ def _read_of_target(
     states are fused, and what is wrong with them."""
     if reads_last_state(config):
         return tensors, (), []
-    rest = {name: tensor for name, tensor in tensors.items() if name not in (FUSION, TAP_NORM)}
+    rest = {name: tensor for name, tensor in tensors.items() if name != FUSION and not name.startswith(TAP_NORMS)}
     fusion, norm = tensors.get(FUSION), tensors.get(TAP_NORM)
     if fusion is None:
         return rest, (), [f"it lacks {FUSION}, which fuses the target's states that it reads"]
     if fusion.ndim != 2:
         return rest, (), [f"{FUSION} is {tuple(fusion.shape)}, no matrix"]
-    if config.get(TAPPED) == [target.num_layers] and fusion.shape[0] == fusion.shape[1]:
+    if config.get(TAP_LAYERS) == [target.num_layers] and fusion.shape[0] == fusion.shape[1]:
         return rest, (), [*_other_fusion(config, fusion, norm, target)]
     try:
         taps = taps_told(config, target.num_layers)
@@ -155,15 +161,15 @@ def taps_told(config: dict[str, Any], layers: int) -> tuple[int, ...]:
 
     Raises ValueError saying why they cannot be read.
     """
-    top, nested = config.get(TAPPED), (config.get("eagle_config") or {}).get(TAPPED)
+    top, nested = config.get(TAP_LAYERS), (config.get("eagle_config") or {}).get(TAP_LAYERS)
     for where, named in (("", top), ("eagle_config's ", nested)):
         if named is not None and not (isinstance(named, list) and all(type(layer) is int for layer in named)):
-            raise ValueError(f"{where}{TAPPED} is {named!r}, no list of layers")
+            raise ValueError(f"{where}{TAP_LAYERS} is {named!r}, no list of layers")
     counted = None if nested is None else [layer + 1 for layer in nested]
     if top is not None and counted is not None and top != counted:
         raise ValueError(
-            f"{TAPPED} is {top} and in eagle_config {nested}, which is after layers {counted}: vLLM and SGLang would "
-            "read other states"
+            f"{TAP_LAYERS} is {top} and in eagle_config {nested}, which is after layers {counted}: vLLM and SGLang "
+            "would read other states"
         )
     named = counted if top is None else top
     if named is None:
@@ -171,8 +177,8 @@ def taps_told(config: dict[str, Any], layers: int) -> tuple[int, ...]:
             return three_taps(layers)
         except TargetError:
             raise ValueError(
-                f"it fuses states of the target and names no layers ({TAPPED}); those that engines take, 2, N/2 and "
-                f"N-3, are not three in order of the target's {layers}"
+                f"it fuses states of the target and names no layers ({TAP_LAYERS}); those that engines take, 2, N/2 "
+                f"and N-3, are not three in order of the target's {layers}"
             ) from None
     if not named or named != sorted(set(named)) or named[0] < 1 or named[-1] >= layers:
         raise ValueError(
@@ -183,9 +189,9 @@ def taps_told(config: dict[str, Any], layers: int) -> tuple[int, ...]:
 
 def _count(config: dict[str, Any], fusion: Tensor, taps: tuple[int, ...]) -> Iterator[str]:
     """What is wrong with the number of states."""
-    hidden, told = config.get("hidden_size"), config.get(TAPS)
+    hidden, told = config.get("hidden_size"), config.get(TAP_COUNT)
     if told is not None and told != len(taps):
-        yield f"{TAPS} is {told}, and {len(taps)} layers are named ({list(taps)})"
+        yield f"{TAP_COUNT} is {told}, and {len(taps)} layers are named ({list(taps)})"
     if isinstance(hidden, int) and fusion.shape[1] != len(taps) * hidden:
         fused = fusion.shape[1] // max(1, hidden)
         yield f"{FUSION} fuses {fused} states, and {len(taps)} layers are named ({list(taps)})"

@@ -67,7 +67,7 @@ class DraftModel(nn.Module):
         """The layers of the target after which states are read in place of the last one."""
         return ()
 
-    def fused(self, states: Tensor) -> Tensor:
+    def features_from(self, states: Tensor) -> Tensor:
         """The features [..., H] of rows, from what is read of the target there [..., n·H]."""
         return states
 
@@ -147,7 +147,7 @@ class Eagle3Model(DraftModel):
         """One for each tap, or none."""
         return [cast(Norm, norm) for norm in self.fc_norm] if self.architecture.fc_norm else []
 
-    def fused(self, states: Tensor) -> Tensor:
+    def features_from(self, states: Tensor) -> Tensor:
         return self.fc(self.taken(states)) if self.taps else states
 
     def taken(self, states: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hass_core.draft_model.accounting import StoredDraft
 from hass_core.draft_model.architecture import DraftArchitecture
-from hass_core.draft_model.eagle3 import DRAFTED, FUSION, LM_HEAD, OFFSETS, TAPPED, TAPS, Eagle3Architecture
+from hass_core.draft_model.eagle3 import DRAFTED, FUSION, LM_HEAD, OFFSETS, TAP_COUNT, TAP_LAYERS, Eagle3Architecture
 from hass_core.draft_model.eagle3_files import TAP_NORM, TargetEnd, offsets_of, reads_last_state, taps_told
 from hass_core.draft_model.engines import Engine
 from hass_core.export.findings import EXPORT_AGAIN, Finding
@@ -64,7 +64,7 @@ def eagle3_config(draft: Eagle3Architecture, engine: Engine, target: TargetEnd) 
         return common | draft.tapping()
     if engine.name != "vllm":
         return common | {"eagle_config": {"use_aux_hidden_state": False}}
-    tapped = {TAPPED: [target.num_layers], TAPS: 1, "fc_norm": True}
+    tapped = {TAP_LAYERS: [target.num_layers], TAP_COUNT: 1, "fc_norm": True}
     return common | tapped | {"eagle_config": {"use_aux_hidden_state": True}}
 
 
@@ -98,8 +98,8 @@ def _settings(config: dict[str, Any], engine: Engine, target: TargetEnd) -> Iter
         yield from _taps(config, target)
     elif engine.name == "vllm":
         wanted |= {
-            TAPPED: (config.get(TAPPED), [target.num_layers], "other states of the target reach the draft"),
-            TAPS: (config.get(TAPS), 1, "fc is built for another number of states"),
+            TAP_LAYERS: (config.get(TAP_LAYERS), [target.num_layers], "other states of the target reach the draft"),
+            TAP_COUNT: (config.get(TAP_COUNT), 1, "fc is built for another number of states"),
             "fc_norm": (config.get("fc_norm"), True, "the target's state reaches the draft without its final norm"),
             "use_aux_hidden_state": (
                 nested.get("use_aux_hidden_state", True), True,
@@ -123,25 +123,28 @@ def _settings(config: dict[str, Any], engine: Engine, target: TargetEnd) -> Iter
 
 def fuses(config: dict[str, Any], target: TargetEnd) -> bool:
     """Whether config.json is of a draft that fuses states inside the target, whatever is wrong with it."""
-    return not reads_last_state(config) and config.get(TAPPED) != [target.num_layers]
+    return not reads_last_state(config) and config.get(TAP_LAYERS) != [target.num_layers]
 
 
 def _taps(config: dict[str, Any], target: TargetEnd) -> Iterator[Finding]:
     """One list of layers for each engine, and how many they are."""
-    top, nested = config.get(TAPPED), (config.get("eagle_config") or {}).get(TAPPED)
+    top, nested = config.get(TAP_LAYERS), (config.get("eagle_config") or {}).get(TAP_LAYERS)
     for where, named, engine in (("at its top", top, "vLLM"), ("in eagle_config", nested, "SGLang")):
         if named is None:
             yield Finding(
-                TAPPED, f"config.json has no {TAPPED} {where}", f"{engine} takes layers of its own choice", EXPORT_AGAIN
+                TAP_LAYERS,
+                f"config.json has no {TAP_LAYERS} {where}",
+                f"{engine} takes layers of its own choice",
+                EXPORT_AGAIN,
             )
     try:
         taps = taps_told(config, target.num_layers)
     except ValueError as error:
-        yield Finding(TAPPED, str(error), "other states of the target reach the draft", EXPORT_AGAIN)
+        yield Finding(TAP_LAYERS, str(error), "other states of the target reach the draft", EXPORT_AGAIN)
         return
-    if config.get(TAPS) != len(taps):
+    if config.get(TAP_COUNT) != len(taps):
         yield Finding(
-            TAPS, f"{TAPS} is {config.get(TAPS)!r} for the states after layers {list(taps)}",
+            TAP_COUNT, f"{TAP_COUNT} is {config.get(TAP_COUNT)!r} for the states after layers {list(taps)}",
             "fc is built for another number of states", EXPORT_AGAIN,
         )  # fmt: skip
 

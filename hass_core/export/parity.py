@@ -40,7 +40,7 @@ def eagle3_difference(reading: Eagle3Reading, source: StoredDraft, target: Draft
     with torch.inference_mode():
         model = _rounded(source, target)
         read = torch.cat([states[layer] for layer in model.taps], -1) if model.taps else after
-        ours = model(token_ids[None], model.fused(read)[None], positions[None])[0]
+        ours = model(token_ids[None], model.features_from(read)[None], positions[None])[0]
         head = model.head(DraftHead.from_target(target.head.detach().cpu().float(), source.vocabulary))
         drawn = torch.full((len(ours), reading.vocab_size), -torch.inf)
         drawn[:, head.to_target_ids(torch.arange(head.size))] = head.logits(model.read(ours))

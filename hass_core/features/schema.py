@@ -1,13 +1,13 @@
 """What a feature shard is: columns, file metadata, and how features become bytes. The only place that names them.
 
 One row is one conversation. `features` holds num_tokens × hidden_size numbers, the target's hidden state after its
-final norm, in the encoding that the metadata names; `checksum` that of those bytes. bf16 is lossless; int8 halves the
-space: one bfloat16 scale per token, all of them written before the numbers.
+final norm, in the encoding that the metadata names; `checksum` that of those bytes. bf16 is exact where the target
+computes in bfloat16; int8 halves the space: one bfloat16 scale per state, all of them written before the numbers.
 
 A draft that reads states inside the target has these stored behind the last one: a token is then S = 1 + n states of H
-numbers, first the last one, then those after the layers `taps` that the metadata names. Each state has a scale.
+numbers, first the last one, then those after the layers `taps` that the metadata names.
 
-Shapes: L tokens, H hidden size, S states a token.
+Shapes: L tokens, H hidden size, S states a token, R = S·L rows.
 """
 
 import zlib
@@ -70,7 +70,7 @@ class FeatureInfo(BaseModel):
 
 
 def encode(features: Tensor, encoding: Encoding) -> bytes | memoryview:
-    """Bytes of features [L, H] (any float type), for bf16 without a copy where they lie on the CPU already."""
+    """Bytes of states [R, H], S a token (any float type), for bf16 without a copy where they lie on the CPU already."""
     if encoding == "none":
         return b""
     exact = features.detach().to("cpu", torch.bfloat16).contiguous()
@@ -82,19 +82,19 @@ def encode(features: Tensor, encoding: Encoding) -> bytes | memoryview:
     return bytes(_raw(scale)) + bytes(_raw(small))
 
 
-def decode(data: pa.Buffer, num_tokens: int, hidden_size: int, encoding: Encoding) -> Tensor:
-    """bfloat16 features [L, H]; for "bf16" a view of `data` without a copy. Raises ValueError on a wrong length."""
-    expected = num_tokens * bytes_per_token(encoding, hidden_size)
+def decode(data: pa.Buffer, rows: int, hidden_size: int, encoding: Encoding) -> Tensor:
+    """bfloat16 states [R, H]; for "bf16" a view of `data` without a copy. Raises ValueError on a wrong length."""
+    expected = rows * bytes_per_token(encoding, hidden_size)
     if data.size != expected:
-        raise ValueError(f"{data.size} bytes where {num_tokens} tokens × {hidden_size} need {expected}")
+        raise ValueError(f"{data.size} bytes where {rows} states × {hidden_size} need {expected}")
     if encoding == "none":
         return torch.empty(0, hidden_size, dtype=torch.bfloat16)
     numbers = torch.from_dlpack(pa.Array.from_buffers(pa.uint8(), data.size, [None, data]))
     if encoding == "bf16":
-        return numbers.view(torch.bfloat16).view(num_tokens, hidden_size)
-    scale = numbers[: 2 * num_tokens].view(torch.bfloat16).view(-1, 1)
-    small = numbers[2 * num_tokens :].view(torch.int8)
-    return (small.view(num_tokens, hidden_size).float() * scale.float()).bfloat16()
+        return numbers.view(torch.bfloat16).view(rows, hidden_size)
+    scale = numbers[: 2 * rows].view(torch.bfloat16).view(-1, 1)
+    small = numbers[2 * rows :].view(torch.int8)
+    return (small.view(rows, hidden_size).float() * scale.float()).bfloat16()
 
 
 def checksum(data: bytes | memoryview | pa.Buffer) -> int:

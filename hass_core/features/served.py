@@ -5,7 +5,7 @@ A request of token ids makes the server write a safetensors file, `hidden_states
 its `shared_storage_path`, which this machine sees as `features.server_folder`. The state behind the last layer is the
 last of the n and comes before the final norm, which is applied here; the others are those that the draft fuses. What a
 server runs cannot be seen from here, so every row is held against the token that the server drew behind it, and of
-every batch one row against the target's own pass.
+every batch one row of each server against the target's own pass: near it, and nearer than to the layers beside.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import fcntl
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, cast
@@ -33,9 +34,17 @@ NEAR_TIE = 1.0  # logits: a server's token may fall short of the best one by so 
 FARTHEST = 0.25  # of a row's norm: how far two computations of a hidden state in bfloat16 may lie apart
 
 
+@dataclass(frozen=True)
+class ServedRow:
+    """What came for one row, and from whom."""
+
+    features: Tensor  # [L, (1 + n)·H]
+    server: str
+
+
 class ServedStates:
     """Called with rows of token ids and their names, it asks for them and gives a function that waits for the features,
-    [L, n·H] each as they are stored, bfloat16. A context manager.
+    [L, (1 + n)·H] each with n taps, as they are stored, bfloat16. A context manager.
 
     That function raises TargetError where a server fails, refuses a row or runs another model, NonFinite naming a row.
     """
@@ -70,21 +79,36 @@ class ServedStates:
     def __call__(self, token_ids: Sequence[TokenIds], names: Sequence[str]) -> Callable[[], list[Tensor]]:
         rows = list(zip(token_ids, names, strict=True))
         asked = [self._submit(self._row([int(token) for token in ids], name)) for ids, name in rows]
-        shortest = min(range(len(rows)), key=lambda i: len(rows[i][0]))
 
         def wait() -> list[Tensor]:
-            features = [row.result() for row in asked]
-            self._check(features[shortest], *rows[shortest])
-            return features
+            found = [row.result() for row in asked]
+            by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+            for shortest in {found[i].server: i for i in by_length}.values():
+                self._check(found[shortest].features, *rows[shortest])
+            return [row.features for row in found]
 
         return wait
 
     def _check(self, served: Tensor, token_ids: TokenIds, name: str) -> None:
         """Raise TargetError unless a row's features are those of the target's own pass."""
+        near = [k for tap in self._taps for k in (tap - 1, tap, tap + 1) if 0 < k < self._target.num_layers]
+        layers = sorted(set(near))
         with self._own_pass:  # writers wait for several batches at once
-            (own,) = capture_features(self._target, [token_ids], [name], self._taps)
-        ours, theirs = (x.float().unflatten(1, (1 + len(self._taps), -1)) for x in (own, served))
+            (own,) = capture_features(self._target, [token_ids], [name], layers)
+        last, *inside = own.float().unflatten(1, (1 + len(layers), -1)).unbind(1)
+        by_layer, theirs = (
+            dict(zip(layers, inside, strict=True)),
+            served.float().unflatten(1, (1 + len(self._taps), -1)),
+        )
+        ours = torch.stack([last, *(by_layer[tap] for tap in self._taps)], 1)
         apart = (theirs - ours).norm(dim=-1) / ours.norm(dim=-1)
+        for number, tap in enumerate(self._taps, 1):  # of a deep target two layers' states may lie within the rounding
+            nearest = min(by_layer, key=lambda k: float((theirs[:, number] - by_layer[k]).norm()))
+            if nearest != tap:
+                raise TargetError(
+                    f"conversation {name}: what {self._servers} gave as the states behind layer {tap} is nearer to "
+                    f"those behind layer {nearest} of {self._target.name}; serve those behind layers {self._layers}"
+                )
         if float(apart.max()) > FARTHEST:
             raise TargetError(
                 f"conversation {name}: the features of {self._servers} are not those of {self._target.name}: they lie "
@@ -116,11 +140,10 @@ class ServedStates:
     def _run(self, work: Any) -> Any:
         return self._submit(work).result()
 
-    async def _row(self, token_ids: list[int], name: str) -> Tensor:
-        """Features [L, n·H] of one row."""
+    async def _row(self, token_ids: list[int], name: str) -> "ServedRow":
         async with self._room:
             reply = await self._asked(token_ids, name)
-            return await asyncio.to_thread(self._features, reply, token_ids, name)
+            return ServedRow(await asyncio.to_thread(self._features, reply, token_ids, name), reply["server"])
 
     async def _asked(self, token_ids: list[int], name: str) -> dict[str, Any]:
         """A server's reply, after as many attempts as it takes."""
@@ -143,7 +166,8 @@ class ServedStates:
                     break
                 pause = reply.headers.get("retry-after")
             self._servers.failed(server, problem)
-            await asyncio.sleep(backoff_seconds(attempt, pause))
+            if attempt + 1 < MAX_ATTEMPTS:
+                await asyncio.sleep(backoff_seconds(attempt, pause))
         raise TargetError(
             f"conversation {name}, {len(token_ids)} tokens: no hidden states of the server {server and server.url}: "
             f"{problem}; mend it and run the same command again, finished parts are kept"
@@ -203,7 +227,7 @@ class ServedStates:
                 f"conversation {name}: the server wrote {shape} for {wanted}; start it with "
                 f'"eagle_aux_hidden_state_layer_ids": {self._layers}'
             )
-        if found["token_ids"].tolist() != token_ids:
+        if found.get("token_ids", torch.empty(0)).tolist() != token_ids:
             raise TargetError(f"conversation {name}: the server wrote the states of other tokens than it was asked for")
         return states
 
@@ -213,7 +237,7 @@ def _parsed(reply: Any, server: Server) -> dict[str, Any]:
     try:
         found = reply.json()
         file, (token,) = found["kv_transfer_params"]["hidden_states_path"], found["choices"][0]["token_ids"]
-        return {"file": str(file), "token": int(token)}
+        return {"file": str(file), "token": int(token), "server": server.url}
     except (ValueError, LookupError, TypeError):
         raise TargetError(
             f"the server {server.url} gives no hidden states, it said {said_by(reply)}; start vLLM with the "

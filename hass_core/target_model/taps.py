@@ -20,7 +20,7 @@ from hass_core.target_model.loader import Target
 
 PROBED_TOKENS = 4
 
-_listening = threading.Lock()  # hooks hear every pass through a model: one at a time
+_listening = threading.Lock()  # one pass that is listened to at a time; those of other threads go on unheard
 
 
 class Taps:
@@ -46,15 +46,10 @@ class Taps:
 
 
 def check_taps(target: Target, layers: Sequence[int]) -> None:
-    """Raise TargetError where the states after these layers cannot be had: there are no such layers, or not one list of
-    them that each hand on a state of the features' width."""
+    """Raise TargetError where the states after these layers, which the target has, cannot be had: unless it has one
+    list of layers that each return one state [B, T, H]."""
     if not layers:
         return
-    if wrong := [layer for layer in layers if not 0 < layer < target.num_layers]:
-        raise TargetError(
-            f"draft.taps: the target {target.name} has {target.num_layers} layers, so states are taken after layer 1 "
-            f"to {target.num_layers - 1}, not after {', '.join(map(str, wrong))}"
-        )
     hidden, taps = target.embedding.shape[1], Taps(layers)
     token_ids = torch.arange(1, 1 + PROBED_TOKENS, device=target.device)[None]
     with torch.no_grad(), listening(target.model, target.num_layers, taps, target.device):
@@ -76,12 +71,13 @@ def listening(model: PreTrainedModel, count: int, taps: Taps | None, device: tor
     if taps is None:
         yield
         return
-    layers = _layers(model, count)
+    layers, listener = _layers(model, count), threading.get_ident()
 
     def hear(number: int) -> Any:
         def ran(module: nn.Module, inputs: Any, output: Any) -> None:
-            state = output[0] if isinstance(output, tuple) else output
-            taps.see(number, state.to(device, non_blocking=True))
+            if threading.get_ident() == listener:
+                state = output[0] if isinstance(output, tuple) else output
+                taps.see(number, state.to(device, non_blocking=True))
 
         return ran
 

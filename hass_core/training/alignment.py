@@ -46,7 +46,7 @@ class Alignment(nn.Module):
         comes the weight [D, H] of the draft's own head, where it has one, so that its gradient, too, goes through
         whatever accelerate wraps around this.
         """
-        output, keys, values = self._maybe_again(self._first, batch, self.draft.fused(features))
+        output, keys, values = self._maybe_again(self._first, batch, self.draft.features_from(features))
         outputs, own = [output], []
         again = OwnAgain(partial(self._own_of, batch, outputs), features.device.type)
         for step in range(2, self.align_steps + 1):

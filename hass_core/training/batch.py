@@ -10,7 +10,7 @@ adds conversations whose anchors nobody supervises, so loss and gradient stay wh
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -131,8 +131,9 @@ def collate(conversations: Sequence[Conversation], align_steps: int) -> Batch:
 
 
 def _laid_out(parts: Sequence[Tensor | None]) -> Tensor | None:
-    there = [part for part in parts if part is not None]
-    return torch.cat(there) if there else None
+    if all(part is None for part in parts):
+        return None
+    return torch.cat(cast(list[Tensor], parts))  # one without would shift all rows behind it: cat refuses it
 
 
 def add_noise(batch: Batch, half_width: float, seed: int, step: int, dtype: torch.dtype) -> Batch:

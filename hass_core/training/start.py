@@ -9,10 +9,10 @@ zero: the untrained draft is exactly the fitted linear map, and training only ad
 (The fit is the same whichever way the error is measured: every output is its own regression, so weighting the outputs,
 by the head for instance, has the same minimiser.)
 
-An **eagle3** draft has no fusion layer, and what its layer returns is read through a norm by a head of its own. That
-head starts as the target's, and the norm at the features' mean scale: what the layer adds to a feature is then read as
-the target would. Where it fuses states inside the target, `fc` is fitted to make the target's last hidden state of
-them, as far as a linear map can.
+An **eagle3** draft does not fuse embedding and feature, and what its layer returns is read through a norm by a head of
+its own. That head starts as the target's, and the norm at the features' mean scale: what the layer adds to a feature is
+then read as the target would. Where it fuses states inside the target, `fc` is fitted to make the target's last hidden
+state of them, as far as a linear map can.
 
 **The vocabulary** is the tokens that the target's answers use most. Drafting scores only these, which makes the head
 several times cheaper; verification still uses all tokens, so the output does not change.
@@ -55,9 +55,8 @@ def start_least_squares(
         return
     damping = ridge * squares.diagonal().mean() * torch.eye(len(squares), dtype=squares.dtype, device=squares.device)
     weight = torch.linalg.solve(squares + damping, products)
-    hidden = draft.architecture.hidden_size
     with torch.no_grad():
-        draft.fc.weight.copy_(weight[: 2 * hidden].T)
+        draft.fc.weight.copy_(weight.T)
         if draft.fc.bias is not None:
             draft.fc.bias.zero_()
         draft.layer.self_attn.o_proj.weight.zero_()
@@ -118,7 +117,7 @@ def _moments(draft: DraftModel, conversations: Iterable[Conversation], max_rows:
     rows, pending = 0, []
     for conversation in conversations:
         pending.append(_rows(conversation, draft.embedding))
-        if sum(len(x) for x, _ in pending) >= ROWS_PER_BLOCK or rows >= max_rows:
+        if sum(len(x) for x, _ in pending) >= ROWS_PER_BLOCK:
             rows += _accumulate(squares, products, pending)
         if rows >= max_rows:
             break

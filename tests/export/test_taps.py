@@ -102,6 +102,7 @@ OF_TAPS = {
     "a fourth norm": put("fc_norm.3.weight", lambda t: torch.ones(48)),
     "two norms are exchanged": put("fc_norm.0.weight", lambda t: t["fc_norm.2.weight"].clone()),
     "the states are normed together": edit_config(norm_before_fc=True),
+    "a rule that nobody knows": edit_config(eagle_config={TOP: [1, 4, 6], "fuse_by_mean": True}),
 }
 
 
@@ -167,6 +168,8 @@ def test_a_public_draft_is_imported_with_its_own_layers_rope_and_length_and_cont
         ({TOP: [3, 4, 10]}, "which are not ascending ones from 1 to 9"),
         ({TOP: ["3", 4, 6]}, "no list of layers"),
         ({"norm_before_fc": True}, "norm_before_fc"),
+        ({"eagle_config": {TOP: [2, 3, 5], "use_mtp_layernorm": True}}, "use_mtp_layernorm = True"),
+        ({"eagle_config": {TOP: [2, 3, 5], "fuse_by_mean": 1}}, "eagle_config.fuse_by_mean = 1"),
     ],
     ids=str,
 )

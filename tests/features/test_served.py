@@ -162,13 +162,30 @@ def test_states_that_a_draft_fuses_come_with_the_last_one(store, rows, folder):
 
 
 @pytest.mark.parametrize(
-    ("taps", "says"), [((2, 3), "behind layers [1, 3, 5] alone"), ((), '"eagle_aux_hidden_state_layer_ids": [1, 3, 5]')]
+    ("taps", "says"),
+    [
+        ((2, 3), "as the states behind layer 1 is nearer to those behind layer 2"),
+        ((), '"eagle_aux_hidden_state_layer_ids": [1, 3, 5]'),
+    ],
 )
 def test_other_states_than_the_draft_fuses_are_refused(store, rows, folder, taps, says):
     target = freeze(tiny_llama(num_hidden_layers=5), byte_tokenizer(), name="tiny")
     wrong, draft = StatesServer(target.model, folder, taps=taps), {"architecture": "eagle3", "taps": [1, 3]}
     config = settings(folder, wrong.url).model_copy(update={"draft": parse_config({"draft": draft}).draft})
     with serving(wrong), pytest.raises(TargetError, match=re.escape(says)):
+        extract_features(config, responses_artifact(store, rows), store, target)
+
+
+def test_states_of_the_next_layer_are_refused_where_a_layer_changes_little(store, rows, folder):
+    model = tiny_llama(num_hidden_layers=5)
+    for layer in model.model.layers:  # as deep in a large target: within what rounding may do
+        layer.self_attn.o_proj.weight.data *= 0.02
+        layer.mlp.down_proj.weight.data *= 0.02
+    target, wrong = freeze(model, byte_tokenizer(), name="tiny"), StatesServer(model, folder, taps=(2, 4))
+    config = settings(folder, wrong.url).model_copy(
+        update={"draft": parse_config({"draft": {"architecture": "eagle3", "taps": [1, 3]}}).draft}
+    )
+    with serving(wrong), pytest.raises(TargetError, match="behind layer 1 is nearer to those behind layer 2"):
         extract_features(config, responses_artifact(store, rows), store, target)
 
 

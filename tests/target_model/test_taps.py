@@ -1,5 +1,7 @@
 """States inside a target: every runner hands over what transformers calls hidden states, and nothing else changes."""
 
+import threading
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from hass_core.target_model.capture import capture_features
 from hass_core.target_model.generic import HFRunner
 from hass_core.target_model.packed import PackedPass
 from hass_core.target_model.runner import FusedRunner
-from hass_core.target_model.taps import Taps, check_taps
+from hass_core.target_model.taps import Taps, check_taps, listening
 from tests.target_model.conftest import tiny_model
 from tests.target_model.test_runner import CLOSE, random_ids
 
@@ -61,6 +63,17 @@ def test_rows_laid_end_to_end_give_theirs():
     PackedPass(target)(rows, taps)
     for row, states in zip(rows, taps.joined().split([5, 19, 11]), strict=True):
         torch.testing.assert_close(states, truth(target, row), **CLOSE)
+
+
+def test_another_threads_pass_meanwhile_is_not_heard():
+    target, taps = tiny_model("gemma3_text", num_hidden_layers=LAYERS), Taps(TAPPED)
+    row, other = random_ids(9), random_ids(5, seed=1)
+    with torch.no_grad(), listening(target.model, LAYERS, taps, target.device):
+        target.model.base_model(torch.tensor([row]), use_cache=False)
+        thread = threading.Thread(target=capture_features, args=(target, [other]))
+        thread.start()
+        thread.join()
+    torch.testing.assert_close(taps.joined()[0], truth(target, row), **CLOSE)
 
 
 def test_hooks_are_gone_when_a_pass_ends_or_fails():

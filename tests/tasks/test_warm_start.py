@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hass_core.draft_model.eagle3 import TAPPED
+from hass_core.draft_model.eagle3 import TAP_LAYERS
 from tasks import tracking, warm_start
 from tasks.tracking import open_retraining
 from tests.tasks.conftest import register_draft
@@ -45,7 +45,7 @@ def test_the_champion_is_the_start_of_a_new_retraining(continuing, register, pro
     ("told", "taps"),
     [
         ({"eagle_config": {"use_aux_hidden_state": False}}, "last"),
-        ({"eagle_config": {TAPPED: [0]}, TAPPED: [1]}, (1,)),
+        ({"eagle_config": {TAP_LAYERS: [0]}, TAP_LAYERS: [1]}, (1,)),
     ],
     ids=["last", "one inside"],
 )

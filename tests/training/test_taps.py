@@ -70,7 +70,7 @@ def test_training_equals_drafting_over_a_cache(tapped, norm_output, fc_norm):
     assert drafter.taps == TAPS
     runner, worst = drafter._runner, 0.0
     with torch.no_grad():
-        fused = drafter.fuse(talk.taps)
+        fused = drafter.features_from(talk.taps)
         assert fused.shape == (len(talk.token_ids), HIDDEN)
         outputs = Alignment(draft, STEPS)(batch, batch.inputs)
         for anchor, row in list(enumerate(batch.anchors.tolist()))[: len(talk.token_ids) - batch.anchors[0] - STEPS]:
@@ -108,7 +108,7 @@ def test_the_gradient_reaches_the_fusion_and_is_autograds(tapped, norm_output, f
 
 def test_training_from_prefixes_equals_the_chain_of_the_layers_own_forward(tapped):
     draft, batch = make_tapping(), collate(tapped, STEPS)
-    as_features = [Talk(t.id, t.token_ids, t.loss_mask, draft.fused(t.taps).detach()) for t in tapped]
+    as_features = [Talk(t.id, t.token_ids, t.loss_mask, draft.features_from(t.taps).detach()) for t in tapped]
     with torch.no_grad():
         outputs, worst = Alignment(draft, STEPS)(batch, batch.inputs), 0.0
         for anchor, row in enumerate(batch.anchors.tolist()):
@@ -144,7 +144,7 @@ def test_the_start_makes_the_last_state_where_a_linear_map_can(tapped):
         for x in [torch.randn(9 * len(t.token_ids), 3 * HIDDEN)]
     ]
     start_fusion(draft, many, ridge=1e-6)
-    error = draft.fused(many[0].taps).detach() - many[0].features
+    error = draft.features_from(many[0].taps).detach() - many[0].features
     assert float(error.norm() / many[0].features.norm()) < 1e-3
 
 

@@ -53,8 +53,8 @@ class LookupDrafter:
             context += new[:count]
         return features[:, 0]
 
-    def fuse(self, taps: Tensor) -> Tensor:
-        return taps  # never asked: it reads none
+    def features_from(self, tapped: Tensor) -> Tensor:
+        return tapped  # never asked: it reads none
 
     def grow(
         self, cache: Contexts, root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None
