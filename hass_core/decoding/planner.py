@@ -211,7 +211,7 @@ class Observer:
     def __init__(self, drafter: Drafter):
         self._drafter, self.shape, self.scratch_slots = drafter, drafter.shape, drafter.scratch_slots
         self.new_cache, self.clear, self.extend = drafter.new_cache, drafter.clear, drafter.extend
-        self.taps, self.fuse = drafter.taps, drafter.fuse
+        self.taps, self.features_from = drafter.taps, drafter.features_from
         self.trees: list[Tree] = []
 
     def grow(
