@@ -224,11 +224,12 @@ def served_clients(home: Path, count: int, new_tokens: int = 32) -> dict[str, An
     url, healthy = f"http://127.0.0.1:{port}", threading.Event()
     try:
         wait_for(lambda: answers(f"{url}/health"), "hass serve", 300)
+        model = httpx.get(f"{url}/v1/models").raise_for_status().json()["data"][0]["id"]
         health = threading.Thread(target=_ask_health, args=(url, healthy, answered))
         health.start()
         started = time.perf_counter()
         with ThreadPoolExecutor(count) as pool:
-            done = list(pool.map(lambda number: _ask(url, number, new_tokens), range(count)))
+            done = list(pool.map(lambda number: _ask(url, model, number, new_tokens), range(count)))
         total = time.perf_counter() - started
         healthy.set()
         health.join()
@@ -250,11 +251,11 @@ def served_clients(home: Path, count: int, new_tokens: int = 32) -> dict[str, An
     }
 
 
-def _ask(url: str, number: int, new_tokens: int) -> tuple[int, float, int]:
+def _ask(url: str, model: str, number: int, new_tokens: int) -> tuple[int, float, int]:
     """(status, seconds, tokens made) of one client's answer."""
     body = {"messages": [{"role": "user", "content": f"Count from {number}."}], "max_tokens": new_tokens}
     started = time.perf_counter()
-    answer = httpx.post(f"{url}/v1/chat/completions", json={"model": "any", **body}, timeout=600)
+    answer = httpx.post(f"{url}/v1/chat/completions", json={"model": model, **body}, timeout=600)
     made = answer.json()["usage"]["completion_tokens"] if answer.is_success else 0
     return answer.status_code, time.perf_counter() - started, made
 
