@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,13 +31,12 @@ SERVED = ("vllm", "sglang")
 SIZE = 100
 
 
-def write_draft(folder: Path, target, size: int | None = SIZE, norm_output: bool = False) -> Path:
-    """A draft folder as training leaves it, with weights and norms that are nowhere at their initial values."""
+def write_draft(folder: Path, target, size: int | None = SIZE, **settings: Any) -> Path:
+    """A draft folder as training by `draft.…` leaves it, with weights and norms that are nowhere at their initial
+    values."""
     torch.manual_seed(1)
     rows = target.head.shape[0]
-    shape = new_architecture(
-        target.model.config, DraftConfig(architecture="eagle3", norm_output=norm_output), size or rows
-    )
+    shape = new_architecture(target.model.config, DraftConfig(architecture="eagle3", **settings), size or rows)
     model = build_draft(shape, target.embedding.float())
     with torch.no_grad():
         for parameter in model.parameters():
@@ -62,7 +62,7 @@ def exported(draft: Path, target, engine: str, out: Path) -> Path:
 @pytest.mark.parametrize("engine", SERVED)
 @pytest.mark.parametrize(("size", "norm_output"), [(SIZE, False), (None, True)], ids=["trimmed", "all tokens, normed"])
 def test_an_export_is_clean_and_comes_back_as_it_was(normed_target, tmp_path, engine, size, norm_output):
-    draft = write_draft(tmp_path / "draft", normed_target, size, norm_output)
+    draft = write_draft(tmp_path / "draft", normed_target, size, norm_output=norm_output)
     source, folder = read_draft(draft, normed_target), exported(draft, normed_target, engine, tmp_path / engine)
     assert check_draft(folder, normed_target, ENGINES[engine], source) == []
     assert check_draft(folder, normed_target, ENGINES[engine]) == []

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,17 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from hass_core.draft_config import DraftConfig
 from hass_core.draft_model.accounting import read_draft
-from hass_core.draft_model.checkpoint import draft_info, load_draft, save_draft, warm_start
+from hass_core.draft_model.checkpoint import load_draft, warm_start
 from hass_core.draft_model.engines import ENGINES
-from hass_core.draft_model.family import new_architecture
-from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.identity import draft_identity
-from hass_core.draft_model.layers import build_draft
 from hass_core.errors import DraftMismatch
 from hass_core.export.checks import check_draft
 from hass_core.export.importer import import_draft
 from hass_core.target_model.loader import freeze
 from tests.conftest import byte_tokenizer, tiny_llama
+from tests.export import test_eagle3
 from tests.export.test_checks import edit_config
 from tests.export.test_eagle3 import BOTH, LAYER, SERVED, SIZE, drop, exported, put
 
@@ -37,17 +36,9 @@ def target():
     return freeze(model, byte_tokenizer(), name="tiny")
 
 
-def write_draft(folder: Path, target, size: int | None = SIZE, **settings) -> Path:
-    torch.manual_seed(1)
-    rows = target.head.shape[0]
-    wanted = DraftConfig(architecture="eagle3", **({"taps": "three", "fc_norm": True} | settings))
-    model = build_draft(new_architecture(target.model.config, wanted, size or rows), target.embedding.float())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.2 * torch.randn_like(parameter) + (parameter.dim() == 1))
-    token_ids = torch.randperm(rows)[:size].sort().values if size else None
-    save_draft(folder, model, DraftHead.from_target(target.head, token_ids), draft_info(target))
-    return folder
+def write_draft(folder: Path, target, size: int | None = SIZE, **settings: Any) -> Path:
+    """One over three states, each normed, where the settings say nothing else."""
+    return test_eagle3.write_draft(folder, target, size, **{"taps": "three", "fc_norm": True} | settings)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,9 +32,9 @@ from tests.training.conftest import HIDDEN, VOCABULARY, make_draft, store_featur
 from tests.training.test_alignment import STEPS, draft_chain, locate
 
 
-def make_eagle3(size: int = VOCABULARY, norm_output: bool = False, seed: int = 0) -> Eagle3Model:
+def make_eagle3(size: int = VOCABULARY, norm_output: bool = False, seed: int = 0, **of_taps: Any) -> Eagle3Model:
     """A random draft whose norms matter too."""
-    shape = Eagle3Architecture.of(make_draft().architecture, size, norm_output)
+    shape = Eagle3Architecture.of(make_draft().architecture, size, norm_output, **of_taps)
     torch.manual_seed(seed)
     draft = Eagle3Model(shape, torch.randn(VOCABULARY, HIDDEN))
     for parameter in draft.parameters():

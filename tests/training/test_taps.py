@@ -30,9 +30,9 @@ from hass_core.training.start import start_fusion
 from hass_core.training.train import train_draft
 from tests.features.conftest import conversation, responses_artifact
 from tests.target_model.conftest import tiny_model
-from tests.training.conftest import HIDDEN, VOCABULARY, Talk, make_draft
+from tests.training.conftest import HIDDEN, VOCABULARY, Talk
 from tests.training.test_alignment import STEPS, draft_chain, locate
-from tests.training.test_eagle3 import by_definition, trimmed
+from tests.training.test_eagle3 import by_definition, make_eagle3, trimmed
 
 TAPS = (1, 3, 4)
 LAYERS = 7
@@ -40,16 +40,8 @@ NORMS = [(False, False), (True, True)]  # norm_output, fc_norm
 
 
 def make_tapping(size: int = VOCABULARY, norm_output: bool = False, fc_norm: bool = False) -> Eagle3Model:
-    """A random draft over three states, whose norms matter too."""
-    shape = Eagle3Architecture.of(make_draft().architecture, size, norm_output, TAPS, fc_norm)
-    torch.manual_seed(0)
-    draft = Eagle3Model(shape, torch.randn(VOCABULARY, HIDDEN))
-    for parameter in draft.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.7 / parameter.shape[1] ** 0.5)
-        else:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return draft
+    """A random draft over three states."""
+    return make_eagle3(size, norm_output, taps=TAPS, fc_norm=fc_norm)
 
 
 @pytest.fixture
