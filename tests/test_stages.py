@@ -12,6 +12,7 @@ from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
 from hass_core.errors import BadInput, ConfigError, ContextTooLong, CorruptFile, DraftMismatch, TargetError
 from hass_core.target_model.loader import freeze
+from hass_core.training.launch import train_on_all
 from tests.conftest import byte_tokenizer, tiny_llama
 
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
@@ -70,3 +71,7 @@ def test_questions_that_cannot_be_asked(refused, tmp_path):
     assert "asked.jsonl" in refused("evaluation", BadInput, evaluation=asked)
     asked = {"methods": ["plain", "eagle2"]}
     assert "eagle2 needs a draft of its own" in refused("evaluation", ConfigError, evaluation=asked)
+
+
+def test_without_a_flow_a_draft_is_trained_by_as_many_processes_as_in_one():
+    assert stages.WORK["draft"] is train_on_all  # which execution.gpus is for: tests/training/test_launch.py

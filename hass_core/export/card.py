@@ -16,11 +16,12 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 WHEN_SAMPLING = {
     "vllm": """At temperature 0 the gain is largest. When requests sample, vLLM by default still drafts the likeliest
-tokens and accepts each with its probability. `"draft_sample_method": "probabilistic"` and
-`"rejection_sample_method": "block"` in the speculative config let it sample drafts (in 0.25.1 on the slower V1 runner
-only, VLLM_USE_V2_MODEL_RUNNER=0: the other one is biased there). Expect nothing at temperature 1: a HASS draft for
-SmolLM2-135M made 0.25.1 1.95 × as fast at temperature 0 and 0.95 × at 1, by its defaults, one request at a time on an
-H200, a chain of 3; sampled drafts were accepted more often (τ 1.98 for 1.52) and yet 0.79 × as fast.""",
+tokens and accepts each with its probability. `"draft_sample_method": "probabilistic"` in the speculative config lets it
+sample drafts, and `"rejection_sample_method": "block"` beside it accepts more of them. In 0.25.1 the default runner is
+biased with sampled drafts; the slower V1 runner (VLLM_USE_V2_MODEL_RUNNER=0) is not, and has no block verification.
+Expect nothing at temperature 1: a HASS draft for SmolLM2-135M made 0.25.1 1.95 × as fast at temperature 0 and 0.95 × at
+1, by its defaults, one request at a time on an H200, a chain of 3; sampled drafts were accepted more often (τ 1.98 for
+1.52) and yet 0.79 × as fast.""",
     "sglang": """At temperature 0 the gain is largest. When requests sample, SGLang by default drafts the likeliest
 tokens. With `--speculative-eagle-topk 1` on CUDA, `--speculative-use-rejection-sampling` lets it sample drafts, and
 `--speculative-use-block-verification` accepts more of them; a trimmed draft vocabulary is refused there. On a CPU it

@@ -29,6 +29,7 @@ from tests.export.test_checks import edit_config, edit_tensors
 CHAIN = TreeConfig(kind="chain", depth=3, nodes=4)
 SERVED = ("vllm", "sglang")
 SIZE = 100
+HEAD = "lm_head.weight"
 
 
 def write_draft(folder: Path, target, size: int | None = SIZE, **settings: Any) -> Path:
@@ -229,3 +230,13 @@ def test_the_identity_does_not_depend_on_the_engine(clean):
     target, _, folders = clean
     vllm, sglang = (draft_identity(read_draft(folders[engine], target)) for engine in SERVED)
     assert vllm == sglang
+
+
+def test_tokens_in_another_order_need_a_head_of_their_own(normed_target, tmp_path):
+    draft = write_draft(tmp_path / "draft", normed_target, size=None)
+    tensors = load_file(draft / "model.safetensors")
+    rows = len(tensors.pop(HEAD))
+    tensors["d2t"] = torch.randperm(rows, generator=torch.Generator().manual_seed(3)) - torch.arange(rows)
+    save_file(tensors, draft / "model.safetensors")
+    with pytest.raises(DraftMismatch, match=f"lacks {HEAD}"):  # the target's would be read by other tokens' rows
+        read_draft(draft, normed_target)
