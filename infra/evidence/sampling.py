@@ -34,7 +34,6 @@ from hass_core.decoding.drafter import Children, Drafter
 from hass_core.decoding.replay import Recording, replay
 from hass_core.decoding.rivals.recursive_rejection import RecursiveRejectionDecoder
 from hass_core.decoding.sampler import Sampler
-from hass_core.decoding.session import prefill
 from hass_core.decoding.tree import Tree, TreeShape
 from hass_core.draft_model.checkpoint import Draft, load_draft
 from hass_core.evaluation.benchmarks import Question, load_benchmarks
@@ -43,6 +42,7 @@ from hass_core.evaluation.statistics import bootstrap
 from hass_core.store.provenance import provenance
 from hass_core.target_model.loader import Target, load_target
 from hass_core.target_model.runner import Runner, make_runner
+from hass_core.target_model.taps import Taps
 
 TREES = {
     "6/10/60": TreeConfig(),
@@ -124,7 +124,7 @@ def _tau(tokens: np.ndarray, cycles: np.ndarray) -> np.ndarray:
     return tokens.sum(-1) / cycles.sum(-1)
 
 
-def _gain(tokens: np.ndarray, cycles: np.ndarray, other_tokens: np.ndarray, other_cycles: np.ndarray) -> np.ndarray:
+def gain(tokens: np.ndarray, cycles: np.ndarray, other_tokens: np.ndarray, other_cycles: np.ndarray) -> np.ndarray:
     return _tau(tokens, cycles) / _tau(other_tokens, other_cycles)
 
 
@@ -149,9 +149,14 @@ def decoded(decoder: Decoder, asked: list[Asked], sampling: SamplingConfig, coun
 
 
 def recorded(
-    runner: Runner, asked: list[Asked], sampling: SamplingConfig, count: int, stop: StopRule
+    runner: Runner,
+    asked: list[Asked],
+    sampling: SamplingConfig,
+    count: int,
+    stop: StopRule,
+    layers: tuple[int, ...] = (),
 ) -> list[tuple[str, Recording]]:
-    """Answers sampled plainly as one batch, with their benchmark and features."""
+    """Answers sampled plainly as one batch, with their benchmark, features and the states after `layers`, if any."""
     answers = []
     generations = PlainDecoder(runner).generate([prompt for _, prompt in asked], sampling, count, stop, seed=0)
     with torch.inference_mode():
@@ -159,9 +164,11 @@ def recorded(
             if len(generation.token_ids) < 2:
                 continue
             ids = torch.tensor([prompt + generation.token_ids], device=runner.device)
-            cache = runner.new_cache(1, ids.shape[1])
-            features = prefill(runner, ids, [ids.shape[1]], cache)[0][0]
-            answers.append((name, Recording(ids[0], features.clone(), len(prompt))))
+            cache, taps = runner.new_cache(1, ids.shape[1]), Taps.of(layers)
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+            features = runner.forward(ids, positions, cache, taps=taps)[0].clone()
+            states = taps.joined()[0].clone() if taps else None
+            answers.append((name, Recording(ids[0], features, len(prompt), states)))
     return answers
 
 
@@ -196,7 +203,7 @@ def measured(target: Target, draft: Draft, prompts: list[Asked], options: argpar
 
 
 def _compared(counted: Counted, likeliest: Counted, plain: Counted | None) -> dict[str, Any]:
-    found = counted.record() | {"gain": bootstrap(_gain, *counted.columns, *likeliest.columns).model_dump()}
+    found = counted.record() | {"gain": bootstrap(gain, *counted.columns, *likeliest.columns).model_dump()}
     if plain is None:
         return found
     columns = [np.array(c) for c in (counted.tokens, counted.seconds, plain.tokens, plain.seconds)]
