@@ -35,8 +35,7 @@ from hass_core.errors import BadInput
 from hass_core.store.provenance import provenance
 from hass_core.target_model.loader import choose_device, choose_dtype
 from hass_core.training.batch import Batch, collate, rounded_up
-from hass_core.training.feed import Division
-from hass_core.training.packing import packs_of_pass
+from hass_core.training.feed import Division, packs_of_pass
 from hass_core.training.sharding import make_accelerator
 from hass_core.training.step import Trainer, train_step
 

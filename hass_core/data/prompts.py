@@ -36,7 +36,7 @@ from hass_core.data.sources import Skipped
 from hass_core.data.templates import check_template
 from hass_core.errors import BadInput, HassError
 from hass_core.progress import Progress, no_progress
-from hass_core.sampling.noise import DRAWS_VERSION
+from hass_core.sampling import DRAWS_VERSION
 from hass_core.store import Artifact, StageFolder, Store, digest_of
 from hass_core.target_model.loader import Target
 

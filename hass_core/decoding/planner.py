@@ -90,14 +90,14 @@ class Plan(BaseModel):
 
 
 def choose_decoder(
-    runner: Runner, draft: Draft, prompts: list[list[int]], stop: StopRule, rows: int = 1
+    runner: Runner, draft: Draft, prompts: list[list[int]], stop: StopRule
 ) -> "tuple[PlannedDecoder, list[Plan]]":
-    """The decoder to use for `rows` rows at once, and the measurements it rests on: greedily and at temperature 1.
+    """The decoder to use for one row at a time, and the measurements it rests on: greedily and at temperature 1.
 
     `prompts` (token ids) should resemble what will be decoded. Outputs are the same whichever is chosen.
     """
-    costs = measure_costs(runner, draft, rows, HOT)  # greedy cycles cost a little less, with a draft and without
-    plans = [make_plan(runner, draft, prompts, stop, rows, sampling=s, costs=costs) for s in (GREEDY, HOT)]
+    costs = measure_costs(runner, draft, 1, HOT)  # greedy cycles cost a little less, with a draft and without
+    plans = [make_plan(runner, draft, prompts, stop, sampling=s, costs=costs) for s in (GREEDY, HOT)]
     return PlannedDecoder(runner, draft, plans), plans
 
 
@@ -111,9 +111,10 @@ class PlannedDecoder:
     name = "planned"
 
     def __init__(self, runner: Runner, draft: Draft, plans: Sequence[Plan]):
-        plain = PlainDecoder(runner)
-        self._above = plain
-        self._decoders = [(p.temperature, decoder_of(p, runner, draft) if p.pays else plain) for p in plans]
+        self._above = plain = PlainDecoder(runner)
+        self._decoders = [
+            (plan.temperature, SpeculativeDecoder(runner, draft, plan.tree()) if plan.pays else plain) for plan in plans
+        ]
 
     def stream(
         self, prompt_token_ids: list[int], sampling: SamplingConfig, max_new_tokens: int, stop: StopRule
@@ -134,11 +135,6 @@ class PlannedDecoder:
         """The decoder for a temperature."""
         fitting = [(known, decoder) for known, decoder in self._decoders if known >= temperature]
         return min(fitting, key=lambda pair: pair[0])[1] if fitting else self._above
-
-
-def decoder_of(plan: Plan, runner: Runner, draft: Draft) -> Decoder:
-    """Speculative with the plan's tree where that pays, else plain."""
-    return SpeculativeDecoder(runner, draft, plan.tree()) if plan.pays else PlainDecoder(runner)
 
 
 def make_plan(
@@ -333,26 +329,13 @@ def _speed(choice: Choice) -> float:
     return choice.tokens_per_second
 
 
-class FixedTree:
+class FixedTree(NoDraft):
     """Proposes the same star of N nodes for nothing: what remains of a cycle is the verification."""
+
+    scratch_slots = 0
 
     def __init__(self, nodes: int):
         self.shape = TreeShape(depth=1, top_k=nodes, nodes=nodes, static=True)
-        self.capturable, self.scratch_slots, self.taps = True, 0, ()
-
-    def new_cache(self, batch_size: int, max_tokens: int) -> Any:
-        return self
-
-    def clear(self, cache: Any) -> None:
-        pass
-
-    def extend(
-        self, cache: Any, features: Tensor, token_ids: Tensor, counts: Tensor, fixed: FixedShapes | None = None
-    ) -> Tensor:
-        return counts
-
-    def features_from(self, tapped: Tensor) -> Tensor:
-        return tapped  # never asked: it reads none
 
     def grow(
         self, cache: Any, root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None

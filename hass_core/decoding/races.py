@@ -1,8 +1,14 @@
-"""Races between tokens at positions of recorded answers, to fit a draft's calibration to.
+"""A draft's calibration, fitted to races between tokens at positions of recorded answers.
 
 At a position the target's distribution p follows from the recorded feature, and the draft's log q from the feature
 before it, as in a cycle's first level. With fresh noise g the target draws the token whose log p + g is the largest:
 that one has won, whatever the record holds there, so it does not matter how the answers were sampled.
+
+A candidate wins where its log p + g is the largest. The draft knows log q + e·: with an error of some spread, the
+winner's chance is near softmax((sharpness · log q + g) / width): sharpness > 1 because small probabilities are usually
+smaller still, width because the error smears the race. At T = 1 both are near 1; at T = 0.7 the same error of the
+logits counts 1 / 0.7 as much, and width grows to about 2. Both are fitted by maximum likelihood (a multinomial
+logistic regression with two weights) when training ends, and stand in the draft's config.json.
 
 Shapes: P positions, H hidden, V vocabulary, D draft vocabulary.
 """
@@ -15,17 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hass_core.config import SamplingConfig, TreeConfig
-from hass_core.decoding.calibration import fit
 from hass_core.decoding.drafter import Drafter
 from hass_core.decoding.replay import FRESH, Recording, replay_together, together
 from hass_core.decoding.sampler import Proposal, Sampler
 from hass_core.decoding.tree import TreeShape
 from hass_core.draft_model.checkpoint import Draft
-from hass_core.sampling.noise import gumbel, stream
+from hass_core.sampling import gumbel, stream
 
 TEMPERATURES = (0.6, 0.8, 1.0)  # between them sharpness and width are interpolated
 MOST_POSITIONS = 256  # two weights are fitted; each position costs V numbers four times
 FEWEST_POSITIONS = 64
+NEWTON_STEPS = 20
+WEIGHT_RANGE = (0.05, 20.0)  # a draft that is always right, or never, has no best weights
 
 
 @torch.no_grad()
@@ -91,3 +98,31 @@ def fresh_noise(places: int, vocab_size: int) -> Tensor:
     """[P, V], nothing to do with any answer's."""
     words, token_ids = stream(FRESH, 0), np.arange(vocab_size, dtype=np.uint32)
     return torch.from_numpy(np.stack([gumbel(words, place, token_ids) for place in range(places)]))
+
+
+def fit(log_q: Tensor, noise: Tensor, winners: Tensor) -> tuple[float, float]:
+    """Sharpness and width by maximum likelihood from P races: of each the D candidates' log q and noise [P, D], and the
+    index [P] of the one that won.
+
+    Newton's method on the concave likelihood of weights (a, b) of log q and g; sharpness = a / b, width = 1 / b.
+    """
+    weights = torch.ones(2, dtype=torch.float64)
+    inputs = (log_q, noise)
+    won = [x.gather(1, winners[:, None])[:, 0] for x in inputs]
+    for _ in range(NEWTON_STEPS):
+        p = F.softmax(weights[0].item() * log_q + weights[1].item() * noise, 1)
+        weighted = [p * x for x in inputs]
+        means = [x.sum(1) for x in weighted]
+        slope = _sums([w - mean for w, mean in zip(won, means, strict=True)])
+        pairs = [(0, 0), (0, 1), (1, 1)]
+        curve = _sums([(weighted[i] * inputs[j]).sum(1) - means[i] * means[j] for i, j in pairs])
+        flat = torch.stack([curve[0], curve[1], curve[1], curve[2]]).view(2, 2) + 1e-6 * torch.eye(2)
+        step = torch.linalg.solve(flat, slope)
+        weights = (weights + step).clamp(*WEIGHT_RANGE)
+        if float(step.abs().max()) < 1e-4:
+            break
+    return float(weights[0] / weights[1]), float(1 / weights[1])
+
+
+def _sums(columns: Sequence[Tensor]) -> Tensor:
+    return torch.stack([column.double().sum().cpu() for column in columns])

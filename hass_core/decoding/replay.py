@@ -24,7 +24,7 @@ from hass_core.config import SamplingConfig
 from hass_core.decoding.drafter import Drafter
 from hass_core.decoding.sampler import Noise, Sampler
 from hass_core.decoding.tree import accept
-from hass_core.sampling.processors import probabilities
+from hass_core.sampling import probabilities
 
 GREEDY = SamplingConfig()
 FRESH = 0x7265706C6179  # a seed that no answer was drawn with: the noise must not know the winners

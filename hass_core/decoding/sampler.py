@@ -1,10 +1,10 @@
 """Drawing and guessing tokens with the noise of their places, for the B rows of a session.
 
-A token is drawn as argmax (log p + g), p after all processors, g the noise of `hass_core.sampling.noise`. Whatever
+A token is drawn as argmax (log p + g), p after all processors, g the noise of `hass_core.sampling`. Whatever
 decodes a text with the same seed draws the same tokens. A drafter wants the tokens whose log q + g are largest: with
 the same g it has a share in the draw's luck. Given the noise, a candidate is no longer right with probability q: were q
 equal to p, the first one would be certain. What is uncertain is how far q is from p, so a candidate's score is its
-log-softmax of (sharpness · log q + g) / width, both fitted to the draft (`hass_core.decoding.calibration`).
+log-softmax of (sharpness · log q + g) / width, both fitted to the draft (`hass_core.decoding.races`).
 
 Shapes: B rows, n draws a row, N tree nodes, R tokens emitted, V vocabulary, D draft vocabulary, P places of paths.
 """
@@ -19,9 +19,7 @@ from torch import Tensor
 from hass_core import kernels
 from hass_core.config import SamplingConfig
 from hass_core.decoding.tree import Tree
-from hass_core.sampling.noise import gumbel, stream
-from hass_core.sampling.processors import COLDEST, NEVER, edge, greedy, penalize, top_tokens
-from hass_core.sampling.rows import as_signed
+from hass_core.sampling import COLDEST, NEVER, as_signed, edge, greedy, gumbel, penalize, stream, top_tokens
 
 NO_TOKEN = -1  # fills paths
 

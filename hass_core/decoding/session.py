@@ -135,7 +135,8 @@ class Session:
         # verify: one pass of the target over all nodes, one draw at each
         positions = cache.lengths[:, None] + tree.depths
         mask = tree.visible if self.shape.nodes > 1 else None
-        within, taps = positions.clamp(max=runner.context_tokens - 1), Taps.of(self._drafter.taps)
+        within = positions.clamp(max=runner.context_tokens - 1)
+        taps = Taps(self._drafter.taps) if self._drafter.taps else None
         features = runner.forward(tree.token_ids, within, cache, mask, fixed, taps)
         drawn, sound = self._sampler.draw(runner.logits(features), positions + 1, tree)
 
@@ -168,7 +169,7 @@ def prefill(
     features, fused = [], []
     for start, stop, live in pieces(lengths):
         position_ids = torch.arange(start, stop, device=token_ids.device).expand(len(lengths), -1)
-        taps = Taps.of(drafter.taps) if drafter else None
+        taps = Taps(drafter.taps) if drafter and drafter.taps else None
         features.append(runner.forward(token_ids[:, start:stop], position_ids, cache, taps=taps))
         if drafter and taps:
             fused.append(drafter.features_from(taps.joined()))

@@ -20,7 +20,7 @@ from hass_core.config import SamplingConfig
 from hass_core.decoding.answers import StopRule
 from hass_core.decoding.decoder import Decoder
 from hass_core.progress import Progress, no_progress
-from hass_core.sampling.noise import gumbel, stream
+from hass_core.sampling import gumbel, stream
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import Runner, make_runner
 

@@ -1,4 +1,4 @@
-"""The noise of `hass_core.sampling.noise`, made where it is used: nothing of it is written to memory or read.
+"""The noise of `hass_core.sampling`, made where it is used: nothing of it is written to memory or read.
 
 Every operation is the one that file does, in its order, so that the bits are the same. A kernel that calls `gumbel` is
 launched with `UNFUSED`: a product and a sum in one instruction round once, and the bits would differ.

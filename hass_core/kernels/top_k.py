@@ -38,7 +38,7 @@ MANY = 1024  # candidates that one warp would look at for long
 class RowNoise(NamedTuple):
     """Whose noise is added to the logits of a row, and how."""
 
-    streams: Tensor  # [B, 2] int32, `hass_core.sampling.noise.stream` of each row of the batch
+    streams: Tensor  # [B, 2] int32, `hass_core.sampling.stream` of each row of the batch
     positions: Tensor  # [R], or [B] where all rows of one stream stand at one position
     ahead: int  # added to the positions
     sharpness: float  # factor of the logits

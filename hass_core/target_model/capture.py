@@ -65,7 +65,7 @@ class Capture:
         taps: Sequence[int] = (),
     ):
         self._lengths, self._names = [len(ids) for ids in token_ids], names
-        packed, tapped = packed_pass(target), Taps.of(taps)
+        packed, tapped = packed_pass(target), Taps(taps) if taps else None
         hidden = packed(token_ids, tapped) if packed else _padded_pass(target, token_ids, self._lengths, tapped)
         if tapped:
             hidden = torch.cat([hidden, tapped.joined()], -1)

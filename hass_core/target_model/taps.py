@@ -30,11 +30,6 @@ class Taps:
         self.layers = tuple(layers)
         self._states: dict[int, Tensor] = {}
 
-    @classmethod
-    def of(cls, layers: Sequence[int]) -> "Taps | None":
-        """None where there is nothing to collect."""
-        return cls(layers) if layers else None
-
     def see(self, layer: int, state: Tensor) -> None:
         """`state` [..., H] is what `layer` layers have made."""
         if layer in self.layers:

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from hass_core.errors import CorruptFile
 from hass_core.store import StageFolder
-from hass_core.training.optimizer import MovingAverage
 from hass_core.training.sharding import divided_like, whole
+from hass_core.training.step import MovingAverage
 
 PREFIX = "checkpoint-"
 

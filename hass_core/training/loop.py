@@ -21,9 +21,8 @@ from hass_core.training.checkpoint import Position, remove_old, save_checkpoint,
 from hass_core.training.feed import Prefetcher
 from hass_core.training.losses import PARTS, Objective
 from hass_core.training.metrics import MetricsFile
-from hass_core.training.optimizer import learning_rate, set_learning_rate
 from hass_core.training.sharding import as_first_process, gathered
-from hass_core.training.step import StepResult, Trainer, train_step
+from hass_core.training.step import StepResult, Trainer, learning_rate, set_learning_rate, train_step
 from hass_core.training.validation import HeldOut, validate, validate_tree
 
 

@@ -2,7 +2,8 @@
 
     counts      the supervised tokens of the whole step, over all processes: what every mean divides by
     backward    for each micro-batch the alignment, the loss and its gradient; gradients accumulate
-    update      refused when anything is not finite; clipped; then the optimizers and the moving average
+    update      refused when anything is not finite; clipped; then the optimizers, by the schedule's learning rate, and
+                the moving average of the weights
 
 On a GPU a micro-batch's forward and backward pass is one CUDA graph for each shape of batch. Eagerly it is some 1,500
 calls from Python, which on a small draft take longer than what they start. A graph reads its batch from tensors of its
@@ -10,7 +11,7 @@ own and adds to the gradients where they are, so those must stay: they are set t
 """
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
@@ -19,10 +20,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 
 from hass_core.config import TrainingConfig
 from hass_core.cuda_graphs import GraphCache
+from hass_core.draft_model.eagle3 import LM_HEAD
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
 from hass_core.errors import NonFinite
@@ -30,7 +32,6 @@ from hass_core.target_model.loader import choose_dtype
 from hass_core.training.alignment import Alignment
 from hass_core.training.batch import Batch, add_noise
 from hass_core.training.losses import PARTS, Objective, distill
-from hass_core.training.optimizer import MovingAverage, make_optimizers
 from hass_core.training.sharding import average, can_be_captured, distribute, unsynced, whole
 
 MOST_GRAPHS = 12  # batches of still other shapes run eagerly
@@ -59,7 +60,7 @@ class Trainer:
     wrapped: nn.Module
     head: DraftHead
     optimizers: list[Optimizer]
-    average: MovingAverage | None
+    average: "MovingAverage | None"
     dtype: torch.dtype
     captured: bool  # each micro-batch as a CUDA graph
 
@@ -176,6 +177,66 @@ def _refuse(batches: list[Batch], step: int, norm: float) -> None:
         f"step {step + 1}: the loss or the gradient (norm {norm}) is not finite; nothing was updated. Conversations: "
         f"{shown}. Look at their features, or lower training.lr_peak; the same command continues from the checkpoint"
     )
+
+
+def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]:
+    """AdamW for everything, or Muon for the matrices and AdamW for the rest, to which a draft's own head belongs.
+
+    Muon's updates are scaled to AdamW's usual size, so one learning rate serves both.
+    """
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    if config.optimizer == "adamw":
+        return [_adamw(matrices, others, config)]
+    heads = [p for name, p in model.named_parameters() if name == LM_HEAD]
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and name != LM_HEAD]
+    muon = Muon(matrices, lr=config.lr_peak, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, _adamw(heads, others, config)]
+
+
+def _adamw(decayed: list[nn.Parameter], plain: list[nn.Parameter], config: TrainingConfig) -> AdamW:
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return AdamW([g for g in groups if g["params"]], lr=config.lr_peak, betas=config.betas, fused=True)
+
+
+def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
+    """The rate of optimizer step `step` (from 0): linear warm-up, then the schedule, ending near zero."""
+    warmup = math.ceil(config.warmup_fraction * total_steps)
+    if step < warmup:
+        return config.lr_peak * (step + 1) / warmup
+    left = (total_steps - step) / max(1, total_steps - warmup)
+    factor = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[config.schedule]
+    return config.lr_peak * factor
+
+
+def set_learning_rate(optimizers: Iterable[Optimizer], rate: float) -> None:
+    """Give all parameter groups this rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+class MovingAverage:
+    """Exponential moving average of a model's parameters; early on it forgets faster, so the start does not linger."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after optimizer step `step` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in model.named_parameters():
+            self.weights[name].lerp_(parameter, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchange the model's weights and the averages; a second call undoes it."""
+        for name, parameter in model.named_parameters():
+            kept = parameter.clone()
+            parameter.copy_(self.weights[name])
+            self.weights[name].copy_(kept)
 
 
 class GraphPerShape:

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hass_core.config import RunConfig, TrainingConfig, TreeConfig
-from hass_core.decoding.calibration import FIELD
+from hass_core.decoding.drafter import CALIBRATION
 from hass_core.draft_model.architecture import DraftArchitecture
 from hass_core.draft_model.checkpoint import draft_info, draft_model, save_draft, warm_start
 from hass_core.draft_model.family import new_architecture, shape_key
@@ -41,10 +41,9 @@ from hass_core.target_model.known import KnownTarget
 from hass_core.target_model.loader import Target
 from hass_core.target_model.taps import check_taps
 from hass_core.training.checkpoint import Position, checkpoints, load_checkpoint, load_weights
-from hass_core.training.feed import Dataset, Division, Feed, Prefetcher, micro_batches
+from hass_core.training.feed import Dataset, Division, Feed, PackStream, Prefetcher, micro_batches, sample_order
 from hass_core.training.loop import Run, train
 from hass_core.training.metrics import MetricsFile
-from hass_core.training.packing import PackStream, sample_order
 from hass_core.training.sharding import make_accelerator
 from hass_core.training.start import ranked_tokens, start_from_target, start_fusion, start_least_squares
 from hass_core.training.step import Trainer, compute_dtype
@@ -294,7 +293,7 @@ def _written(
     sampled: dict[str, float] = {}
     if run.answers:
         calibration, sampled = validate_sampling(draft, trainer.head, run.answers, run.tree, target.head)
-        extra |= {FIELD: calibration} if calibration else {}
+        extra |= {CALIBRATION: calibration} if calibration else {}
     names = save_draft(scratch / "draft", draft, trainer.head, draft_info(target, extra), ranks[:MOST_RANKS])
     return {name: scratch / "draft" / name for name in names} | {METRICS: scratch / METRICS}, sampled
 

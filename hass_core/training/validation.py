@@ -23,8 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hass_core.config import SamplingConfig, TreeConfig
-from hass_core.decoding.calibration import FIELD
-from hass_core.decoding.drafter import Drafter
+from hass_core.decoding.drafter import CALIBRATION, Drafter
 from hass_core.decoding.races import fitted_calibration
 from hass_core.decoding.replay import Recording, last_answer, replay, tree_tau
 from hass_core.decoding.tree import TreeShape
@@ -165,7 +164,7 @@ def validate_sampling(
     """What a finished draft is worth where answers are sampled: its fitted calibration, and with it
     `tree_tau_sampled`, tokens per cycle at temperature 1; `target_head` [V, H]."""
     calibration = fitted_calibration(as_decoded(draft, head, {}), answers, target_head)
-    info = {FIELD: calibration} if calibration else {}
+    info = {CALIBRATION: calibration} if calibration else {}
     drafter = Drafter(as_decoded(draft, head, info), TreeShape.of(tree, head.size))
     cycles = replay(drafter, answers, target_head, SamplingConfig(temperature=1.0))
     return calibration, {"tree_tau_sampled": tree_tau(cycles)}

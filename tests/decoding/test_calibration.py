@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hass_core.decoding.calibration import USUAL, at_temperature, calibration_of, fit
+from hass_core.decoding.drafter import USUAL, at_temperature, calibration_of
+from hass_core.decoding.races import fit
 
 
 def test_the_fit_finds_the_weights_that_made_the_winners():

@@ -21,10 +21,10 @@ from hass_core.decoding.planner import (
     Costs,
     FixedTree,
     Plan,
+    PlannedDecoder,
     Record,
     choose_decoder,
     cycle_seconds,
-    decoder_of,
     make_plan,
     observe,
 )
@@ -116,7 +116,7 @@ def test_a_plan_that_does_not_pay_decodes_plainly(tiny_target, prompts):
     (planned,) = decoder.generate(prompts[:1], sampling, 12, ENDLESS)
     assert planned.token_ids == PlainDecoder(runner).generate(prompts[:1], sampling, 12, ENDLESS)[0].token_ids
     never, always = (plans[0].model_copy(update={"plain_tokens_per_second": speed}) for speed in (1e9, 1e-9))
-    chosen = [decoder_of(p, runner, draft) for p in (never, always)]
+    chosen = [PlannedDecoder(runner, draft, [p]).at(0.0) for p in (never, always)]
     assert [type(d) for d in chosen] == [PlainDecoder, SpeculativeDecoder]
     plain, speculative = (d.generate(prompts[:2], SamplingConfig(), 12, ENDLESS) for d in chosen)
     assert [g.token_ids for g in plain] == [g.token_ids for g in speculative]

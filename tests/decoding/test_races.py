@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hass_core.config import SamplingConfig
-from hass_core.decoding.calibration import at_temperature, calibration_of
 from hass_core.decoding.decoder import PlainDecoder
+from hass_core.decoding.drafter import at_temperature, calibration_of
 from hass_core.decoding.races import TEMPERATURES, among, fitted_calibration
 from hass_core.decoding.replay import Recording
 from hass_core.target_model.capture import capture_features

@@ -96,7 +96,7 @@ def test_nothing_in_a_cycle_on_a_gpu_reads_back_or_mixes_devices(monkeypatch, ro
     # meta tensors have shapes but no values: to read one, or to add a CPU tensor to it, raises
     monkeypatch.setattr("hass_core.target_model.block.packable", lambda weight: False)
     # tokens are chosen by the kernel, as on a GPU: PyTorch's way to draw is a CPU's, and reads positions back
-    for module in ("hass_core.decoding.sampler", "hass_core.sampling.processors"):
+    for module in ("hass_core.decoding.sampler", "hass_core.sampling"):
         monkeypatch.setattr(f"{module}.kernels", SimpleNamespace(usable=lambda x: x.is_meta))
     kernel = SimpleNamespace(RowNoise=RowNoise, row_top_k=shapes_of_top_k)
     monkeypatch.setitem(sys.modules, "hass_core.kernels.top_k", kernel)

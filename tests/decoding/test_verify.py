@@ -10,7 +10,7 @@ from hass_core.decoding.decoder import SpeculativeDecoder
 from hass_core.decoding.rivals.recursive_rejection import RecursiveRejectionDecoder
 from hass_core.decoding.sampler import Noise, Sampler
 from hass_core.decoding.tree import Pool, Tree, TreeShape, accept, ancestors, assemble
-from hass_core.sampling.processors import probabilities
+from hass_core.sampling import probabilities
 from hass_core.target_model.loader import freeze
 from hass_core.target_model.runner import make_runner
 from tests.conftest import byte_tokenizer, tiny_llama

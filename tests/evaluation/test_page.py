@@ -13,7 +13,7 @@ from hass_core.evaluation.lossless import Certificate
 from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.page import Part, page, verdict_words
 from hass_core.evaluation.report import Estimator, Report
-from hass_core.sampling.noise import DRAWS_VERSION
+from hass_core.sampling import DRAWS_VERSION
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>$\\frac{$ & "\' {{ 7*7 }}'
 TRAINING = [{"step": s, "train/loss": 3 - s / 10, "val/loss": 2.0, "val/accuracy_step_1": s / 40} for s in (0, 5, 10)]

@@ -75,7 +75,7 @@ def test_sampled_tokens_follow_the_targets_distribution(runner, sps, stop, tiny_
 def exact_distribution(target, runner, sampling):
     """Probability of every answer of three tokens (or fewer, ended by an end token)."""
     from hass_core.evaluation.lossless import last_logits
-    from hass_core.sampling.processors import probabilities
+    from hass_core.sampling import probabilities
 
     found = {}
 

@@ -19,8 +19,7 @@ from hass_core.kernels.noise import gumbel as noise_of
 from hass_core.kernels.tiles import Tiles
 from hass_core.kernels.top_k import RowNoise, row_top_k
 from hass_core.kernels.tree_attention import tree_attention
-from hass_core.sampling.noise import gumbel, stream
-from hass_core.sampling.rows import as_signed
+from hass_core.sampling import as_signed, gumbel, stream
 from hass_core.target_model.block import LayerShape, Linear, in_eight_bits, restored
 from hass_core.target_model.kv_cache import KVCache, MaskedAttention
 

@@ -12,7 +12,7 @@ from hass_core.bench import training as bench
 from hass_core.training import loop
 from hass_core.training.batch import collate
 from hass_core.training.checkpoint import checkpoints
-from hass_core.training.optimizer import MovingAverage, learning_rate
+from hass_core.training.step import MovingAverage, learning_rate
 from hass_core.training.train import draft_folder, train_draft
 from tests.training.conftest import make_talk, store_features
 from tests.training.test_train import settings

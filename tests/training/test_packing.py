@@ -7,8 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hass_core.errors import BadInput
-from hass_core.training.feed import Division, Group, read_ahead, windows_ahead
-from hass_core.training.packing import WINDOW_BLOCKS, PackStream, packs_of_pass, sample_order
+from hass_core.training.feed import (
+    WINDOW_BLOCKS,
+    Division,
+    Group,
+    PackStream,
+    packs_of_pass,
+    read_ahead,
+    sample_order,
+    windows_ahead,
+)
 
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=300)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hass_core.config import TreeConfig
 from hass_core.decoding.decoder import TreeDecoder
+from hass_core.decoding.drafter import NoDraft
 from hass_core.decoding.sampler import Sampler
 from hass_core.decoding.tree import Tree, TreeShape, ancestors
 from hass_core.target_model.kv_cache import FixedShapes
@@ -22,21 +23,22 @@ DRAFT_TOKENS = 10
 class PromptLookupDecoder(TreeDecoder):
     """See `hass_core.decoding.decoder.Decoder`."""
 
-    def __init__(self, runner: Runner, draft_tokens: int = DRAFT_TOKENS):
-        super().__init__(runner, LookupDrafter(draft_tokens, runner.device), name="pld")
+    def __init__(self, runner: Runner):
+        super().__init__(runner, LookupDrafter(runner.device), name="pld")
 
 
 Contexts = list[list[int]]
 """What stands for the draft's cache: each row's tokens so far, without the prompt's first."""
 
 
-class LookupDrafter:
+class LookupDrafter(NoDraft):
     """See `hass_core.decoding.drafter.TreeDrafter`."""
 
-    def __init__(self, draft_tokens: int, device: torch.device):
-        self.shape = TreeShape.of(TreeConfig(kind="chain", depth=draft_tokens, top_k=1), 1)
-        self.capturable, self.scratch_slots, self.taps = False, 0, ()
-        self._parents = torch.arange(-1, draft_tokens, device=device).clamp(min=0)[None]
+    shape = TreeShape.of(TreeConfig(kind="chain", depth=DRAFT_TOKENS, top_k=1), 1)
+    capturable, scratch_slots = False, 0
+
+    def __init__(self, device: torch.device):
+        self._parents = torch.arange(-1, DRAFT_TOKENS, device=device).clamp(min=0)[None]
 
     def new_cache(self, batch_size: int, max_tokens: int) -> Contexts:
         return [[] for _ in range(batch_size)]
@@ -52,9 +54,6 @@ class LookupDrafter:
         for context, new, count in zip(cache, token_ids.tolist(), counts.tolist(), strict=True):
             context += new[:count]
         return features[:, 0]
-
-    def features_from(self, tapped: Tensor) -> Tensor:
-        return tapped  # never asked: it reads none
 
     def grow(
         self, cache: Contexts, root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None

@@ -21,7 +21,7 @@ from hass_core.decoding.sampler import NO_TOKEN, Proposal, Sampler
 from hass_core.decoding.tree import Tree, TreeShape
 from hass_core.draft_model.checkpoint import Draft
 from hass_core.errors import ConfigError
-from hass_core.sampling.processors import probabilities
+from hass_core.sampling import probabilities
 from hass_core.target_model.runner import Runner
 
 SHARES = (0.564, 0.131, 0.055, 0.043, 0.018, 0.017, 0.016, 0.015)

@@ -18,19 +18,11 @@ import torch
 from torch import Tensor
 
 from hass_core.config import SamplingConfig
-from hass_core.decoding.answers import (
-    Answer,
-    CycleTrace,
-    Generation,
-    Step,
-    StopRule,
-    Timing,
-    check_prompts,
-    check_sound,
-)
+from hass_core.decoding.answers import CycleTrace, Generation, Step, StopRule, Timing
+from hass_core.decoding.decoder import Answer, check_prompts, check_sound
 from hass_core.decoding.session import prefill
 from hass_core.errors import ConfigError, TargetError
-from hass_core.sampling.processors import probabilities
+from hass_core.sampling import probabilities
 from hass_core.target_model.kv_cache import KVCache
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import Runner

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from hass_core.config import SamplingConfig
-from hass_core.sampling.processors import probabilities
+from hass_core.sampling import probabilities
 
 CASES = [
     SamplingConfig(temperature=0.7),

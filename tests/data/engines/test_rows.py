@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from hass_core.sampling.noise import stream
-from hass_core.sampling.processors import nucleus_edge
-from hass_core.sampling.rows import as_signed, draw_rows, shape_rows
+from hass_core.data.engines.batch import as_signed, draw_rows, shape_rows
+from hass_core.sampling import nucleus_edge, stream
 
 V = 700
 

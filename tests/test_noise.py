@@ -8,7 +8,7 @@ import torch
 
 from hass_core.config import SamplingConfig
 from hass_core.decoding.sampler import Proposal, Sampler
-from hass_core.sampling.noise import MOST_NOISE, gumbel, gumbel_of, position_key, stream, winner
+from hass_core.sampling import MOST_NOISE, gumbel, gumbel_of, position_key, stream, winner
 
 TOKENS = np.arange(4096, dtype=np.uint32)
 

@@ -1,1 +1,0 @@
-"""From logits to a token: what shapes the distribution, and the noise it is drawn with."""
