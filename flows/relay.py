@@ -1,14 +1,13 @@
 """A retraining whose stages run elsewhere, one deployment after the other. This process waits, and loads no model."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from prefect import State, flow
-from prefect.deployments import run_deployment
 from prefect.states import Completed
 from pydantic import Field
 
 from flows.parameters import RunParameters
-from hass_core.errors import HassError
+from tasks.deployment import completed
 
 LONGEST_SECONDS = 14 * 86_400.0  # each of the runs it waits for has a limit of its own
 GPU = ("generate-data/gpu", "extract-features/gpu", "train-draft/gpu", "retrain/gpu")
@@ -26,17 +25,5 @@ def relay(run: RunParameters, via: Deployments = GPU) -> State[None]:
     """
     run.config()  # a wrong setting is told before anything starts
     asked = {"run": run.model_dump(mode="json", exclude_none=True, exclude={"deployments"})}
-    ended = [_completed(deployment, asked) for deployment in via]
+    ended = [completed(deployment, asked) for deployment in via]
     return Completed(name=ended[-1].name, message=ended[-1].message)
-
-
-def _completed(deployment: str, parameters: dict[str, Any]) -> State[Any]:
-    ran: Any = run_deployment(deployment, parameters=parameters, as_subflow=True)
-    state = ran.state
-    if state is None or not state.is_completed():
-        end = state.name if state else "no state"
-        raise HassError(
-            f"{deployment} ran as flow run {ran.name!r} and ended as {end}; see its log. The same command goes on from "
-            "what is finished"
-        )
-    return state

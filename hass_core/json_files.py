@@ -1,6 +1,7 @@
-"""Reading small JSON files of others, with a sentence for each way in which they can be wrong."""
+"""Small JSON files: others' read, with a sentence for each way in which they can be wrong, own ones written whole."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,3 +21,10 @@ def read_object(path: Path, wrong: type[HassError], expected: str) -> dict[str, 
     if not isinstance(found, dict):
         raise wrong(f"{path} holds no JSON object: {expected}")
     return found
+
+
+def write_whole(path: Path, content: Any) -> None:
+    """Write a JSON value; whoever reads the file meanwhile sees all of it or what was there before."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(partial, path)

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from prefect.deployments import run_deployment
-
 from hass_core.config import RunConfig
 from hass_core.errors import HassError
 from hass_core.store import Artifact
 from tasks import tracking
+from tasks.deployment import completed
 from tasks.links import prefect_tags
 from tasks.resources import store_of
 
@@ -22,13 +21,7 @@ def run_elsewhere(
     """
     client = tracking.connect(config)
     was_running = tracking.is_running(client, run_id)
-    flow_run: Any = run_deployment(deployment, parameters={"run": dict(parameters)}, as_subflow=True)
-    if flow_run.state is None or not flow_run.state.is_completed():
-        end = flow_run.state.name if flow_run.state else "no state"
-        raise HassError(
-            f"the stage {stage} ran as flow run {flow_run.name!r} of {deployment} and ended as {end}; see its log. "
-            "The same command continues from what is finished"
-        )
+    completed(deployment, {"run": dict(parameters)})
     if was_running:  # else it was finished before, and the sub-flow found nothing to add
         tracking.resume(client, run_id, prefect_tags())
     digest = tracking.tags_of(client, run_id).get(f"hass.digest.{stage}")

@@ -14,10 +14,10 @@ from hass_core.config import Engine, RunConfig, TreeConfig
 from hass_core.errors import HassError
 from hass_core.evaluation.evaluate import read_report
 from hass_core.export import exporter
-from hass_core.store import MANIFEST, Artifact, store_at
+from hass_core.store import MANIFEST, store_at
 from hass_core.target_model.licence import target_licence
 from tasks import tracking
-from tasks.resources import store_of, target_of
+from tasks.resources import made_of, store_of, target_of
 from tasks.retries import SHORT
 from tasks.tracking import DraftVersion
 
@@ -133,9 +133,5 @@ def _local(config: RunConfig, source: DraftSource) -> Iterator[Path]:
 
 def tree_of(config: RunConfig, version: DraftVersion | None) -> TreeConfig:
     """The tree that the version's evaluation decoded with, chosen by measuring where it was; else the settings'."""
-    if version is None:
-        return config.tree
-    store = store_of(config)
-    digest = tracking.lineage(tracking.connect(config), version).get("hass.digest.evaluation")
-    evaluation: Artifact | None = store.artifact("evaluation", digest) if digest else None
-    return read_report(store, evaluation).tree if evaluation else config.tree
+    evaluation = made_of(config, version, "evaluation") if version else None
+    return read_report(store_of(config), evaluation).tree if evaluation else config.tree

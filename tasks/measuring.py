@@ -18,10 +18,9 @@ from hass_core.evaluation.server_duel import contest
 from hass_core.evaluation.server_process import serving
 from hass_core.progress import Progress
 from hass_core.store import Artifact
-from tasks import tracking
 from tasks.export import DraftSource, tree_of, write_export
 from tasks.gate import NOT_LOSSLESS, PLAIN_DECODING, Verdict, all_of, judge
-from tasks.resources import is_served, store_of, target_of
+from tasks.resources import is_served, made_of, store_of, target_of
 from tasks.tracking import DraftVersion
 
 PLAIN_ROUNDS = 1  # against plain decoding gains are far larger than what a round adds
@@ -98,7 +97,5 @@ def _servers(config: RunConfig, challenger: DraftVersion, champion: DraftVersion
 
 def _evaluated(config: RunConfig, version: DraftVersion, progress: Progress) -> Artifact:
     """The evaluation that the version was registered with; one made here where the store does not hold it."""
-    store = store_of(config)
-    digest = tracking.lineage(tracking.connect(config), version).get("hass.digest.evaluation")
-    found = store.artifact("evaluation", digest) if digest else None
-    return found or evaluate_draft(config, version.draft, store, target_of(config), progress)
+    found = made_of(config, version, "evaluation")
+    return found or evaluate_draft(config, version.draft, store_of(config), target_of(config), progress)

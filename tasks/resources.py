@@ -9,7 +9,7 @@ from transformers.utils.logging import disable_progress_bar
 from hass_core.config import RunConfig, TargetConfig
 from hass_core.evaluation.evaluate import device_name
 from hass_core.stages import STEP_VERSIONS
-from hass_core.store import Store
+from hass_core.store import Artifact, Store
 from hass_core.target_model.loader import Target, load_target
 from tasks import tracking
 
@@ -44,6 +44,12 @@ def is_served(config: RunConfig, version: tracking.DraftVersion) -> bool:
         return tracking.serves(version, target)
     record = json.loads(store_of(config).open(version.draft).read_text("config.json")).get("hass", {})
     return not target.differing(record)
+
+
+def made_of(config: RunConfig, version: tracking.DraftVersion, stage: str) -> Artifact | None:
+    """A stage that a version came from; None where the store does not hold it."""
+    digest = tracking.lineage(tracking.connect(config), version).get(f"hass.digest.{stage}")
+    return store_of(config).artifact(stage, digest) if digest else None
 
 
 @lru_cache(maxsize=1)

@@ -19,7 +19,7 @@ from hass_core.evaluation.evaluate import read_report
 from hass_core.store import Artifact
 from tasks import tracking
 from tasks.events import ACCEPTANCE_FELL, TRAFFIC_DRIFTED, emit
-from tasks.resources import store_of
+from tasks.resources import made_of, store_of
 from tasks.retries import SHORT
 from tasks.tracking import DraftVersion, WatchState
 
@@ -130,12 +130,12 @@ def _mean_tau(reads: list[Acceptance], min_drafts: int) -> float | None:
 
 def _expected(config: RunConfig, version: DraftVersion, positions: int) -> float:
     store = store_of(config)
-    return expected_tau(read_report(store, _made_of(config, version, "evaluation")), positions)
+    return expected_tau(read_report(store, _required(config, version, "evaluation")), positions)
 
 
 def _drift(config: RunConfig, version: DraftVersion) -> Drift:
     """The newest of the log against what the draft was trained on: traffic of then, where there was any."""
-    records = read_prompts(store_of(config), _made_of(config, version, "prompts"))
+    records = read_prompts(store_of(config), _required(config, version, "prompts"))
     traffic = [record for record in records if record.source not in OWN_SOURCES] or records
     log = PromptsConfig(files=config.watch.traffic, newest=config.watch.newest)
     recent = [item for item in newest_of(resolve(log), log) if isinstance(item, Record)]
@@ -149,10 +149,9 @@ def _asked(records: Iterable[Record]) -> list[str]:
     return list(dict.fromkeys(user_text(record.messages) for record in records))
 
 
-def _made_of(config: RunConfig, version: DraftVersion, stage: str) -> Artifact:
+def _required(config: RunConfig, version: DraftVersion, stage: str) -> Artifact:
     """A stage that the version came from. Raises ConfigError where the store does not hold it."""
-    digest = tracking.lineage(tracking.connect(config), version).get(f"hass.digest.{stage}")
-    artifact = store_of(config).artifact(stage, digest) if digest else None
+    artifact = made_of(config, version, stage)
     if artifact is None:
         raise ConfigError(
             f"the store {config.store} does not hold the {stage} of version {version.version} of {version.model}: what "

@@ -25,11 +25,6 @@ ACCEPTED, OWN = "green", "default"
 HELP = "/plain switches the draft off and on, /t 0.7 sets the temperature; an empty line or Ctrl-D ends"
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb of this file."""
-    app.command()(chat)
-
-
 def chat(
     draft: DraftDefault = None,
     target: TargetSource = None,

@@ -11,12 +11,6 @@ from hass_core.config import Engine, TreeConfig
 from hass_core.settings import validated
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verbs of this file."""
-    app.command()(export)
-    app.command("import")(import_)
-
-
 def export(
     draft: Draft,
     engine: Annotated[Engine, typer.Option(help="The engine that will serve it")],

@@ -15,11 +15,6 @@ from hass_core.evaluation.benchmark_names import check_benchmarks
 from hass_core.evaluation.method_names import HASS, check_methods
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb of this file."""
-    app.command()(evaluate)
-
-
 def evaluate(
     drafts: Annotated[
         list[str], typer.Argument(metavar="DRAFT…", help=f"Each {DRAFT}, or METHOD=… for eagle2, eagle and sps")

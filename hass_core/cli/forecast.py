@@ -12,11 +12,6 @@ from hass_core.forecast.forecast import DEFAULT_GPUS, Forecast, forecast
 from hass_core.forecast.rows import counted
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb of this file."""
-    app.command("forecast")(show_forecast)
-
-
 def show_forecast(
     preset: Annotated[str, typer.Argument(help="Preset name or path of a .toml file")] = "smollm2-cpu",
     gpus: Annotated[

@@ -24,11 +24,6 @@ FROM_THE_START = {  # on a machine without a GPU, where SmolLM2's preset continu
 }
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb of this file."""
-    app.command()(init)
-
-
 def init(
     model: Annotated[str, typer.Argument(help="Hugging Face id, folder, GGUF or package:NAME", callback=target_there)],
     prompts: Annotated[

@@ -13,11 +13,6 @@ from hass_core.cli.options import AsJson, Draft, TargetSource, out_file
 from hass_core.config import SamplingConfig
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb of this file."""
-    app.command()(plan)
-
-
 def plan(
     draft: Draft,
     target: TargetSource = None,

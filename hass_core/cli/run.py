@@ -13,12 +13,6 @@ from hass_core.draft_model.shipped import SHIPPED
 from hass_core.evaluation.benchmark_names import check_benchmarks
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verbs of this file."""
-    app.command()(run)
-    app.command()(presets)
-
-
 def run(
     stage: Annotated[Stage, typer.Argument(help="The last stage to run")] = "evaluation",
     config: ConfigName = "smollm2-cpu",

@@ -16,11 +16,6 @@ from hass_core.errors import ConfigError
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb of this file."""
-    app.command()(serve)
-
-
 def serve(
     draft: DraftDefault = None,
     target: TargetSource = None,

@@ -5,11 +5,9 @@ skipped.parquet (id, reason). A part holds the conversations of one slice of the
 also noted in a journal in scratch, so that an interrupted run loses only the answers in flight.
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -28,8 +26,9 @@ from hass_core.data.rendering import next_role_token
 from hass_core.data.templates import check_template
 from hass_core.errors import HassError
 from hass_core.progress import Progress, no_progress
-from hass_core.sampling.noise import DRAWS_VERSION
+from hass_core.sampling import DRAWS_VERSION
 from hass_core.store import Artifact, FileRecord, StageFolder, Store
+from hass_core.store.journal import Journal
 from hass_core.target_model.loader import Target
 
 STEP_VERSION = 3  # 2: the target by its identity, and its type; 3: tools and tool calls go to the template
@@ -47,7 +46,7 @@ RESPONSES_SCHEMA = pa.schema(
     ]
 )
 SKIPPED_SCHEMA = pa.schema([("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
-JOURNAL = "answers.jsonl"
+JOURNAL = "outcomes.jsonl"
 SPEED_ONLY = {
     "max_sequences_per_batch",
     "server_concurrency",
@@ -123,7 +122,7 @@ class _Run:
 
     def complete(self) -> None:
         """Answer what is not answered yet."""
-        for name in self._journal.outcomes.keys() & self._shard_of.keys():
+        for name in self._shard_of.keys() & self._journal.keys():
             self._close(name)
         if not self._shards:
             return
@@ -138,7 +137,7 @@ class _Run:
             raise HassError(f"{len(self._open)} shards of answers were left open by the engine; please report this")
 
     def _requests(self) -> Iterator[Request]:
-        for record in [r for shard in self._shards.values() for r in shard if r.id not in self._journal.outcomes]:
+        for record in [r for shard in self._shards.values() for r in shard if r.id not in self._journal]:
             dialogue = self._running[record.id] = Dialogue(record, self._config.responses, self._config.seed)
             if (request := self._next_request(dialogue)) is not None:
                 yield request
@@ -149,7 +148,7 @@ class _Run:
         if request is None:
             name = dialogue.record.id
             skipped = {"skip": dialogue.problem, "detail": dialogue.detail}
-            self._journal.add(name, skipped if dialogue.problem else {"row": dialogue.row()})
+            self._journal[name] = skipped if dialogue.problem else {"row": dialogue.row()}
             del self._running[name]
             self._close(name)
         return request
@@ -164,7 +163,7 @@ class _Run:
             self._write(shard)
 
     def _write(self, name: str) -> None:
-        outcomes = [(record.id, self._journal.outcomes.pop(record.id)) for record in self._shards.pop(name)]
+        outcomes = [(record.id, self._journal.pop(record.id)) for record in self._shards.pop(name)]
         del self._open[name]
         rows = [outcome["row"] for _, outcome in outcomes if "row" in outcome]
         notes = {
@@ -177,28 +176,6 @@ class _Run:
         with self._folder.writing(name, **notes) as file:
             pq.write_table(pa.Table.from_pylist(rows, RESPONSES_SCHEMA), file.path, compression="zstd")
             file.rows = len(rows)
-
-
-class Journal:
-    """Outcomes of conversations, one JSON line each, readable again after a crash."""
-
-    def __init__(self, path: Path):
-        self.outcomes: dict[str, dict[str, Any]] = {}
-        complete = 0
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-            if not line.endswith(b"\n"):
-                break  # the crash cut this line off
-            entry = json.loads(line)
-            self.outcomes[entry.pop("id")] = entry
-            complete += len(line)
-        self._file = path.open("ab")
-        self._file.truncate(complete)
-
-    def add(self, name: str, outcome: dict[str, Any]) -> None:
-        """Put one outcome on record, at once."""
-        self.outcomes[name] = outcome
-        self._file.write(json.dumps({"id": name, **outcome}, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
 
 
 def part_name(number: int) -> str:

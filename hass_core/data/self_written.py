@@ -16,6 +16,7 @@ from hass_core.config import SamplingShare
 from hass_core.data.engines.base import Engine, Request, RequestQueue
 from hass_core.data.rendering import decode, render, special_token_ids, tokenize
 from hass_core.errors import TemplateError
+from hass_core.json_files import write_whole
 
 SENTINEL = "\u2042sentinel\u2042"  # no template writes this, none changes it
 ROUND = 4096  # texts, the unit of resumption
@@ -52,7 +53,7 @@ def rounds_of_texts(
             open_rounds[own][place] = text
             left[own] -= 1
             if not left[own]:
-                _keep(paths[own], open_rounds.pop(own))
+                write_whole(paths[own], open_rounds.pop(own))
         yield json.loads(paths[number].read_text(encoding="utf-8"))
 
 
@@ -68,12 +69,6 @@ def write_prompts(
     for completion in engine.complete(RequestQueue(requests)):
         number, place = map(int, completion.key.split())
         yield (number, place), _user_text(tokenizer, completion.token_ids, completion.finished, closing)
-
-
-def _keep(path: Path, texts: list[str | None]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(texts), encoding="utf-8")
-    partial.replace(path)
 
 
 def _user_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], finished: bool, closing: str) -> str | None:

@@ -7,7 +7,7 @@ target's own embedding and head, a table of rotary frequencies that follows from
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from hass_core.draft_model.architecture import (
 )
 from hass_core.draft_model.config_fields import refused_fields
 from hass_core.draft_model.eagle3 import Eagle3Architecture, is_eagle3
-from hass_core.draft_model.eagle3_files import EAGLE3_FIELDS, TargetEnd, eagle3_files
+from hass_core.draft_model.eagle3_files import EAGLE3_FIELDS, eagle3_files
 from hass_core.draft_model.files import (
     CONFIG,
     RANKS,
@@ -34,6 +34,7 @@ from hass_core.draft_model.files import (
     same_values,
 )
 from hass_core.draft_model.record import check_record
+from hass_core.draft_model.target import DraftedTarget
 from hass_core.errors import DraftMismatch
 
 FUSION = "fc.weight"  # every draft of the first architecture has it, no other model
@@ -54,20 +55,6 @@ WHY_NOT = {
 LINEAR = ("fc", *(f"layers.0.self_attn.{part}_proj" for part in "qkvo"), *(f"layers.0.mlp.{part}_proj" for part in MLP))
 
 
-class SharedWeights(TargetEnd, Protocol):
-    """What of a target a draft shares: see `Target`."""
-
-    @property
-    def embedding(self) -> Tensor:
-        """[V, H]."""
-        ...
-
-    @property
-    def head(self) -> Tensor:
-        """[V, H]."""
-        ...
-
-
 @dataclass(frozen=True)
 class StoredDraft:
     """A draft's folder, accounted for: `weights` are exactly `architecture.tensors()`."""
@@ -86,7 +73,7 @@ class StoredDraft:
         return self.config.get("hass") or {}
 
 
-def read_draft(folder: Path, target: SharedWeights) -> StoredDraft:
+def read_draft(folder: Path, target: DraftedTarget) -> StoredDraft:
     """Read a draft's folder for a target and account for all of it.
 
     Raises CorruptFile when a file is missing or broken, DraftMismatch when the folder holds another kind of model, a
@@ -95,7 +82,7 @@ def read_draft(folder: Path, target: SharedWeights) -> StoredDraft:
     return account(folder, read_config(folder), read_tensors(folder), target)
 
 
-def account(folder: Path, config: dict[str, Any], stored: dict[str, Tensor], target: SharedWeights) -> StoredDraft:
+def account(folder: Path, config: dict[str, Any], stored: dict[str, Tensor], target: DraftedTarget) -> StoredDraft:
     """See `read_draft`."""
     tensors = _flat(folder, stored)
     refuse_other_models(folder, config, tensors)
@@ -144,7 +131,7 @@ def _flat(folder: Path, stored: dict[str, Tensor]) -> dict[str, Tensor]:
     return flat
 
 
-def _compare_sizes(folder: Path, config: dict[str, Any], target: SharedWeights) -> None:
+def _compare_sizes(folder: Path, config: dict[str, Any], target: DraftedTarget) -> None:
     rows, hidden = target.embedding.shape
     for field, theirs in (("hidden_size", hidden), ("vocab_size", rows)):
         if config.get(field) not in (None, theirs):  # its absence is told with the other fields'
@@ -196,7 +183,7 @@ def _own_embedding(folder: Path, own: Tensor | None, targets: Tensor) -> Tensor 
 
 
 def _unknown(
-    config: dict[str, Any], tensors: dict[str, Tensor], architecture: DraftArchitecture, target: SharedWeights
+    config: dict[str, Any], tensors: dict[str, Tensor], architecture: DraftArchitecture, target: DraftedTarget
 ) -> Iterator[str]:
     names = sorted(tensors.keys() - architecture.tensors().keys())
     if norms := [name for name in names if name in HASS_NORMS]:
@@ -211,7 +198,7 @@ def _unknown(
         )
 
 
-def _says_nothing_new(name: str, tensor: Tensor, architecture: DraftArchitecture, target: SharedWeights) -> bool:
+def _says_nothing_new(name: str, tensor: Tensor, architecture: DraftArchitecture, target: DraftedTarget) -> bool:
     if name == HEAD:
         return same_values(tensor, target.head)
     return name == FREQUENCIES and _same_frequencies(tensor, architecture)

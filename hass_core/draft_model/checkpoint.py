@@ -7,39 +7,21 @@ The `hass` section of config.json names the target the draft was trained for; lo
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hass_core.draft_config import DraftConfig
-from hass_core.draft_model.accounting import EMBEDDING, SharedWeights, StoredDraft, read_draft
+from hass_core.draft_model.accounting import EMBEDDING, StoredDraft, read_draft
 from hass_core.draft_model.architecture import O_BIAS, QK_NORMS, QKV_BIASES
 from hass_core.draft_model.eagle3 import Eagle3Architecture
 from hass_core.draft_model.eagle3_files import offsets_of
 from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel, build_draft
+from hass_core.draft_model.target import DraftedTarget
 from hass_core.errors import DraftMismatch, HassError
-
-
-class DraftedTarget(SharedWeights, Protocol):
-    """What a draft needs to know of its target: see `Target`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    def record(self) -> dict[str, Any]:
-        """What a draft keeps of the target it was trained for."""
-        ...
-
-    def differing(self, record: dict[str, Any]) -> list[str]:
-        """In what the target differs from a record, in words."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -114,7 +96,7 @@ def draft_model(stored: StoredDraft, embedding: Tensor) -> DraftModel:
     return model
 
 
-def warm_start(folder: Path, target: SharedWeights, wanted: DraftConfig | None = None) -> StoredDraft:
+def warm_start(folder: Path, target: DraftedTarget, wanted: DraftConfig | None = None) -> StoredDraft:
     """The draft that a training continues from; it keeps its own architecture, rotary embedding and biases.
 
     Raises CorruptFile or DraftMismatch as `read_draft` does, and DraftMismatch where the draft has its own embedding

@@ -8,7 +8,7 @@ state after the last layer, norms it as the target does, and fuses it by the ide
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from hass_core.draft_model.eagle3 import (
     tap_norm,
 )
 from hass_core.draft_model.files import same_values
+from hass_core.draft_model.target import DraftedTarget
 from hass_core.errors import TargetError
 
 TAP_NORM, TAP_NORMS = tap_norm(0), "fc_norm."
@@ -44,22 +45,6 @@ UNSUPPORTED = {  # settings of EAGLE-3 drafts that change what is computed, and 
 }
 
 
-class TargetEnd(Protocol):
-    """How a target ends: see `Target`."""
-
-    @property
-    def head(self) -> Tensor:
-        """[V, H]."""
-        ...
-
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def final_norm(self) -> tuple[Tensor, float] | None:
-        """Weight [H] and epsilon of the RMSNorm before the head."""
-        ...
-
-
 @dataclass(frozen=True)
 class Eagle3Files:
     """The tensors under this project's names, what they draft, and why they cannot be taken, if so."""
@@ -70,7 +55,7 @@ class Eagle3Files:
     taps: tuple[int, ...] = ()  # layers of the target whose states it fuses; none: it reads the last hidden state
 
 
-def eagle3_files(config: dict[str, Any], stored: dict[str, Tensor], target: TargetEnd) -> Eagle3Files:
+def eagle3_files(config: dict[str, Any], stored: dict[str, Tensor], target: DraftedTarget) -> Eagle3Files:
     """Sort out an EAGLE-3 draft's tensors. One without a head that drafts all tokens has the target's, as in vLLM.
 
     Raises CorruptFile for fields of config.json that make no sense.
@@ -129,7 +114,7 @@ def _settings(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _read_of_target(
-    config: dict[str, Any], tensors: dict[str, Tensor], target: TargetEnd
+    config: dict[str, Any], tensors: dict[str, Tensor], target: DraftedTarget
 ) -> tuple[dict[str, Tensor], tuple[int, ...], list[str]]:
     """Of what is read of the target: the tensors without those that only bring its last hidden state, the layers whose
     states are fused, and what is wrong with them."""
@@ -197,7 +182,7 @@ def _count(config: dict[str, Any], fusion: Tensor, taps: tuple[int, ...]) -> Ite
         yield f"{FUSION} fuses {fused} states, and {len(taps)} layers are named ({list(taps)})"
 
 
-def _other_fusion(config: dict[str, Any], fusion: Tensor, norm: Tensor | None, target: TargetEnd) -> Iterator[str]:
+def _other_fusion(config: dict[str, Any], fusion: Tensor, norm: Tensor | None, target: DraftedTarget) -> Iterator[str]:
     """In what a tap of the last layer's state differs from the target's last hidden state."""
     if not torch.equal(fusion.float(), torch.eye(len(fusion))):
         yield f"{FUSION} is not the identity: it fuses the state after the last layer, before the final norm"

@@ -19,12 +19,12 @@ from hass_core.draft_model.checkpoint import load_draft
 from hass_core.errors import DraftMismatch
 from hass_core.evaluation.benchmarks import Question, load_benchmarks
 from hass_core.evaluation.evaluate import local_draft, measured_by
-from hass_core.evaluation.journal import Journal
 from hass_core.evaluation.measure import Examiner, check_lengths
 from hass_core.evaluation.metrics import Measurement
 from hass_core.memory import release_unused
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, StageFolder, Store
+from hass_core.store.journal import Journal
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import make_runner
 
@@ -73,7 +73,7 @@ def run_duel(
         return done
     check_lengths(target, questions, config.evaluation)
     sides = {CHALLENGER: local_draft(store.open(challenger)), OPPONENT: opponent and local_draft(store.open(opponent))}
-    arena = Arena(config, target, sides, tree, Journal(folder.scratch() / "bouts.jsonl"))
+    arena = Arena(config, target, sides, tree, Journal(folder.scratch() / "bouts.jsonl", synced=True))
     bouts = list(arena.fight(questions, samplings, rounds, progress))
     with folder.writing(FILE) as file:
         pq.write_table(pa.Table.from_pylist([bout.model_dump() for bout in bouts]), file.path)

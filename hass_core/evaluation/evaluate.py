@@ -20,7 +20,6 @@ from hass_core.data.rendering import template_date
 from hass_core.draft_model.accounting import read_draft
 from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS, read_config
 from hass_core.draft_model.identity import draft_identity
-from hass_core.evaluation import figures
 from hass_core.evaluation.benchmarks import Question, assert_unseen, load_benchmarks
 from hass_core.evaluation.examples import Example, choose_examples
 from hass_core.evaluation.in_engine import InEngine
@@ -31,11 +30,12 @@ from hass_core.evaluation.page import Part, page
 from hass_core.evaluation.report import Report
 from hass_core.evaluation.session import Session
 from hass_core.progress import Progress, no_progress
-from hass_core.sampling.noise import DRAWS_VERSION
+from hass_core.sampling import DRAWS_VERSION
 from hass_core.store import Artifact, StageFolder, Store, digest_of
 from hass_core.store.content import content_of
 from hass_core.store.provenance import provenance
 from hass_core.target_model.loader import Target, load_target
+from hass_core.training.metrics import read_metrics
 
 STEP_VERSION = 5  # 4: every shape is warmed, temperatures come one after the other; 5: the version of torch counts
 REPORT, PAGE, MEASURED = "report.json", "report.html", "per_question.parquet"
@@ -239,7 +239,7 @@ def _training_metrics(draft: StageFolder) -> list[dict[str, Any]]:
     manifest = draft.manifest()
     if manifest is None or "metrics.jsonl" not in manifest.files:
         return []
-    return figures.read_metrics(draft.read_text("metrics.jsonl"))
+    return read_metrics(draft.read_text("metrics.jsonl"))
 
 
 def _publish(

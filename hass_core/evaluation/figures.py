@@ -3,7 +3,6 @@
 Drawn without a display: SVG for pages, PNG for the files of a run. matplotlib is imported when a figure is made.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -95,11 +94,6 @@ def draw_gains(gains: Mapping[str, Estimate], path: Path, title: str) -> Path:
 def gains_of(gains: Mapping[str, Estimate], title: str) -> Markup:
     """The same for a page."""
     return svg(lambda axes: _gains(axes, gains, title))
-
-
-def read_metrics(text: str) -> list[dict[str, Any]]:
-    """The complete lines of a metrics.jsonl."""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
 
 
 def svg(fill: Draw) -> Markup:

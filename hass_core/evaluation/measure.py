@@ -20,9 +20,9 @@ from hass_core.decoding.answers import CycleTrace, Generation, StopRule
 from hass_core.decoding.decoder import Decoder
 from hass_core.errors import BadInput, ContextTooLong, NonFinite
 from hass_core.evaluation.benchmarks import Question
-from hass_core.evaluation.journal import Journal
 from hass_core.evaluation.metrics import Measurement
 from hass_core.progress import Progress, no_progress
+from hass_core.store.journal import Journal
 from hass_core.target_model.loader import Target
 
 PLAIN = "plain"

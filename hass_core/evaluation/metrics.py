@@ -1,4 +1,4 @@
-"""Every measured quantity, defined once: its name, unit, meaning and formula. Documents and tracking use METRICS.
+"""Every measured quantity as a formula; docs/mlflow.md has their names, units and meanings.
 
 A measurement is one question answered by one method at one temperature. A cycle is one verification by the target:
 it accepts a ≥ 0 draft tokens and adds one token of the target's own. Plain decoding has a = 0 in every cycle.
@@ -12,32 +12,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from hass_core.evaluation.statistics import Statistic, mean, quantile, ratio_of_rates, ratio_of_sums
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A quantity of the report."""
-
-    name: str
-    unit: str
-    meaning: str
-
-
-METRICS = (
-    Metric("tau_macro", "tokens/cycle", "mean over questions of (mean accepted draft tokens of a cycle + 1)"),
-    Metric("tau_micro", "tokens/cycle", "(accepted draft tokens + cycles) / cycles, all questions together"),
-    Metric("tokens_per_second", "tokens/s", "new tokens / seconds with prefill, all questions together"),
-    Metric("plain_tokens_per_second", "tokens/s", "the same of plain decoding in the same engine"),
-    Metric("speedup", "×", "tokens_per_second / plain_tokens_per_second on the same questions"),
-    Metric("speedup_low", "×", "lower end of the speed-up's 95 % interval"),
-    Metric("speedup_high", "×", "upper end of the speed-up's 95 % interval"),
-    Metric("time_per_output_token_p50", "ms", "median over questions of decoding time / new tokens"),
-    Metric("time_per_output_token_p95", "ms", "95th percentile over questions of decoding time / new tokens"),
-    Metric("acceptance_depth_D", "share", "cycles that accept at least D tokens / cycles, D = 1, 2, …"),
-    Metric("acceptance_rank_R", "share", "places accepting the draft's R-th choice / places offering one"),
-    Metric("n_alpha_N", "share", "chain: right drafts / drafts tried, after N accepted drafts; N = 0, 1, …"),
-    Metric("lossless", "yes/no", "greedy output equals plain greedy output token by token in float32"),
-)
 
 
 class Measurement(BaseModel):

@@ -89,7 +89,7 @@ class Report(Part):
     compilations: int = 0  # of kernels and captures of graphs while something was timed
     leak_checked: bool  # whether the training prompts were known and hold none of the questions
     provenance: dict[str, Any] = {}
-    draws: int = 1  # `hass_core.sampling.noise.DRAWS_VERSION`: what a seed meant
+    draws: int = 1  # `hass_core.sampling.DRAWS_VERSION`: what a seed meant
     served: list[Served] = []  # the same questions in a serving engine
     served_how: str = ""  # which engine that was
 
@@ -112,7 +112,7 @@ class Report(Part):
         return next(s for s in self.scores if (s.method, s.benchmark, s.temperature) == wanted)
 
     def summary(self) -> dict[str, float | bool]:
-        """The main method's numbers by the names of `metrics.METRICS`; first temperature, all benchmarks."""
+        """The main method's numbers by the names of docs/mlflow.md; first temperature, all benchmarks."""
         main, plain = self.score(self.main_method), self.score(PLAIN)
         by_depth = {f"acceptance_depth_{d}": e.value for d, e in enumerate(main.acceptance_by_depth, start=1)}
         by_rank = {f"acceptance_rank_{r}": e.value for r, e in enumerate(main.acceptance_by_rank, start=1)}

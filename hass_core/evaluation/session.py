@@ -18,7 +18,6 @@ from hass_core.decoding.answers import StopRule
 from hass_core.decoding.planner import LARGEST, Plan, make_plan
 from hass_core.draft_model.checkpoint import load_draft
 from hass_core.evaluation.benchmarks import Question
-from hass_core.evaluation.journal import Journal
 from hass_core.evaluation.lossless import Certificate, Prompt, certify, dtype_name, in_float32
 from hass_core.evaluation.measure import PLAIN, Examiner, encode, opening
 from hass_core.evaluation.method_names import EAGLE, EAGLE2, HASS, draft_folder
@@ -27,7 +26,8 @@ from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.report import Estimator
 from hass_core.memory import release_unused
 from hass_core.progress import Progress
-from hass_core.sampling.noise import DRAWS_VERSION
+from hass_core.sampling import DRAWS_VERSION
+from hass_core.store.journal import Journal
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import make_runner
 
@@ -50,7 +50,7 @@ class Session:
     ):
         self._target, self._questions, self._drafts = target, questions, drafts
         self._config, self._tree = config, tree
-        self._journal = Journal(scratch / "measured.jsonl")
+        self._journal = Journal(scratch / "measured.jsonl", synced=True)
         self._main = next((method for method in DRAFTED if method in config.methods), None)
         self._few = questions[: config.lossless_questions]
 

@@ -12,6 +12,7 @@ from statistics import NormalDist
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+LEVEL = 0.95  # of all intervals
 ELEMENTS_PER_CHUNK = 1 << 22  # bounds the memory of one block of resamples
 NORMAL = NormalDist()
 
@@ -54,9 +55,7 @@ def quantile(share: float) -> Statistic:
     return lambda values: np.quantile(values, share, axis=-1)
 
 
-def bootstrap(
-    statistic: Statistic, *columns: np.ndarray, resamples: int = 2000, seed: int = 0, level: float = 0.95
-) -> Estimate:
+def bootstrap(statistic: Statistic, *columns: np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:
     """The statistic of `columns` (each [Q]) with its bias-corrected, accelerated interval (Efron 1987).
 
     All columns are resampled with the same questions, so a statistic of two methods gets its paired interval.
@@ -69,11 +68,11 @@ def bootstrap(
     drawn = _resampled(statistic, data, resamples, seed)
     if questions == 1 or np.ptp(drawn) == 0:
         return Estimate(value=value, low=value, high=value)
-    low, high = _bca_levels(value, drawn, _jackknife(statistic, data), level)
+    low, high = _bca_levels(value, drawn, _jackknife(statistic, data))
     return Estimate(value=value, low=float(np.quantile(drawn, low)), high=float(np.quantile(drawn, high)))
 
 
-def crossed_mean(values: np.ndarray, level: float = 0.95) -> Estimate:
+def crossed_mean(values: np.ndarray) -> Estimate:
     """The mean of `values` [Q, N], N rounds of the same questions, with its interval.
 
     Both questions and rounds are a sample of those that could have been (two-way random effects), so the variance of
@@ -94,7 +93,7 @@ def crossed_mean(values: np.ndarray, level: float = 0.95) -> Estimate:
     if not (total := sum(parts.values())):
         return Estimate(value=float(mean), low=float(mean), high=float(mean))
     freedom = total**2 / sum(part**2 / squares[name][1] for name, part in parts.items() if part)
-    reach = _student_quantile((1 + level) / 2, freedom) * float(np.sqrt(total / values.size))
+    reach = _student_quantile((1 + LEVEL) / 2, freedom) * float(np.sqrt(total / values.size))
     return Estimate(value=float(mean), low=float(mean) - reach, high=float(mean) + reach)
 
 
@@ -121,7 +120,7 @@ def _jackknife(statistic: Statistic, data: tuple[np.ndarray, ...]) -> np.ndarray
     return np.array([statistic(*(np.delete(column, i) for column in data)) for i in range(questions)])
 
 
-def _bca_levels(value: float, drawn: np.ndarray, left_out: np.ndarray, level: float) -> tuple[float, float]:
+def _bca_levels(value: float, drawn: np.ndarray, left_out: np.ndarray) -> tuple[float, float]:
     """The quantiles of the resamples that bound the interval: Φ(z₀ + (z₀ + z) / (1 − a (z₀ + z))).
 
     z₀ measures the median bias of the resamples, a the skewness of the jackknife values.
@@ -136,4 +135,4 @@ def _bca_levels(value: float, drawn: np.ndarray, left_out: np.ndarray, level: fl
         z = bias + NORMAL.inv_cdf(tail)
         return NORMAL.cdf(bias + z / (1 - acceleration * z))
 
-    return adjusted((1 - level) / 2), adjusted((1 + level) / 2)
+    return adjusted((1 - LEVEL) / 2), adjusted((1 + LEVEL) / 2)

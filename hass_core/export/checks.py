@@ -21,12 +21,13 @@ from hass_core.draft_model.accounting import (
     refuse_other_models,
 )
 from hass_core.draft_model.architecture import FC_BIAS, O_BIAS, QKV_BIASES, DraftArchitecture, contradicting_ropes
-from hass_core.draft_model.checkpoint import DraftedTarget, origin_difference
+from hass_core.draft_model.checkpoint import origin_difference
 from hass_core.draft_model.eagle3 import Eagle3Architecture, is_eagle3
 from hass_core.draft_model.engines import Engine, unheld
 from hass_core.draft_model.files import CONFIG, read_config, read_tensors, same_values
 from hass_core.draft_model.identity import draft_identity
 from hass_core.draft_model.record import check_record
+from hass_core.draft_model.target import DraftedTarget
 from hass_core.errors import DraftMismatch
 from hass_core.export.eagle3 import CLASS as EAGLE3_CLASS
 from hass_core.export.eagle3 import eagle3_findings

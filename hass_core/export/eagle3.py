@@ -18,14 +18,15 @@ from torch import Tensor
 from hass_core.draft_model.accounting import StoredDraft
 from hass_core.draft_model.architecture import DraftArchitecture
 from hass_core.draft_model.eagle3 import DRAFTED, FUSION, LM_HEAD, OFFSETS, TAP_COUNT, TAP_LAYERS, Eagle3Architecture
-from hass_core.draft_model.eagle3_files import TAP_NORM, TargetEnd, offsets_of, reads_last_state, taps_told
+from hass_core.draft_model.eagle3_files import TAP_NORM, offsets_of, reads_last_state, taps_told
 from hass_core.draft_model.engines import Engine
+from hass_core.draft_model.target import DraftedTarget
 from hass_core.export.findings import EXPORT_AGAIN, Finding
 
 CLASS = "LlamaForCausalLMEagle3"
 
 
-def unheld_of_target(engine: Engine, draft: DraftArchitecture, target: TargetEnd) -> Iterator[str]:
+def unheld_of_target(engine: Engine, draft: DraftArchitecture, target: DraftedTarget) -> Iterator[str]:
     """Why the engine cannot give an eagle3 draft this target's last hidden state."""
     if engine.name != "vllm" or not draft.own_head or _fuses(draft):
         return
@@ -42,7 +43,7 @@ def _fuses(draft: DraftArchitecture) -> bool:
     return isinstance(draft, Eagle3Architecture) and bool(draft.taps)
 
 
-def eagle3_weights(source: StoredDraft, engine: Engine, target: TargetEnd) -> dict[str, Tensor]:
+def eagle3_weights(source: StoredDraft, engine: Engine, target: DraftedTarget) -> dict[str, Tensor]:
     """All tensors of the engine's file beside the embedding. t2d is read by trainers alone, and skipped by engines."""
     weights = dict(source.weights)
     if source.vocabulary is not None:
@@ -53,7 +54,7 @@ def eagle3_weights(source: StoredDraft, engine: Engine, target: TargetEnd) -> di
     return weights
 
 
-def eagle3_config(draft: Eagle3Architecture, engine: Engine, target: TargetEnd) -> dict[str, Any]:
+def eagle3_config(draft: Eagle3Architecture, engine: Engine, target: DraftedTarget) -> dict[str, Any]:
     """What config.json says beside sizes, rotary embedding and types."""
     common = {
         "norm_output": draft.norm_output,
@@ -69,7 +70,7 @@ def eagle3_config(draft: Eagle3Architecture, engine: Engine, target: TargetEnd) 
 
 
 def eagle3_findings(
-    config: dict[str, Any], tensors: dict[str, Tensor], engine: Engine, target: TargetEnd
+    config: dict[str, Any], tensors: dict[str, Tensor], engine: Engine, target: DraftedTarget
 ) -> Iterator[Finding]:
     """Faults that only this layout can have, in config.json and in the tensors."""
     yield from _settings(config, engine, target)
@@ -83,7 +84,7 @@ def eagle3_findings(
         )
 
 
-def _settings(config: dict[str, Any], engine: Engine, target: TargetEnd) -> Iterator[Finding]:
+def _settings(config: dict[str, Any], engine: Engine, target: DraftedTarget) -> Iterator[Finding]:
     nested = config.get("eagle_config") or {}
     wanted: dict[str, tuple[Any, Any, str]] = {  # found, needed, consequence
         "norm_before_residual": (
@@ -121,12 +122,12 @@ def _settings(config: dict[str, Any], engine: Engine, target: TargetEnd) -> Iter
             yield Finding(setting, what, consequence, EXPORT_AGAIN)
 
 
-def fuses(config: dict[str, Any], target: TargetEnd) -> bool:
+def fuses(config: dict[str, Any], target: DraftedTarget) -> bool:
     """Whether config.json is of a draft that fuses states inside the target, whatever is wrong with it."""
     return not reads_last_state(config) and config.get(TAP_LAYERS) != [target.num_layers]
 
 
-def _taps(config: dict[str, Any], target: TargetEnd) -> Iterator[Finding]:
+def _taps(config: dict[str, Any], target: DraftedTarget) -> Iterator[Finding]:
     """One list of layers for each engine, and how many they are."""
     top, nested = config.get(TAP_LAYERS), (config.get("eagle_config") or {}).get(TAP_LAYERS)
     for where, named, engine in (("at its top", top, "vLLM"), ("in eagle_config", nested, "SGLang")):

@@ -19,10 +19,10 @@ from hass_core.draft_model.accounting import EMBEDDING, StoredDraft, account, re
 from hass_core.draft_model.architecture import FC_BIAS, O_BIAS, QKV_BIASES, DraftArchitecture
 from hass_core.draft_model.checkpoint import origin_difference
 from hass_core.draft_model.eagle3 import Eagle3Architecture
-from hass_core.draft_model.eagle3_files import TargetEnd
 from hass_core.draft_model.engines import ENGINES, Engine, unheld
 from hass_core.draft_model.files import CONFIG, WEIGHTS
 from hass_core.draft_model.identity import draft_identity
+from hass_core.draft_model.target import DraftedTarget
 from hass_core.errors import ConfigError, DraftMismatch
 from hass_core.export.card import model_card
 from hass_core.export.checks import ServedTarget, check_draft
@@ -85,7 +85,7 @@ def export_draft(
     return out
 
 
-def check_engines(names: Iterable[str], draft: DraftArchitecture, target: TargetEnd, setting: str) -> None:
+def check_engines(names: Iterable[str], draft: DraftArchitecture, target: DraftedTarget, setting: str) -> None:
     """Raise ConfigError where an engine that a setting names has no place for a target's drafts of this
     architecture."""
     for name in names:

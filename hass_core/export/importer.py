@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hass_core.draft_model.accounting import EMBEDDING, SharedWeights, StoredDraft, read_draft
+from hass_core.draft_model.accounting import EMBEDDING, StoredDraft, read_draft
 from hass_core.draft_model.architecture import FC_BIAS
 from hass_core.draft_model.eagle3_files import offsets_of
 from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS
+from hass_core.draft_model.target import DraftedTarget
 from hass_core.errors import BadInput, DraftMismatch
 from hass_core.export.folders import IMPORTED, check_out, replacing
 
@@ -32,7 +33,7 @@ class Folding:
     relative_error: float  # of the fused output on random inputs, fp32
 
 
-def import_draft(source: Path, target: SharedWeights, out: Path) -> Path:
+def import_draft(source: Path, target: DraftedTarget, out: Path) -> Path:
     """Convert a checkpoint folder (safetensors, shards or a .bin) to this project's layout; returns `out`.
 
     Every tensor arrives, but for the target's own embedding and head, which a draft shares. Raises CorruptFile when
@@ -43,7 +44,7 @@ def import_draft(source: Path, target: SharedWeights, out: Path) -> Path:
     return _save(out, read_draft(source, target))
 
 
-def fold_bias(folder: Path, target: SharedWeights, out: Path) -> Folding:
+def fold_bias(folder: Path, target: DraftedTarget, out: Path) -> Folding:
     """Move fc.bias into an own copy of the target's embedding, for vLLM; writes `out`.
 
     Raises DraftMismatch with the condition number when that would not be exact, BadInput when there is no bias.

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hass_core.draft_model.accounting import StoredDraft
-from hass_core.draft_model.checkpoint import DraftedTarget, draft_model
+from hass_core.draft_model.checkpoint import draft_model
 from hass_core.draft_model.head import DraftHead
 from hass_core.draft_model.layers import DraftModel
+from hass_core.draft_model.target import DraftedTarget
 from hass_core.export.eagle3_reader import Eagle3Reading
 from hass_core.export.readers import Reading
 

@@ -145,9 +145,9 @@ class FeaturesReport:
         return self.supervised_tokens / max(1, self.tokens)
 
 
-def validate_features(store: Store, artifact: Artifact, target_identity: str | None = None) -> FeaturesReport:
-    """Read and check all rows. Raises DraftMismatch or CorruptFile when the stage as a whole cannot be read."""
-    dataset = FeatureDataset(store, artifact, target_identity=target_identity)
+def validate_features(store: Store, artifact: Artifact) -> FeaturesReport:
+    """Read and check all rows. Raises CorruptFile when the stage as a whole cannot be read."""
+    dataset = FeatureDataset(store, artifact)
     report = FeaturesReport(conversations=len(dataset))
     names: set[str] = set()
     for index in range(len(dataset)):

@@ -1,6 +1,7 @@
 """The forecast beside what was measured: how far it was off where it could be checked."""
 
-from dataclasses import dataclass
+from pydantic import computed_field
+from pydantic.dataclasses import dataclass
 
 from hass_core.config import RunConfig, Stage, TrainingConfig, load_config
 from hass_core.forecast import cost
@@ -22,6 +23,7 @@ class Check:
     where: str
     fitted: bool
 
+    @computed_field
     @property
     def error(self) -> float:
         """By which share the forecast was too high."""

@@ -39,11 +39,21 @@ GPUS = {
     "4090": Gpu("4090", 165e12, 24e9, 1.01e12),
 }
 
-MEASURED: list[tuple[str, float, str]] = []  # what, its value, where it is recorded or which run showed it
+
+@dataclass(frozen=True)
+class Rate:
+    """A measured rate behind the forecast."""
+
+    what: str
+    value: float
+    where: str  # it is recorded, or which run showed it
+
+
+MEASURED: list[Rate] = []
 
 
 def _measured(value: float, what: str, where: str) -> float:
-    MEASURED.append((what, value, where))
+    MEASURED.append(Rate(what, value, where))
     return value
 
 
@@ -242,15 +252,15 @@ def _evaluation_seconds(config: RunConfig, shape: Shape, gpu: Gpu, per_copy: int
     return EVALUATION_START * (1 + len(evaluation.methods)) + decoding
 
 
-def training_memory(shape: Shape, training: TrainingConfig, vocabulary: int, n: int = 1) -> float:
-    """Bytes of tensors on each GPU at the peak: weights, gradients and moments in float32; embedding and head; and of
+def training_memory(shape: Shape, training: TrainingConfig, vocabulary: int) -> float:
+    """Bytes of tensors on one GPU at the peak: weights, gradients and moments in float32; embedding and head; and of
     each token of a micro-batch 30 + 12 bytes a step for each number of a layer's inner and outer width (fitted to eight
     benchmarks, h100.json and training-h100.json, to 10 %)."""
     moments = 1 if training.optimizer == "muon" else 2
     ends = (
         BYTES * shape.hidden * (shape.vocabulary + (0 if shape.tied and vocabulary == shape.vocabulary else vocabulary))
     )
-    packs = min(training.packs_per_micro_batch or 2**31, math.ceil(training.packs_per_step / n))
+    packs = min(training.packs_per_micro_batch or 2**31, training.packs_per_step)
     per_number = 42 if training.recompute else 30 + 12 * training.align_steps
     activations = per_number * (shape.hidden + shape.inner) * packs * training.tokens_per_pack
     return 4 * (2 + moments) * shape.draft + ends + activations

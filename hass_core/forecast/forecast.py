@@ -10,7 +10,7 @@ from hass_core.config import RunConfig, Stage
 from hass_core.errors import ConfigError
 from hass_core.features.sizes import Encoding
 from hass_core.forecast import cost
-from hass_core.forecast.checked import checks
+from hass_core.forecast.checked import Check, checks
 from hass_core.forecast.shape import Shape, shape_of
 
 DEFAULT_GPUS = tuple(f"{kind}x{count}" for kind in ("h100", "a100", "4090") for count in (1, 2, 8))
@@ -23,26 +23,6 @@ class Hours(BaseModel):
     gpus: str
     stages: dict[Stage, float]
     total: float | None
-
-
-class Rate(BaseModel):
-    """A measured rate behind the forecast."""
-
-    what: str
-    value: float
-    where: str
-
-
-class Checked(BaseModel):
-    """See checked.py."""
-
-    what: str
-    unit: str
-    forecast: float
-    measured: float
-    error: float
-    where: str
-    fitted: bool
 
 
 class Forecast(BaseModel):
@@ -60,8 +40,8 @@ class Forecast(BaseModel):
     disk_bytes: float
     encoding: Encoding
     hours: list[Hours]
-    rates: list[Rate]
-    checks: list[Checked]
+    rates: list[cost.Rate]
+    checks: list[Check]
     assumed: tuple[str, ...]
 
     def lines(self) -> Iterable[str]:
@@ -109,8 +89,8 @@ def forecast(config: RunConfig, gpus: Sequence[str] = DEFAULT_GPUS, conversation
         disk_bytes=cost.disk(config, shape, work),
         encoding=config.features.encoding,
         hours=[_hours(config, shape, work, name) for name in gpus],
-        rates=[Rate(what=what, value=value, where=where) for what, value, where in cost.MEASURED],
-        checks=[Checked(**vars(check), error=check.error) for check in checks()],
+        rates=cost.MEASURED,
+        checks=checks(),
         assumed=cost.ASSUMED + ((cost.ASSUMED_OF_EAGLE3,) if shape.head_rows else ()),
     )
 

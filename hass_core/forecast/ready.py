@@ -18,7 +18,7 @@ from hass_core.presets import recorded_shapes
 GB = 1e9
 
 
-def check_ready(config: RunConfig, conversations: int | None = None) -> None:
+def check_ready(config: RunConfig) -> None:
     """Refuse a run that this machine cannot finish: the first thing that it lacks, before anything is fetched.
 
     Raises TargetError for access and memory, StoreError for disk. A target whose sizes are not known is let through.
@@ -31,7 +31,7 @@ def check_ready(config: RunConfig, conversations: int | None = None) -> None:
     gpus = [] if config.target.device == "cpu" else [gpu.memory for gpu in present_gpus()]
     check_memory(config, shape.weight_bytes, cost.memory(config, shape)["training"], gpus)
     if "://" not in config.store:
-        check_disk(Path(config.store), cost.disk(config, shape, cost.work_of(config, conversations)), config)
+        check_disk(Path(config.store), cost.disk(config, shape, cost.work_of(config)), config)
 
 
 def check_access(source: str) -> None:

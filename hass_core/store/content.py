@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hass_core.json_files import write_whole
 from hass_core.store.file_cache import sha256_of
 
 SETTLED_SECONDS = 2.0  # a file changed later than this ago may change again under the same stamp
@@ -42,17 +43,11 @@ def remembered(path: Path, kind: str, find: Callable[[Path], Any]) -> Any:
     found = find(path)
     if _stamp(path) == stamp and time.time() - stamp[-1] / 1e9 > SETTLED_SECONDS:
         with suppress(OSError):  # a cache that cannot be written costs time, nothing else
-            _write(note, {"path": str(place), "stamp": stamp, "found": found})
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(note, {"path": str(place), "stamp": stamp, "found": found})
     return found
 
 
 def _stamp(path: Path) -> list[int]:
     stat = path.stat()
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-
-
-def _write(note: Path, content: dict[str, Any]) -> None:
-    note.parent.mkdir(parents=True, exist_ok=True)
-    partial = note.with_name(f"{note.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(partial, note)

@@ -254,10 +254,6 @@ class StageFolder:
             for record, size in (self._lacking(manifest) if manifest else ())
         ]
 
-    def verify(self, name: str) -> None:
-        """Compare a file's bytes with its recorded checksum. Raises CorruptFile."""
-        self.local_path(name)
-
     def open(self, name: str) -> BinaryIO:
         """A finished file for random access without fetching it whole. Its content is not verified."""
         record = self.record(name)

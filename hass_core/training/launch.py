@@ -25,6 +25,7 @@ from typing import IO
 from hass_core import errors
 from hass_core.config import RunConfig
 from hass_core.errors import HassError
+from hass_core.json_files import write_whole
 from hass_core.progress import Progress, no_progress
 from hass_core.store import Artifact, Store
 from hass_core.target_model.known import KnownTarget
@@ -132,15 +133,9 @@ def _end_of(log: Path) -> str:
 
 def report_progress(place: Path, done: int, total: int, note: str = "") -> None:
     """Called by the first of the processes: what its parent passes on."""
-    _put(place / "progress.json", [done, total, note])
+    write_whole(place / "progress.json", [done, total, note])
 
 
 def report_problem(place: Path, problem: HassError) -> None:
     """Called by any of them before it ends by a user's mistake."""
-    _put(place / "problem.json", {"kind": type(problem).__name__, "message": str(problem)})
-
-
-def _put(path: Path, content: object) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content))
-    os.replace(partial, path)
+    write_whole(place / "problem.json", {"kind": type(problem).__name__, "message": str(problem)})

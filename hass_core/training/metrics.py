@@ -36,5 +36,10 @@ class MetricsFile:
             file.write(json.dumps(self.records[-1]) + "\n")
 
 
+def read_metrics(text: str) -> list[dict[str, Any]]:
+    """The complete lines of a metrics.jsonl; a last line without its end is left for later."""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
+
+
 def _plain(value: float | int) -> float | int:
     return value if isinstance(value, int) else float(f"{value:.6g}")

@@ -18,7 +18,7 @@ state of them, as far as a linear map can.
 several times cheaper; verification still uses all tokens, so the output does not change.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Protocol
 
@@ -30,6 +30,8 @@ from hass_core.draft_model.layers import DraftModel, Eagle3Model
 from hass_core.training.batch import Conversation
 
 ROWS_PER_BLOCK = 8192
+MAX_ROWS = 100_000  # of a fit, or a few more
+SCALE_ROWS = 4096
 MAX_CONVERSATIONS = 5_000  # counts from so many rank the tokens well enough
 COUNTED_TOGETHER = 1_000
 
@@ -43,16 +45,15 @@ class Answered(Protocol):
     def loss_mask(self) -> Tensor: ...
 
 
-def start_least_squares(
-    draft: DraftModel, conversations: Iterable[Conversation], max_rows: int = 100_000, ridge: float = 1e-4
-) -> None:
-    """Fit `fc` on up to `max_rows` supervised rows and silence attention and MLP. Changes `draft` in place.
+def start_least_squares(draft: DraftModel, conversations: Iterable[Conversation], ridge: float = 1e-4) -> None:
+    """Fit `fc` on up to about `MAX_ROWS` supervised rows and silence attention and MLP. Changes `draft` in place.
 
     `ridge` is relative to the mean square of the inputs.
     """
-    squares, products, rows = _moments(draft, conversations, max_rows)
-    if rows == 0:
+    sums = _moments(_rows(conversation, draft.embedding) for conversation in conversations)
+    if not sums:
         return
+    squares, products = sums
     damping = ridge * squares.diagonal().mean() * torch.eye(len(squares), dtype=squares.dtype, device=squares.device)
     weight = torch.linalg.solve(squares + damping, products)
     with torch.no_grad():
@@ -65,16 +66,14 @@ def start_least_squares(
         draft.layer.mlp.down_proj.weight.zero_()
 
 
-def start_from_target(
-    draft: Eagle3Model, head: DraftHead, conversations: Iterable[Conversation], max_rows: int = 4096
-) -> None:
-    """Give the draft the target's rows `head` and their scale, from up to about `max_rows` features. Changes `draft` in
-    place."""
+def start_from_target(draft: Eagle3Model, head: DraftHead, conversations: Iterable[Conversation]) -> None:
+    """Give the draft the target's rows `head` and their scale, from up to about `SCALE_ROWS` features. Changes `draft`
+    in place."""
     squares, count = 0.0, 0
     for conversation in conversations:
         rows = conversation.features.float()
         squares, count = squares + float(rows.square().sum()), count + rows.numel()
-        if count >= max_rows * rows.shape[1]:
+        if count >= SCALE_ROWS * rows.shape[1]:
             break
     with torch.no_grad():
         draft.lm_head.weight.copy_(head.weight)
@@ -82,47 +81,55 @@ def start_from_target(
 
 
 @torch.no_grad()
-def start_fusion(
-    draft: Eagle3Model, conversations: Iterable[Conversation], max_rows: int = 100_000, ridge: float = 1e-4
-) -> None:
-    """Fit `fc` on up to about `max_rows` answer tokens to the last hidden state. Changes `draft` in place.
+def start_fusion(draft: Eagle3Model, conversations: Iterable[Conversation], ridge: float = 1e-4) -> None:
+    """Fit `fc` on up to about `MAX_ROWS` answer tokens to the last hidden state. Changes `draft` in place.
 
     `ridge` is relative to each input's own mean square: some of a residual stream's numbers are far larger than others.
     """
-    hidden, width, device = draft.architecture.hidden_size, draft.fc.in_features, draft.embedding.device
-    squares = torch.zeros(width, width, dtype=torch.float64, device=device)
-    products = torch.zeros(width, hidden, dtype=torch.float64, device=device)
-    rows, pending = 0, []
-    for conversation in conversations:
-        assert conversation.taps is not None
-        answer = conversation.loss_mask.bool()
-        taps, last = (x[answer].to(device, torch.float32) for x in (conversation.taps, conversation.features))
-        pending.append((draft.taken(taps).double(), last.double()))
-        if sum(len(x) for x, _ in pending) >= ROWS_PER_BLOCK:
-            rows += _accumulate(squares, products, pending)
-        if rows >= max_rows:
-            break
-    rows += _accumulate(squares, products, pending)
-    if rows:
+    sums = _moments(_fused_rows(conversation, draft) for conversation in conversations)
+    if sums:
+        squares, products = sums
         own = squares.diagonal()
         damping = torch.diag(ridge * own.clamp(min=1e-6 * float(own.mean())))
         draft.fc.weight.copy_(torch.linalg.solve(squares + damping, products).T)
 
 
-def _moments(draft: DraftModel, conversations: Iterable[Conversation], max_rows: int) -> tuple[Tensor, Tensor, int]:
-    """Σ x xᵀ [2H, 2H], Σ x yᵀ [2H, H] in float64, and the number of rows."""
-    hidden, device = draft.architecture.hidden_size, draft.embedding.device
-    squares = torch.zeros(2 * hidden, 2 * hidden, dtype=torch.float64, device=device)
-    products = torch.zeros(2 * hidden, hidden, dtype=torch.float64, device=device)
-    rows, pending = 0, []
-    for conversation in conversations:
-        pending.append(_rows(conversation, draft.embedding))
-        if sum(len(x) for x, _ in pending) >= ROWS_PER_BLOCK:
-            rows += _accumulate(squares, products, pending)
-        if rows >= max_rows:
+def _moments(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Σ x xᵀ [I, I] and Σ x yᵀ [I, O] in float64 over inputs x [R, I] and outputs y [R, O]; nothing without any."""
+    sums: list[Tensor] = []
+    rows = 0
+    for x, y in _blocks(pairs):
+        new = x.T @ x, x.T @ y
+        sums = [s.add_(n) for s, n in zip(sums, new, strict=True)] if sums else [n.double() for n in new]
+        rows += len(x)
+        if rows >= MAX_ROWS:
             break
-    rows += _accumulate(squares, products, pending)
-    return squares, products, rows
+    return sums if rows else []
+
+
+def _blocks(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs end to end, ROWS_PER_BLOCK rows and some at a time."""
+    pending: list[tuple[Tensor, Tensor]] = []
+    for pair in pairs:
+        pending.append(pair)
+        if sum(len(x) for x, _ in pending) >= ROWS_PER_BLOCK:
+            yield _joined(pending)
+            pending = []
+    if pending:
+        yield _joined(pending)
+
+
+def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    x, y = zip(*pairs, strict=True)
+    return torch.cat(x), torch.cat(y)
+
+
+def _fused_rows(conversation: Conversation, draft: Eagle3Model) -> tuple[Tensor, Tensor]:
+    """What `fc` takes [R, n·H] at the answer's tokens, and the last hidden states [R, H], in float64."""
+    assert conversation.taps is not None
+    answer, device = conversation.loss_mask.bool(), draft.embedding.device
+    taps, last = (x[answer].to(device, torch.float32) for x in (conversation.taps, conversation.features))
+    return draft.taken(taps).double(), last.double()
 
 
 def _rows(conversation: Conversation, embedding: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,16 +139,6 @@ def _rows(conversation: Conversation, embedding: Tensor) -> tuple[Tensor, Tensor
     token_ids = conversation.token_ids.long().to(embedding.device)
     features = conversation.features.to(embedding.device, torch.float32)
     return torch.cat([embedding[token_ids[anchors + 1]].float(), features[anchors]], dim=-1), features[anchors + 1]
-
-
-def _accumulate(squares: Tensor, products: Tensor, pending: list[tuple[Tensor, Tensor]]) -> int:
-    if not pending:
-        return 0
-    x, y = (torch.cat(parts) for parts in zip(*pending, strict=True))
-    pending.clear()
-    squares += x.T @ x
-    products += x.T @ y
-    return len(x)
 
 
 def ranked_tokens(

@@ -12,9 +12,8 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the f
 
 from tasks.tracking.client import as_default, connect, run_url, ui_command, unusable
 from tasks.tracking.outage import outage_or
-from tasks.tracking.overview import ChampionRecord, StageRecord, champion_records, last_stages
+from tasks.tracking.overview import champion_records, last_stages
 from tasks.tracking.registry import (
-    CHALLENGER,
     CHAMPION,
     DraftVersion,
     champion,
@@ -53,57 +52,3 @@ from tasks.tracking.runs import (
 )
 from tasks.tracking.traces import record_trace
 from tasks.tracking.watching import WatchState, record_watch, watch_state
-
-__all__ = [
-    "CHALLENGER",
-    "CHAMPION",
-    "WARM_START",
-    "ChampionRecord",
-    "DraftVersion",
-    "StageRecord",
-    "StageRun",
-    "WatchState",
-    "as_default",
-    "champion",
-    "champion_records",
-    "champions",
-    "connect",
-    "crown",
-    "differences",
-    "find_address",
-    "find_recorded",
-    "find_version",
-    "forget_release",
-    "is_judged",
-    "is_published",
-    "is_recorded",
-    "is_released",
-    "is_running",
-    "last_stages",
-    "lineage",
-    "log_page",
-    "open_retraining",
-    "outage_or",
-    "page_address",
-    "record_export",
-    "record_failed_export",
-    "record_release",
-    "record_trace",
-    "record_verdict",
-    "record_watch",
-    "recorded_warm_start",
-    "register",
-    "registered_draft",
-    "registered_name",
-    "reject",
-    "restore",
-    "resume",
-    "run_url",
-    "serves",
-    "stage_run",
-    "tags_of",
-    "target_identity",
-    "ui_command",
-    "unusable",
-    "watch_state",
-]

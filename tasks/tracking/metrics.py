@@ -4,7 +4,6 @@ A line is `{"step": 120, "time": 1764000000.0, "train/loss": 1.2, …}`. After a
 since its last checkpoint: steps MLflow already has are left out.
 """
 
-import json
 import logging
 import threading
 from collections.abc import Iterable, Sequence
@@ -16,16 +15,13 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.utils.time import get_current_time_millis
 
+from hass_core.training.metrics import read_metrics
+
 POLL_SECONDS = 2.0
 METRICS_PER_CALL = 1000  # MLflow's limit
 NOT_METRICS = {"step", "time", "tokens_seen"}
 
 logger = logging.getLogger(__name__)
-
-
-def read_metrics(text: str) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; a last line without its end is left for later."""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
 
 
 class Follower:

@@ -19,9 +19,10 @@ from mlflow.utils.time import get_current_time_millis
 from hass_core.config import RunConfig
 from hass_core.store import Artifact, Store, digest_of
 from hass_core.store.provenance import code_commit
+from hass_core.training.metrics import read_metrics
 from tasks.tracking.client import connect, experiment_id, tracking_uri
 from tasks.tracking.lock import locked
-from tasks.tracking.metrics import Follower, read_metrics
+from tasks.tracking.metrics import Follower
 from tasks.tracking.names import stage_metrics
 from tasks.tracking.outage import outage_in
 

@@ -11,7 +11,7 @@ from hass_core.data.conversations import Record
 from hass_core.data.dialogue import Dialogue, choose_sampling
 from hass_core.data.engines.base import Completion
 from hass_core.data.prompts import collect_prompts
-from hass_core.data.responses import Journal, generate_responses
+from hass_core.data.responses import generate_responses
 from hass_core.data.templates import encode_conversation, supervised_runs, tokenize
 from hass_core.errors import HassError
 from hass_core.features.tokenise import encode_part
@@ -209,18 +209,6 @@ def test_settings_of_speed_alone_do_not_change_the_artifact(run, store, tiny_tar
     artifact = generate_responses(run, prompts, store, tiny_target)
     faster = run.model_copy(update={"responses": run.responses.model_copy(update={"max_sequences_per_batch": 7})})
     assert generate_responses(faster, prompts, store, tiny_target).digest == artifact.digest
-
-
-def test_a_journal_line_cut_off_by_a_crash_is_forgotten(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    journal = Journal(path)
-    journal.add("a", {"skip": "empty answer"})
-    journal.add("b", {"row": {"id": "b"}})
-    path.write_bytes(path.read_bytes()[:-4])
-    again = Journal(path)
-    assert again.outcomes == {"a": {"skip": "empty answer"}}
-    again.add("c", {"skip": "x"})
-    assert Journal(path).outcomes.keys() == {"a", "c"}
 
 
 def dialogue(run: RunConfig, *messages: tuple[str, str]) -> Dialogue:

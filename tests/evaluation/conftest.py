@@ -17,7 +17,7 @@ TREE = TreeConfig(depth=3, top_k=3, nodes=8)
 def random_draft(of, folder, seed=0, **info):
     """A folder with an untrained draft of the target `of`."""
     torch.manual_seed(seed)
-    architecture = DraftArchitecture.from_target_config(of.model.config, fc_bias=False)
+    architecture = DraftArchitecture.from_target_config(of.model.config)
     model = DraftModel(architecture, of.embedding)
     save_draft(folder, model, DraftHead.from_target(of.head), draft_info(of, info))
     return folder

@@ -98,12 +98,6 @@ def test_time_per_output_token_leaves_the_prefill_out():
     assert value(metrics.time_per_output_token([measurement([1], new_tokens=10)], 0.5)) == pytest.approx(150)
 
 
-def test_metric_names_are_unique_and_have_units():
-    names = [metric.name for metric in metrics.METRICS]
-    assert len(set(names)) == len(names)
-    assert all(metric.unit and metric.meaning for metric in metrics.METRICS)
-
-
 def test_columns_hold_one_number_per_question():
     for sample in (metrics.tau_macro([SHORT, LONG]), metrics.tokens_per_second([SHORT, LONG])):
         assert all(isinstance(c, np.ndarray) and c.shape == (2,) for c in sample.columns)

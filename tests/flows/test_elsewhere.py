@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from flows.parameters import RunParameters
 from hass_core.errors import HassError
-from tasks import elsewhere
+from tasks import deployment, elsewhere
 
 
 def test_the_sub_flow_gets_the_same_settings_and_runs_its_stages_itself():
@@ -26,10 +26,10 @@ def test_a_stage_that_does_not_exist_is_refused():
 def test_a_sub_flow_that_fails_is_named(monkeypatch):
     state = SimpleNamespace(name="Crashed", is_completed=lambda: False)
     monkeypatch.setattr(
-        elsewhere, "run_deployment", lambda *given, **named: SimpleNamespace(name="busy-bee", state=state)
+        deployment, "run_deployment", lambda *given, **named: SimpleNamespace(name="busy-bee", state=state)
     )
     monkeypatch.setattr(elsewhere.tracking, "connect", lambda config: None)
     monkeypatch.setattr(elsewhere.tracking, "is_running", lambda client, run_id: True)
     config = RunParameters.model_validate({}).config()
-    with pytest.raises(HassError, match=r"the stage draft ran as flow run 'busy-bee' of train-draft/gpu .* Crashed"):
+    with pytest.raises(HassError, match=r"train-draft/gpu ran as flow run 'busy-bee' and ended as Crashed"):
         elsewhere.run_elsewhere("draft", "train-draft/gpu", {}, config, "run")

@@ -10,6 +10,7 @@ from prefect.states import Completed, Failed
 from flows import relay
 from flows.parameters import RunParameters
 from hass_core.errors import ConfigError, HassError
+from tasks import deployment
 from tests.flows.stack import ROOT
 
 RUN = RunParameters.model_validate({"training": {"passes": 2}, "deployments": {"draft": "train-draft/gpu"}})
@@ -25,7 +26,7 @@ def asked(monkeypatch):
         ended = Failed(name="Crashed") if name == "broken/gpu" else Completed(name="Nothing new", message="as before")
         return SimpleNamespace(name="busy-bee", state=ended)
 
-    monkeypatch.setattr(relay, "run_deployment", run_deployment)
+    monkeypatch.setattr(deployment, "run_deployment", run_deployment)
     return calls
 
 

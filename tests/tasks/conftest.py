@@ -52,7 +52,7 @@ def told(monkeypatch) -> list[dict]:
 def make_draft(store: Store, target: Target, seed: int = 0) -> Artifact:
     """An untrained draft as the training stage would store it."""
     torch.manual_seed(seed)
-    architecture = DraftArchitecture.from_target_config(target.model.config, fc_bias=False)
+    architecture = DraftArchitecture.from_target_config(target.model.config)
     model, head = DraftModel(architecture, target.embedding), DraftHead.from_target(target.head, None)
     folder = store.stage("draft", {"seed": seed})
     scratch = folder.scratch() / "draft"

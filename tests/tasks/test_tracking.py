@@ -12,10 +12,11 @@ from mlflow import MlflowClient
 from hass_core.config import parse_config
 from hass_core.errors import TrackingError
 from hass_core.store import Artifact
+from hass_core.training.metrics import read_metrics
 from tasks.tracking import client as client_module
 from tasks.tracking import connect, find_recorded, is_recorded, open_retraining, stage_run
 from tasks.tracking.client import experiment_id, tracking_uri
-from tasks.tracking.metrics import Follower, read_metrics
+from tasks.tracking.metrics import Follower
 from tasks.tracking.names import stage_metrics
 from tests.tasks.conftest import metrics_text
 

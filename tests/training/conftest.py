@@ -1,6 +1,5 @@
 """Small drafts, random conversations, and the slow twins the fast code is held against."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from hass_core.features.schema import FeatureInfo
 from hass_core.features.writer import FeatureWriter
 from hass_core.store import Artifact, Store
 from hass_core.target_model.loader import Target
+from hass_core.training.metrics import read_metrics
 
 VOCABULARY, HIDDEN = 97, 32
 
@@ -63,8 +63,7 @@ def make_draft(seed: int = 0, **overrides: object) -> DraftModel:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The complete records of a metrics.jsonl that may be under way."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return read_metrics(path.read_text()) if path.exists() else []
 
 
 @pytest.fixture
