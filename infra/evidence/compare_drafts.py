@@ -12,6 +12,7 @@ of its τ to the first one's, question by question.
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,14 @@ def compared(
     runner, stop, found = make_runner(target), StopRule.of(target), {}
     for setting in options.settings:
         sampling = SETTINGS[setting]
-        answers = recorded(runner, prompts, sampling, options.tokens, stop, taps_of(drafts))
+        tapped = recorded(runner, prompts, sampling, options.tokens, stop, taps_of(drafts))
+        plain = [(benchmark, replace(answer, taps=None)) for benchmark, answer in tapped]
         for tree in options.trees:
             for way in WAYS if sampling.temperature else ("likeliest",):
                 first, records = None, {}
                 for name, draft in drafts.items():
                     drafter = DRAFTERS[way](draft, TreeShape.of(TREES[tree], draft.head.size))
+                    answers = tapped if draft.model.taps else plain
                     counted = replayed(drafter, answers, target.head, sampling)
                     first = first or counted
                     ratio = bootstrap(gain, *counted.columns, *first.columns).model_dump()

@@ -1,11 +1,11 @@
 """How many tokens a draft needs on new data when it continues from the champion, and when it begins anew.
 
-    python infra/evidence/warm_start.py OUT.json --config smollm2-cpu --store DIR [--set section.key=value …]
+    python infra/evidence/warm_start.py OUT.json --config smollm2-cpu --store DIR [--conversations FILE] [--set …]
 
-The answers are cut in two: last week's, which the champion is trained on, and this week's. On this week's
-a draft is trained from the start and another from the champion, by the same settings. OUT holds both curves (`val/tau`
-on this week's held-out answers against tokens seen), the champion's τ there, and where the one that continues reaches
-what the other ends with.
+The answers, or the conversations of FILE as if the target had just answered them, are cut in two: last week's, which
+the champion is trained on, and this week's. On this week's a draft is trained from the start and another from the
+champion, by the same settings. OUT holds both curves (`val/tau` on this week's held-out answers against tokens seen),
+the champion's τ there, and where the one that continues reaches what the other ends with.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from hass_core.store import Artifact, Store
 from hass_core.store.provenance import provenance
 from hass_core.target_model.loader import Target, load_target
 from hass_core.training.train import train_draft
+from infra.evidence.features import responses_of
 
 
 def halves(responses: Artifact, store: Store) -> list[Artifact]:
@@ -67,11 +68,15 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--config", default="smollm2-cpu")
     parser.add_argument("--store", required=True)
+    parser.add_argument("--conversations", type=Path, help="JSON Lines, a list of messages under `conversations`")
     parser.add_argument("--set", action="append", default=[], help="setting for all drafts")
     options = parser.parse_args()
     config, store = load_config(options.config, [f'store="{options.store}"', *options.set]), Store(options.store)
     target = load_target(config.target)
-    responses = generate_responses(config, collect_prompts(config, store, target), store, target)
+    if options.conversations:
+        responses = responses_of(options.conversations, 1, config.responses.conversations_per_shard, store)
+    else:
+        responses = generate_responses(config, collect_prompts(config, store, target), store, target)
     last_week, this_week = (extract_features(config, half, store, target) for half in halves(responses, store))
     champion = trained(config, last_week, store, target)
     start = f'draft.warm_start="{local_draft(store.open(champion))}"'
