@@ -4,10 +4,7 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,8 +19,11 @@ from hass_core.evaluation.evaluate import evaluate_draft, evaluate_folder, read_
 from hass_core.evaluation.measure import Examiner
 from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.report import Report
+from hass_core.store import Artifact, Store
 from hass_core.target_model.loader import freeze
+from tests.conftest import byte_tokenizer, tiny_llama
 from tests.flows.names import promised_metrics, unlisted
+from tests.processes import start, wait
 
 from .conftest import TREE, random_draft
 
@@ -217,36 +217,22 @@ def test_a_broken_question_file_stops_the_stage_at_once(config, draft, store, ti
         evaluate_draft(config, draft, store, tiny_target)
 
 
-KILLED_AT_THE_SECOND_QUESTION = """
-import os, signal, sys
-sys.path[:0] = [{root!r}]
-from tests.flows.names import promised_metrics, unlisted
-from tests.conftest import byte_tokenizer, tiny_llama
-from hass_core.config import RunConfig
-from hass_core.evaluation.evaluate import evaluate_draft
-from hass_core.store import Artifact, Store
-from hass_core.target_model.loader import freeze
+def evaluate_up_to_a_kill(config: str, draft: str, store: str, threads: int) -> None:
+    """In a process of its own, which ends before the second question."""
 
-def kill(done, total, note=""):
-    if note == "question mine/2":
-        os.kill(os.getpid(), signal.SIGKILL)
+    def kill(done, total, note=""):
+        if note == "question mine/2":
+            os.kill(os.getpid(), signal.SIGKILL)
 
-target = freeze(tiny_llama(), byte_tokenizer(), name="tiny")
-config, draft = RunConfig.model_validate_json({config!r}), Artifact.model_validate_json({draft!r})
-evaluate_draft(config, draft, Store({store!r}), target, kill)
-"""
+    torch.set_num_threads(threads)  # the key names the machine, threads included
+    target = freeze(tiny_llama(), byte_tokenizer(), name="tiny")
+    settings, made = RunConfig.model_validate_json(config), Artifact.model_validate_json(draft)
+    evaluate_draft(settings, made, Store(store), target, kill)
 
 
 def test_a_killed_process_leaves_its_finished_questions_to_the_next(config, draft, store, tiny_target, monkeypatch):
-    code = KILLED_AT_THE_SECOND_QUESTION.format(
-        root=str(Path(__file__).parents[2]),
-        config=config.model_dump_json(),
-        draft=draft.model_dump_json(),
-        store=store.root,
-    )
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the key names the machine, threads included
-    killed = subprocess.run([sys.executable, "-c", code], env=os.environ | threads, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    given = config.model_dump_json(), draft.model_dump_json(), store.root, torch.get_num_threads()
+    assert wait(start(evaluate_up_to_a_kill, *given)) == -signal.SIGKILL
     measure, asked = Examiner.measure, []
     monkeypatch.setattr(Examiner, "measure", lambda self, q, t: (asked.append(q.id), measure(self, q, t))[1])
     evaluate_draft(config, draft, store, tiny_target)

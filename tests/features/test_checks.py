@@ -1,14 +1,13 @@
 """The mask audit shows what is supervised and names the masks that cannot be right."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from hass_core.cli.app import app
 from hass_core.config import RunConfig
 from hass_core.errors import BadInput, NonFinite, StoreError
 from hass_core.features.checks import AUDIT, Audit, audit_masks, mask_problem
@@ -19,8 +18,6 @@ from hass_core.features.writer import FeatureWriter
 from hass_core.store import Store, store_at
 from hass_core.target_model.capture import capture_features
 from tests.features.conftest import responses_artifact
-
-HASS = str(Path(sys.executable).with_name("hass"))
 
 
 def stored_audit(store, artifact) -> Audit:
@@ -67,20 +64,16 @@ def test_doctor_data_shows_samples_and_fails_on_a_bad_mask(broken_stage, tiny_ta
     target = tmp_path / "target"
     tiny_target.model.save_pretrained(target)
     tiny_target.tokenizer.save_pretrained(target)
-    ran = subprocess.run(
-        [HASS, "doctor", "data", broken_stage.url, "--target", str(target)], capture_output=True, text=True
-    )
-    assert ran.returncode == 1, ran.stderr
+    ran = CliRunner().invoke(app, ["doctor", "data", broken_stage.url, "--target", str(target)])
+    assert ran.exit_code == 1, ran.stderr
     assert "all-one: every token is supervised, the prompt too" in ran.stdout
     assert "conversations" in ran.stdout
 
 
 def test_doctor_data_needs_no_target_where_the_audit_is_stored(tiny_target, store, rows):
     artifact = extract_features(RunConfig(), responses_artifact(store, rows), store, tiny_target)
-    ran = subprocess.run(
-        [HASS, "doctor", "data", artifact.url, "--target", "nobody/nothing"], capture_output=True, text=True
-    )
-    assert (ran.returncode, ran.stderr) == (0, "")
+    ran = CliRunner().invoke(app, ["doctor", "data", artifact.url, "--target", "nobody/nothing"])
+    assert (ran.exit_code, ran.stderr) == (0, "")
     assert "no fault found" in ran.stdout
 
 

@@ -3,17 +3,16 @@
 import errno
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from hass_core.bench.features import bench_features
+from hass_core.cli.app import app
 from hass_core.config import parse_config
 from hass_core.errors import HassError, NonFinite, StoreError
 from hass_core.features.checks import validate_features
@@ -201,8 +200,7 @@ def test_the_benchmark_measures_writing_reading_and_the_target(tiny_target, tmp_
 
 def test_the_benchmark_prints_one_json_line_last(tmp_path):
     options = ["--gigabytes", "0.001", "--hidden-size", "64", "--folder", str(tmp_path)]
-    command = [str(Path(sys.executable).with_name("hass")), "bench", "features", *options]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    ran = CliRunner().invoke(app, ["bench", "features", *options], catch_exceptions=False)
     record = json.loads(ran.stdout.splitlines()[-1])
     assert record["rows"] == 26
     assert record["disk"].count(":") == 1

@@ -18,7 +18,7 @@ from hass_core.errors import TargetError, TemplateError
 from hass_core.target_model.loader import Target, choose_device, load_target
 from hass_core.target_model.source import target_name
 from tests.conftest import byte_tokenizer, tiny_llama
-from tests.loopback import answering
+from tests.loopback import Quiet, serving
 
 WEIGHTS = "model.safetensors"
 
@@ -228,33 +228,53 @@ def test_a_gpu_beyond_the_last_is_told_and_one_that_is_named_becomes_the_current
     assert chosen == [torch.device("cuda:1")]
 
 
+GATED = "it is gated: accept its terms on https://huggingface.co/{name} and set HF_TOKEN"
+UNKNOWN = "{name} does not exist or is private; check the name, and set HF_TOKEN"
+REFUSALS = {  # a model of the hub: status and code of its replies, and what the user is told
+    "org/gated": (403, "GatedRepo", GATED),
+    "org/gated-for-strangers": (401, "GatedRepo", GATED),
+    "org/hidden": (401, "RepoNotFound", UNKNOWN),
+    "org/unknown": (404, "RepoNotFound", UNKNOWN),
+}
 LOAD = """
 import sys
 from hass_core.config import TargetConfig
 from hass_core.errors import HassError
 from hass_core.target_model.loader import load_target
-try:
-    load_target(TargetConfig(source=sys.argv[1], device="cpu"))
-except HassError as told:
-    print(told)
+for name in sys.argv[1:]:
+    try:
+        load_target(TargetConfig(source=name, device="cpu"))
+    except HassError as told:
+        print(*str(told).splitlines())
 """
 
 
-@pytest.mark.parametrize(
-    ("status", "code", "says"),
-    [
-        (403, "GatedRepo", "it is gated: accept its terms on https://huggingface.co/org/model and set HF_TOKEN"),
-        (401, "GatedRepo", "it is gated: accept its terms on https://huggingface.co/org/model and set HF_TOKEN"),
-        (401, "RepoNotFound", "org/model does not exist or is private; check the name, and set HF_TOKEN"),
-        (404, "RepoNotFound", "org/model does not exist or is private; check the name, and set HF_TOKEN"),
-    ],
-)
-def test_a_gated_or_unknown_model_of_the_hub_names_the_token(tmp_path, status, code, says):
-    with answering(status, X_Error_Code=code, X_Error_Message="Access is restricted") as address:
-        environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-        command = [sys.executable, "-c", LOAD, "org/model"]
+class Hub(Quiet):
+    """Refuses each model in its way."""
+
+    def do_GET(self) -> None:
+        name = "/".join(self.path.removeprefix("/api/models").split("/")[1:3])
+        status, code, _ = REFUSALS[name]
+        self.send(status, X_Error_Code=code, X_Error_Message="Access is restricted")
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> dict[str, str]:
+    """What one process is told that tries to load each: the hub's address is read once, as torch is loaded."""
+    with serving(Hub) as address:
+        home = str(tmp_path_factory.mktemp("hub"))
+        environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": home, "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", LOAD, *REFUSALS]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert says in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr
+    return dict(zip(REFUSALS, done.stdout.splitlines(), strict=True))
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_gated_or_unknown_model_of_the_hub_names_the_token(told, name):
+    assert REFUSALS[name][2].format(name=name) in told[name]
 
 
 def test_names_drop_the_quantisation():

@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,10 +38,22 @@ def division(packs_per_micro_batch: int, optimizer: str = "adamw", architecture:
     )
 
 
-def trained(root: Path, target, packs_per_micro_batch: int, architecture: str = "eagle") -> dict[str, torch.Tensor]:
-    store, config = Store(root), division(packs_per_micro_batch, architecture=architecture)
+def trained(root: Path, target, config: RunConfig) -> Path:
+    """The folder of the draft."""
+    store = Store(root)
     artifact = train_draft(config, store_features(store, target), store, target)
-    return load_file(store.open(artifact).local_path("model.safetensors"))
+    return Path(store.open(artifact).local_path("model.safetensors")).parent
+
+
+@pytest.fixture(scope="module")
+def undivided(tmp_path_factory, tiny_target) -> Callable[..., Path]:
+    """The folder of the draft that one process trains with whole steps, made once for each pair of arguments."""
+
+    @cache
+    def folder(optimizer: str = "adamw", architecture: str = "eagle") -> Path:
+        return trained(tmp_path_factory.mktemp("one"), tiny_target, division(4, optimizer, architecture))
+
+    return folder
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -48,11 +62,15 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         torch.testing.assert_close(other[name], value, rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def assert_equal_drafts(one: Path, other: Path) -> None:
+    assert_equal(load_file(one / "model.safetensors"), load_file(other / "model.safetensors"))
+
+
 @pytest.mark.parametrize(("packs", "architecture"), [(1, "eagle"), (2, "eagle3"), (3, "eagle")])
-def test_micro_batches_of_fewer_packs_give_the_result_of_one(tmp_path, tiny_target, packs, architecture):
+def test_micro_batches_of_fewer_packs_give_the_result_of_one(tmp_path, tiny_target, undivided, packs, architecture):
     """With noise on the inputs, which belongs to a pack however the step is divided; 3 leaves a smaller last one."""
-    whole, divided = (trained(tmp_path / str(n), tiny_target, n, architecture) for n in (4, packs))
-    assert_equal(whole, divided)
+    divided = trained(tmp_path, tiny_target, division(packs, architecture=architecture))
+    assert_equal_drafts(undivided(architecture=architecture), divided)
 
 
 def test_the_division_of_a_step_is_no_part_of_a_drafts_name(store, tiny_target):
@@ -69,13 +87,13 @@ def test_the_division_of_a_step_is_no_part_of_a_drafts_name(store, tiny_target):
     [{}, {"AS_CAPTURED": "1"}, {"RECOMPUTE": "1"}, {"ARCHITECTURE": "eagle3"}],
     ids=["DDP", "as captured", "DDP, layers again", "DDP, a head that is trained"],
 )
-def test_two_processes_equal_one(tmp_path, tiny_target, variables):
-    assert two_processes(tmp_path / "two", **variables) == [0, 0]
-    (weights,) = (tmp_path / "two" / "draft").glob("*/model.safetensors")
-    assert_equal(trained(tmp_path / "one", tiny_target, 4, variables.get("ARCHITECTURE", "eagle")), load_file(weights))
-    (one,) = (tmp_path / "one" / "draft").glob("*/")
+def test_two_processes_equal_one(tmp_path, undivided, variables):
+    assert two_processes(tmp_path, **variables) == [0, 0]
+    (two,) = (tmp_path / "draft").glob("*/")
+    one = undivided(architecture=variables.get("ARCHITECTURE", "eagle"))
+    assert_equal_drafts(one, two)
     for name in ("val/loss", "val/tau", "val/tree_tau"):  # which the two have divided
-        assert curve(weights.parent, name) == pytest.approx(curve(one, name), abs=1e-4), name
+        assert curve(two, name) == pytest.approx(curve(one, name), abs=1e-4), name
 
 
 @pytest.mark.slow
@@ -84,30 +102,27 @@ def test_two_processes_equal_one(tmp_path, tiny_target, variables):
     [("adamw", {}), ("muon", {}), ("adamw", {"RECOMPUTE": "1"}), ("adamw", {"ARCHITECTURE": "eagle3"})],
     ids=["adamw", "muon", "layers again", "a head that is trained"],
 )
-def test_weights_divided_between_two_processes_give_the_losses_of_one(tmp_path, tiny_target, optimizer, variables):
-    assert two_processes(tmp_path / "two", optimizer, ACCELERATE_USE_FSDP="true", **variables) == [0, 0]
-    (two,) = (tmp_path / "two" / "draft").glob("*/")
-    store = Store(tmp_path / "one")
-    config = division(4, optimizer, variables.get("ARCHITECTURE", "eagle"))
-    artifact = train_draft(config, store_features(store, tiny_target), store, tiny_target)
-    one = Path(store.open(artifact).local_path("model.safetensors")).parent
+def test_weights_divided_between_two_processes_give_the_losses_of_one(tmp_path, undivided, optimizer, variables):
+    assert two_processes(tmp_path, optimizer, ACCELERATE_USE_FSDP="true", **variables) == [0, 0]
+    (two,) = (tmp_path / "draft").glob("*/")
+    one = undivided(optimizer, variables.get("ARCHITECTURE", "eagle"))
     for name in ("train/loss", "train/grad_norm", "val/loss", "val/tau"):
         assert curve(two, name) == pytest.approx(curve(one, name), abs=1e-4), name
     if optimizer == "adamw":  # Muon computes in bfloat16, where the order of a sum shows
-        assert_equal(load_file(one / "model.safetensors"), load_file(two / "model.safetensors"))
+        assert_equal_drafts(one, two)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_signal_to_one_process_ends_both_behind_the_same_step(tmp_path, tiny_target, rank):
-    assert two_processes(tmp_path / "two", TERMINATED=rank) == [143, 143]
-    store = Store(tmp_path / "two")
+def test_a_signal_to_one_process_ends_both_behind_the_same_step(tmp_path, tiny_target, undivided, rank):
+    assert two_processes(tmp_path, TERMINATED=rank) == [143, 143]
+    store = Store(tmp_path)
     folder = draft_folder(division(1), store_features(store, tiny_target), store, tiny_target)
     assert checkpoints(folder)[-1] == checkpoint_name(3), "the step in which both learnt of it"
     # and one process goes on from what two have made
-    assert_equal(trained(tmp_path / "two", tiny_target, 4), trained(tmp_path / "one", tiny_target, 4))
-    two, one = (curve(next((tmp_path / name / "draft").glob("*/")), "tokens_seen") for name in ("two", "one"))
-    assert two == one
+    two = trained(tmp_path, tiny_target, division(4))
+    assert_equal_drafts(two, undivided())
+    assert curve(two, "tokens_seen") == curve(undivided(), "tokens_seen")
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,10 +21,11 @@ from hass_core.config import RunConfig, parse_config
 from hass_core.draft_model.checkpoint import load_draft
 from hass_core.errors import CorruptFile, DraftMismatch, NonFinite
 from hass_core.features.reader import FeatureDataset
-from hass_core.store import Artifact, Store
+from hass_core.store import Artifact, StageFolder, Store
 from hass_core.target_model.loader import Target, freeze
 from hass_core.training import loop, step
 from hass_core.training.batch import collate
+from hass_core.training.metrics import read_metrics
 from hass_core.training.step import compute_dtype
 from hass_core.training.train import draft_folder, train_draft
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -73,9 +74,27 @@ def test_training_lowers_the_loss_and_leaves_a_loadable_draft(store, tiny_target
     assert draft.info["target_identity"] == tiny_target.identity.parts()
 
 
-def test_the_progress_line_tells_loss_speed_and_the_time_left(store, tiny_target, features):
-    told: list[tuple[int, int, str]] = []
-    train_draft(settings(), features, store, tiny_target, lambda *given: told.append(given))
+@dataclass(frozen=True)
+class Trained:
+    """A finished draft, and what its training needed and told."""
+
+    store: Store
+    features: Artifact
+    draft: Artifact
+    told: list[tuple[int, int, str]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_target) -> Trained:
+    """With the usual settings; for tests that add to its store and change nothing there."""
+    store, told = Store(tmp_path_factory.mktemp("trained")), []
+    features = store_features(store, tiny_target)
+    draft = train_draft(settings(), features, store, tiny_target, lambda *given: told.append(given))
+    return Trained(store, features, draft, told)
+
+
+def test_the_progress_line_tells_loss_speed_and_the_time_left(trained):
+    told = trained.told
     total = told[0][1]
     assert [done for done, _, _ in told] == list(range(1, total + 1))
     assert all(re.fullmatch(r"loss \d\.\d{3}, [\d,]+ tokens/s, \d+:\d\d:\d\d left", note) for _, _, note in told)
@@ -95,10 +114,9 @@ def test_trees_over_held_out_answers_are_counted_at_every_validation(store, tiny
     assert set(loaded.info["calibration"]) == {"0.6", "0.8", "1.0"}
 
 
-def test_a_finished_draft_is_found_again(store, tiny_target, features):
-    first = train_draft(settings(), features, store, tiny_target)
+def test_a_finished_draft_is_found_again(trained, tiny_target):
     started = time.monotonic()
-    assert train_draft(settings(), features, store, tiny_target) == first
+    assert train_draft(settings(), trained.features, trained.store, tiny_target) == trained.draft
     assert time.monotonic() - started < 1
 
 
@@ -152,27 +170,37 @@ def wait_for_step(path: Path, step: int) -> None:
         time.sleep(0.01)
 
 
+def folder_of_once(root: Path, target: Target) -> StageFolder:
+    """Where `train_once` leaves its draft."""
+    store = Store(root)
+    return draft_folder(settings(passes=8), store_features(store, target), store, target)
+
+
+def curve(folder: StageFolder) -> list[dict[str, float]]:
+    """What does not depend on the clock."""
+    records = read_metrics(folder.read_text("metrics.jsonl"))
+    return [{name: value for name, value in record.items() if name not in MEASURED} for record in records]
+
+
+@pytest.fixture(scope="module")
+def whole_curve(tmp_path_factory, tiny_target) -> list[dict[str, float]]:
+    """Of a process that nobody killed."""
+    root = tmp_path_factory.mktemp("whole")
+    assert wait(start(train_once, root)) == 0
+    return curve(folder_of_once(root, tiny_target))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_process_run_again_gives_the_same_curve(tmp_path, tiny_target, death):
-    roots = [tmp_path / "whole", tmp_path / "killed"]
-    folders = []
-    for root in roots:
-        store = Store(root)
-        folders.append(draft_folder(settings(passes=8), store_features(store, tiny_target), store, tiny_target))
-    assert wait(start(train_once, roots[0])) == 0
-    process = start(train_once, roots[1])
-    wait_for_step(folders[1].scratch() / "metrics.jsonl", step=9)
+def test_a_killed_process_run_again_gives_the_same_curve(tmp_path, tiny_target, whole_curve, death):
+    folder = folder_of_once(tmp_path, tiny_target)
+    process = start(train_once, tmp_path)
+    wait_for_step(folder.scratch() / "metrics.jsonl", step=9)
     os.kill(process.pid, death)
     assert wait(process, 60) == (-9 if death == signal.SIGKILL else 143)
-    assert folders[1].artifact() is None
-    assert wait(start(train_once, roots[1])) == 0
-
-    curves = []
-    for folder in folders:
-        records = [json.loads(line) for line in folder.read_text("metrics.jsonl").splitlines()]
-        curves.append([{k: v for k, v in r.items() if k not in MEASURED} for r in records])
-    assert curves[0] == curves[1]
+    assert folder.artifact() is None
+    assert wait(start(train_once, tmp_path)) == 0
+    assert curve(folder) == whole_curve
 
 
 def test_training_continued_on_another_machine_keeps_its_curves(store, tiny_target, features):
@@ -237,12 +265,12 @@ def test_a_missing_warm_start_is_named(store, tiny_target, features, tmp_path):
         train_draft(settings().model_copy(update={"draft": draft}), features, store, tiny_target)
 
 
-def test_a_warm_start_continues_from_the_given_weights(store, tiny_target, features, tmp_path):
-    first = train_draft(settings(), features, store, tiny_target)
+def test_a_warm_start_continues_from_the_given_weights(trained, tiny_target):
+    store, first = trained.store, trained.draft
     folder = Path(store.open(first).local_path("model.safetensors")).parent
     draft = settings().draft.model_copy(update={"warm_start": str(folder)})
     config = settings(max_steps=1, lr_peak=1e-12).model_copy(update={"draft": draft})
-    second = train_draft(config, features, store, tiny_target)
+    second = train_draft(config, trained.features, store, tiny_target)
     for name, value in weights(store, second).items():
         torch.testing.assert_close(value, weights(store, first)[name], rtol=0, atol=1e-9)
 
@@ -274,14 +302,18 @@ def test_a_second_stage_starts_from_the_firsts_draft(store, tiny_target, feature
         torch.testing.assert_close(value, weights(store, first)[name], rtol=0, atol=1e-9)
 
 
+@pytest.fixture(scope="module")
+def two_stages_whole(tmp_path_factory, tiny_target) -> dict[str, torch.Tensor]:
+    """The weights after two stages that nothing interrupted."""
+    store = Store(tmp_path_factory.mktemp("two-stages"))
+    return weights(store, train_draft(parse_config(TWO_STAGES), store_features(store, tiny_target), store, tiny_target))
+
+
 @pytest.mark.parametrize("dies_in", [1, 2])
 def test_two_stages_interrupted_in_either_continue_bit_for_bit(
-    store, tiny_target, features, tmp_path, dies_in, monkeypatch
+    store, tiny_target, features, two_stages_whole, dies_in, monkeypatch
 ):
     config = parse_config(TWO_STAGES)
-    whole = weights(store, train_draft(config, features, store, tiny_target))
-    other = Store(tmp_path / "other")
-    again = store_features(other, tiny_target)
     take_step, top_k_weight = loop.train_step, (0.0, 1.0)[dies_in - 1]
 
     def fail(trainer, batches, step, stop):
@@ -291,13 +323,13 @@ def test_two_stages_interrupted_in_either_continue_bit_for_bit(
 
     monkeypatch.setattr(loop, "train_step", fail)
     with pytest.raises(KeyboardInterrupt):
-        train_draft(config, again, other, tiny_target)
+        train_draft(config, features, store, tiny_target)
     steps = []
     monkeypatch.setattr(loop, "train_step", lambda *given: steps.append(given[2]) or take_step(*given))
-    resumed = weights(other, train_draft(config, again, other, tiny_target))
+    resumed = weights(store, train_draft(config, features, store, tiny_target))
     assert steps[0] >= 4, "a checkpoint was there"
     assert steps.count(0) == 2 - dies_in, "the finished stage is not done again"
-    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+    assert all(torch.equal(value, two_stages_whole[name]) for name, value in resumed.items())
 
 
 def test_a_draft_of_the_full_vocabulary_knows_which_tokens_the_answers_use_most(store, tiny_target, features):
