@@ -11,7 +11,7 @@ from flows.collector import imported
 from flows.parameters import RunParameters
 from hass_core.config import Stage, stages_until
 from hass_core.store import Artifact
-from tasks import draft, evaluation, features, prompts, responses
+from tasks import stages
 from tasks.elsewhere import run_elsewhere
 from tasks.finished import find_finished
 from tasks.links import link_to_mlflow, prefect_tags
@@ -21,11 +21,11 @@ from tasks.stage_lines import between_lines
 from tasks.tracking import connect, open_retraining
 from tasks.warm_start import resolve_warm_start
 
-STEPS = {
-    "responses": responses.generate_responses,
-    "features": features.extract_features,
-    "draft": draft.train_draft,
-    "evaluation": evaluation.evaluate_draft,
+STEPS = {  # behind the prompts
+    "responses": stages.generate_responses,
+    "features": stages.extract_features,
+    "draft": stages.train_draft,
+    "evaluation": stages.evaluate_draft,
 }
 
 
@@ -52,18 +52,18 @@ def run_until(last: Stage, run: RunParameters) -> Iterator[Chain]:
     imported()
     asked = run.config()
     connect(asked)  # a server that is away, or may not be told this machine's keys, is named before any work
-    prompts.check_ahead(asked, last)
+    stages.check_ahead(asked, last)
     seconds: dict[str, float] = {}
-    collected = between_lines(asked, "prompts", lambda: prompts.collect_prompts(asked), seconds)
+    collected = between_lines(asked, "prompts", lambda: stages.collect_prompts(asked), seconds)
     config, began = resolve_warm_start(asked, collected, run.continues)
     if began:
-        prompts.check_ahead(config, last)
+        stages.check_ahead(config, last)
     if found := find_finished(config, last):
         yield Chain(*found, new=False)
         return
     with open_retraining(asked, collected, prefect_tags() | began, made_by(asked), run.continues) as run_id:
         link_to_mlflow(config, run_id)
-        prompts.record_prompts(config, collected, run_id)
+        stages.record_prompts(config, collected, run_id)
         done = [collected]
         for stage in stages_until(last)[1:]:
             if deployment := run.deployments.get(stage):

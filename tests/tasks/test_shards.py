@@ -17,9 +17,9 @@ from hass_core.config import RunConfig, parse_config
 from hass_core.errors import BadInput, StoreError
 from hass_core.features import extract
 from hass_core.store import Artifact, Store
-from tasks.features import extract_part
 from tasks.resources import store_of, target_of
 from tasks.shards import mapped, runner_of
+from tasks.stages import extract_part
 from tests.features.conftest import conversation, responses_artifact
 
 PARTS, CONVERSATIONS = 8, 40
