@@ -8,16 +8,18 @@ runs, MLflow for stages and drafts in use, the store for what it takes. It reads
 import argparse
 import logging
 import os
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import httpx
 from prefect.settings import get_current_settings
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
+from flows.prefect_server import wait_for_server
 from hass_core.config import STAGES, RunConfig, load_config
-from hass_core.errors import ConfigError, TrackingError
+from hass_core.errors import ConfigError, sentence_of
 from hass_core.store import Store
 from hass_core.store.housekeeping import entries
 from infra.mistakes import in_one_sentence
@@ -33,7 +35,12 @@ CHAMPION_NUMBERS = {
     "hass_champion_served_tau": ("watch/tau", "Tokens per cycle of the draft in use where it serves, as last watched"),
     "hass_champion_expected_tau": ("watch/expected_tau", "What its evaluation lets expect there"),
 }
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""What is not told now is asked for again soon anyway."""
 log = logging.getLogger(__name__)
+
+Number = tuple[Gauge, tuple[str, ...], float]
+"""A gauge, its labels' values, and what it shows."""
 
 
 class PipelineMetrics:
@@ -43,6 +50,7 @@ class PipelineMetrics:
         self._up = Gauge("hass_source_up", "Whether a source answered when last asked", ["source"], registry=registry)
         self._asked = Counter("hass_source_errors", "Times that a source did not answer", ["source"], registry=registry)
         self._gauges: dict[str, list[Gauge]] = defaultdict(list)
+        self._told: dict[str, str] = {}  # by source, of those that are away
 
         def gauge(source: str, name: str, about: str, *labels: str) -> Gauge:
             made = Gauge(name, about, labels, registry=registry)
@@ -61,70 +69,102 @@ class PipelineMetrics:
         self._bytes = gauge("store", "hass_store_bytes", "Size of what the store holds", "stage", "finished")
         self._folders = gauge("store", "hass_store_folders", "Number of results in the store", "stage", "finished")
 
-    def refresh(self, source: str, read: Callable[[], None]) -> None:
-        """Read a source's numbers anew; note whether it answered."""
-        for gauge in self._gauges[source]:
-            gauge.clear()
+    def refresh(self, source: str, read: Callable[[], Iterable[Number]]) -> None:
+        """Show a source's numbers of now, all or none; note whether it answered, and tell when that changes."""
+        numbers: list[Number] = []
         try:
-            read()
-            self._up.labels(source).set(1)
+            numbers.extend(read())
         except Exception as error:  # whatever it is, the other sources are still worth showing
-            log.warning("%s: %s", source, error)
+            numbers.clear()
             self._up.labels(source).set(0)
             self._asked.labels(source).inc()
+            self._tell(source, sentence_of(error) or f"{type(error).__name__}: {error}")
+        else:
+            self._up.labels(source).set(1)
+            self._tell(source, "")
+        for gauge in self._gauges[source]:
+            gauge.clear()
+        for gauge, labels, value in numbers:
+            gauge.labels(*labels).set(value)
 
-    def read_runs(self) -> None:
+    def _tell(self, source: str, away: str) -> None:
+        """Why a source is away, once; and that it is back."""
+        before = self._told.get(source, "")
+        self._told[source] = away
+        if away and away != before:
+            log.warning("%s: %s", source, away)
+        elif before and not away:
+            log.warning("%s: answers again", source)
+
+    def read_runs(self) -> Iterator[Number]:
         """Count runs by state."""
         api = get_current_settings().api
         if not api.url:
-            raise TrackingError("PREFECT_API_URL is not set: no runs can be counted")
+            raise ConfigError("PREFECT_API_URL is not set: no runs can be counted")
+        wait_for_server(api.url, pauses=())
         user, _, password = api.auth_string.get_secret_value().partition(":") if api.auth_string else ("", "", "")
         with httpx.Client(auth=(user, password) if user else None, timeout=30) as client:
             for state in STATES:
                 wanted = {"flow_runs": {"tags": {"all_": [TAG]}, "state": {"type": {"any_": [state]}}}}
                 answer = client.post(f"{api.url}/flow_runs/count", json=wanted).raise_for_status()
-                self._runs.labels(state.lower()).set(answer.json())
+                yield self._runs, (state.lower(),), answer.json()
 
-    def read_stages(self, config: RunConfig) -> None:
+    def read_stages(self, config: RunConfig) -> Iterator[Number]:
         """The last run of each stage."""
         for record in last_stages(config, TIMED):
-            self._seconds.labels(record.stage).set(record.seconds)
-            self._ended.labels(record.stage).set(record.ended)
+            stage = (record.stage,)
+            yield self._seconds, stage, record.seconds
+            yield self._ended, stage, record.ended
             if (rate := record.numbers.get(f"{record.stage}/tokens_per_second")) is not None:
-                self._rate.labels(record.stage).set(rate)
+                yield self._rate, stage, rate
 
-    def read_champions(self, config: RunConfig) -> None:
+    def read_champions(self, config: RunConfig) -> Iterator[Number]:
         """The drafts in use."""
         for record in champion_records(config):
-            self._version.labels(record.model).set(record.version)
-            self._registered.labels(record.model).set(record.registered)
+            model = (record.model,)
+            yield self._version, model, record.version
+            yield self._registered, model, record.registered
             for number, gauge in self._champion.items():
                 if number in record.numbers:
-                    gauge.labels(record.model).set(record.numbers[number])
+                    yield gauge, model, record.numbers[number]
 
-    def read_store(self, config: RunConfig) -> None:
+    def read_store(self, config: RunConfig) -> Iterator[Number]:
         """Sizes of what the store holds, unfinished results apart."""
-        for stage in STORED:
-            for finished in ("true", "false"):
-                self._bytes.labels(stage, finished).set(0)
-                self._folders.labels(stage, finished).set(0)
+        sizes = {(stage, finished): [0, 0] for stage in STORED for finished in ("true", "false")}
         for entry in entries(Store(config.store), STORED):
-            finished = str(entry.finished).lower()
-            self._bytes.labels(entry.stage, finished).inc(entry.bytes)
-            self._folders.labels(entry.stage, finished).inc()
+            size = sizes[entry.stage, str(entry.finished).lower()]
+            size[0] += entry.bytes
+            size[1] += 1
+        for labels, (taken, folders) in sizes.items():
+            yield self._bytes, labels, taken
+            yield self._folders, labels, folders
 
 
-def refresh_all(metrics: PipelineMetrics, config: RunConfig, with_store: bool) -> None:
-    """Ask every source; the store only when it is due, for listing a large one takes a while."""
-    metrics.refresh("prefect", metrics.read_runs)
-    metrics.refresh("stages", lambda: metrics.read_stages(config))
-    metrics.refresh("champions", lambda: metrics.read_champions(config))
-    if with_store:
-        metrics.refresh("store", lambda: metrics.read_store(config))
+def servers(metrics: PipelineMetrics, config: RunConfig) -> dict[str, Callable[[], None]]:
+    """What reads each server's numbers anew."""
+
+    def read_mlflow() -> None:
+        metrics.refresh("stages", lambda: metrics.read_stages(config))
+        metrics.refresh("champions", lambda: metrics.read_champions(config))
+
+    return {
+        "prefect": lambda: metrics.refresh("prefect", metrics.read_runs),
+        "mlflow": read_mlflow,
+        "store": lambda: metrics.refresh("store", lambda: metrics.read_store(config)),
+    }
+
+
+def _again_and_again(read: Callable[[], None], seconds: float) -> None:
+    while True:
+        read()
+        time.sleep(seconds)
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    """Serve the page, and ask all sources again and again, until stopped."""
+    """Serve the page, and ask every server again and again, until stopped.
+
+    Each has a thread of its own: one that takes a connection and says nothing keeps no other's numbers waiting.
+    """
     parser = argparse.ArgumentParser(prog="python -m infra.exporter", description=__doc__)
     parser.add_argument("--address", default="127.0.0.1", help="where to listen")
     parser.add_argument("--port", type=int, default=9108)
@@ -132,9 +172,10 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--store-seconds", type=float, default=600, help="between two readings of the store")
     parser.add_argument("--preset", default="smollm2-cpu", help="preset or .toml file that names experiment and store")
     options = parser.parse_args(None if arguments is None else list(arguments))
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # it is asked again soon anyway
+    for name, value in IMPATIENT.items():
+        os.environ.setdefault(name, value)
     config, registry = load_config(options.preset, []), CollectorRegistry()
-    metrics = PipelineMetrics(registry)
+    readers = servers(PipelineMetrics(registry), config)
     try:
         start_http_server(options.port, options.address, registry)
     except OSError as error:
@@ -142,13 +183,11 @@ def main(arguments: Iterable[str] | None = None) -> None:
         raise ConfigError(
             f"cannot listen on {options.address}:{options.port}: {reason}; choose another --port"
         ) from None
-    store_read = -options.store_seconds
-    while True:
-        due = time.monotonic() - store_read >= options.store_seconds
-        if due:
-            store_read = time.monotonic()
-        refresh_all(metrics, config, due)
-        time.sleep(options.seconds)
+    store = readers.pop("store")
+    threading.Thread(target=_again_and_again, args=(store, options.store_seconds), daemon=True).start()
+    for read in readers.values():
+        threading.Thread(target=_again_and_again, args=(read, options.seconds), daemon=True).start()
+    threading.Event().wait()
 
 
 if __name__ == "__main__":
