@@ -20,8 +20,8 @@ from flows.collector import imported
 from flows.prefect_server import check_server
 from hass_core.config import RunConfig
 from hass_core.errors import INTERRUPTED
-from tasks.progress import terminal
-from tasks.stage_lines import say
+from tasks.prefect_outage import prefect_outage_in
+from tasks.progress import say, terminal
 from tasks.summary import stage_table
 from tasks.tracking import outage_or
 
@@ -49,13 +49,13 @@ def main(flow: Flow[..., Any], show: Show | None = None, before: Before = lambda
         check_server()
         for line in () if run.deployments else before(config):
             console.print(line, highlight=False, soft_wrap=True)
-        with _quiet_prefect(), _progress(console):
+        with _progress(console), _quiet_prefect():
             result = flow(run)
     except KeyboardInterrupt:
         print("stopped; the same command continues from what is finished", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        complain(outage_or(error))
+        complain(prefect_outage_in(error) or outage_or(error))
     (show or _show_stage)(console, config, result)
     console.print(f"took {time.monotonic() - started:.0f} s", highlight=False)
 
@@ -71,6 +71,8 @@ def _quiet_prefect() -> Iterator[None]:
         os.environ.setdefault(name, value)
     for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).setLevel(os.environ.get("PREFECT_LOGGING_LEVEL", "CRITICAL"))
+    # a page for each event that a server away misses; a level would not stay
+    logging.getLogger("prefect._internal.concurrency").addFilter(lambda record: record.levelno >= logging.CRITICAL)
     with temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 120}):
         with _deaf_to_ctrl_c(), get_client(sync_client=True):
             pass  # starts that server

@@ -9,8 +9,14 @@ from prefect.client.schemas import State, TaskRun
 from prefect.task_engine import TaskRunTimeoutError
 from prefect.tasks import Task
 
+from hass_core.errors import sentence_of
+from tasks.prefect_outage import prefect_outage_in
+from tasks.progress import say
+
 TRANSIENT = (ConnectionError, TimeoutError)
-TRANSIENT_MODULES = ("botocore.", "aiobotocore.", "aiohttp.", "httpx.", "httpcore.", "requests.", "urllib3.")
+TRANSIENT_MODULES = ("aiohttp.", "httpx.", "httpcore.", "requests.", "urllib3.")
+OF_S3 = ("botocore.", "aiobotocore.")  # whose errors are also about keys that are not set and the like
+TRANSIENT_OF_S3 = {"HTTPClientError", "ConnectionError", "ClientError", "IncompleteReadError"}
 TRY_AGAIN = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
 
 
@@ -28,7 +34,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_of_the_network(error: BaseException) -> bool:
-    return isinstance(error, TRANSIENT) or f"{type(error).__module__}.".startswith(TRANSIENT_MODULES)
+    module = f"{type(error).__module__}."
+    if module.startswith(OF_S3):
+        return not TRANSIENT_OF_S3.isdisjoint(kind.__name__ for kind in type(error).__mro__)
+    return isinstance(error, TRANSIENT) or module.startswith(TRANSIENT_MODULES)
 
 
 def _is_refusal(status: int) -> bool:
@@ -46,15 +55,23 @@ def _status(error: BaseException) -> int | None:
 
 
 def after_network_failure(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Prefect's `retry_condition_fn`; the state of a task that raised holds the exception. One that took too long is
-    not tried again."""
+    """Prefect's `retry_condition_fn`, asked while a try is left; the state of a task that raised holds the exception.
+
+    One that took too long is not tried again. That and when it is tried again is told, also who waits at a terminal.
+    """
     error = state.data
-    return isinstance(error, BaseException) and not isinstance(error, TaskRunTimeoutError) and is_transient(error)
+    if not isinstance(error, BaseException) or isinstance(error, TaskRunTimeoutError) or not is_transient(error):
+        return False
+    pause = PAUSES_SECONDS[min(run.run_count, len(PAUSES_SECONDS)) - 1]
+    told = sentence_of(prefect_outage_in(error) or error) or f"{type(error).__name__}: {error}"
+    say.get()(f"{told}; {task.name} is tried again in {pause} s")
+    return True
 
 
+PAUSES_SECONDS = [5, 15, 30, 60]
 NETWORK_RETRIES: dict[str, Any] = {
-    "retries": 4,
-    "retry_delay_seconds": [5, 15, 30, 60],
+    "retries": len(PAUSES_SECONDS),
+    "retry_delay_seconds": PAUSES_SECONDS,
     "retry_condition_fn": after_network_failure,
 }
 """Options of a task that talks to a store or a server: about two minutes of patience."""

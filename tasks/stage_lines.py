@@ -2,16 +2,13 @@
 
 import time
 from collections.abc import Callable
-from contextvars import ContextVar
 from datetime import datetime
 
 from hass_core.config import RunConfig
 from hass_core.store import Artifact
+from tasks.progress import say
 from tasks.resources import store_of
 from tasks.summary import stage_words
-
-say: ContextVar[Callable[[str], None]] = ContextVar("say", default=lambda line: None)
-"""Set by a flow that runs in a terminal; called with each line."""
 
 
 def between_lines(config: RunConfig, stage: str, work: Callable[[], Artifact], seconds: dict[str, float]) -> Artifact:

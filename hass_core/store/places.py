@@ -25,6 +25,12 @@ def file_system(address: str) -> tuple[Any, str]:
         raise StoreError(f"the store {address} cannot be used: {error}; give a folder or s3://BUCKET/PREFIX") from error
 
 
+def endpoint() -> str:
+    """AWS_ENDPOINT_URL and what it says, for a sentence about a server on S3 that is away or refuses."""
+    url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return f"AWS_ENDPOINT_URL ({url or 'not set: Amazon is asked'})"
+
+
 @contextmanager
 def full_disk_named(place: str | Path) -> Iterator[None]:
     """Turn a write error for want of space into a StoreError that names the place."""

@@ -26,7 +26,7 @@ from hass_core.errors import BadInput, CorruptFile, HassError, StoreError
 from hass_core.store.artifacts import Artifact, FileRecord, Manifest, digest_of
 from hass_core.store.content import cache_folder
 from hass_core.store.file_cache import FileCache, sha256_of
-from hass_core.store.places import file_system, full_disk_named
+from hass_core.store.places import endpoint, file_system, full_disk_named
 from hass_core.store.provenance import provenance
 from hass_core.store.records import listed, record_texts
 from hass_core.store.scratch import clear, finishing, publishing, remove_abandoned, temporary_folder
@@ -108,8 +108,8 @@ class Store:
         except Exception as error:
             if self.is_local and not isinstance(error, OSError):
                 raise
-            check = "path and its permissions" if self.is_local else "address, the credentials and AWS_ENDPOINT_URL"
-            reason = f"{error}" or type(error).__name__
+            check = "path and its permissions" if self.is_local else f"address, the credentials and {endpoint()}"
+            reason = f"{error}".rstrip(".") or type(error).__name__
             raise StoreError(f"cannot {what} the store {self.root}: {reason}; check the {check}") from error
 
 

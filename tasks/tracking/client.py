@@ -107,8 +107,9 @@ def run_url(config: RunConfig, run_id: str) -> str | None:
 
 @cache
 def _client(uri: str, folder: Path) -> MlflowClient:
-    for name in ("alembic", "mlflow.store", "mlflow.pyfunc", "mlflow.system_metrics"):  # what they do is no news
+    for name in ("alembic", "mlflow.store", "mlflow.pyfunc"):  # what they do is no news
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # nor that they miss a server: it is told anyway
     if uri.startswith("sqlite:"):
         folder.mkdir(parents=True, exist_ok=True)
         follow_the_folder(uri, folder)

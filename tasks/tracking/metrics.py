@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.time import get_current_time_millis
 
 from hass_core.training.metrics import read_metrics
+from tasks.tracking.outage import outage_in
 
 POLL_SECONDS = 2.0
 METRICS_PER_CALL = 1000  # MLflow's limit
@@ -81,6 +82,6 @@ class Follower:
                 self.log(rows[sent:])
                 sent = len(rows)
             except MlflowException as error:
-                logger.warning("MLflow does not take metrics now: %s", error)
+                logger.warning("MLflow does not take metrics now: %s", outage_in(error) or error)
             if last_turn:
                 return
