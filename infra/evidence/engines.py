@@ -1,6 +1,6 @@
 """Tokens per second and tokens per cycle of running vLLM servers, side by side, in a minute; one JSON line a figure.
 
-    python infra/evidence/engines.py plain=http://127.0.0.1:8100 chain3=http://127.0.0.1:8101 … \
+    python -m infra.evidence.engines plain=http://127.0.0.1:8100 chain3=http://127.0.0.1:8101 … \
         --benchmarks mt_bench.jsonl humaneval.jsonl gsm8k.jsonl
 
 Each server has the GPU's whole attention in turn, the others wait. One request at a time: every second question; more
@@ -16,9 +16,11 @@ from pathlib import Path
 
 from hass_core.config import EvaluationConfig, SamplingConfig
 from hass_core.data.templates import Message
+from hass_core.errors import ConfigError
 from hass_core.evaluation.benchmarks import load_benchmarks
 from hass_core.evaluation.measure import opening
 from hass_core.evaluation.server import Answer, Server
+from infra.mistakes import in_one_sentence
 
 KINDS = ((1, 0.0), (1, 1.0), (64, 0.0), (16, 0.0), (4, 0.0))  # requests at once and temperature
 NEW_TOKENS = 96
@@ -48,6 +50,14 @@ def measured(server: Server, openings: list[list[Message]], rows: int, temperatu
     }  # fmt: skip
 
 
+def named(given: str) -> tuple[str, Server]:
+    """A server of the command line. Raises ConfigError where it has no name, Unreachable where it does not answer."""
+    name, _, url = given.partition("=")
+    if not url:
+        raise ConfigError(f"{given!r} is no NAME=URL, such as plain=http://127.0.0.1:8100")
+    return name, Server(url)
+
+
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,7 +65,7 @@ def main() -> None:
     parser.add_argument("--benchmarks", type=Path, nargs="+", required=True)
     parser.add_argument("--each", type=int, default=8, help="questions of each benchmark")
     options = parser.parse_args()
-    servers = {name: Server(url) for name, _, url in (given.partition("=") for given in options.servers)}
+    servers = dict(named(given) for given in options.servers)
     files = tuple(str(file) for file in options.benchmarks)
     questions = load_benchmarks(EvaluationConfig(benchmarks=files, max_questions=options.each))
     openings = [opening(question) for question in questions]
@@ -65,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_sentence(main)

@@ -93,7 +93,9 @@ def mapped_shards(stack: Stack, count: int) -> dict[str, Any]:
     """`count` shards at once, mapped as the features stage maps them."""
     command = [sys.executable, "-m", "infra.evidence.small_flow", str(count), str(SHARD_SECONDS)]
     with probed(stack) as answers:
-        done = subprocess.run(command, cwd=ROOT, env=stack.environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=ROOT, env=stack.environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
     seconds = float(done.stdout.rpartition("seconds=")[2])
     return {"shards": count, "seconds_of_a_shard": SHARD_SECONDS, "seconds_in_all": seconds, "ui_answers": answers}
 
@@ -126,7 +128,8 @@ def probed(stack: Stack) -> Iterator[dict[str, float]]:
 
 def tracking_history(folder: Path, runs: int) -> dict[str, Any]:
     """Times of what a flow asks of MLflow, in an empty store and after `runs` runs."""
-    config = parse_config({"store": str(folder / "store"), "tracking": {"registered_model": "load"}})
+    own = {"uri": f"sqlite:///{folder}/mlflow.db", "registered_model": "load"}  # never a server of the environment's
+    config = parse_config({"store": str(folder / "store"), "tracking": own})
     client = tracking.connect(config)
     new = _times(config, client, "new")
     started = time.perf_counter()

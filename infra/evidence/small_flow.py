@@ -5,7 +5,9 @@ import time
 
 from prefect import flow, task
 
+from flows.prefect_server import check_server
 from hass_core.config import ExecutionConfig
+from infra.mistakes import in_one_sentence
 from tasks.shards import mapped
 
 
@@ -32,5 +34,11 @@ def shards(count: int, seconds: float) -> float:
     return time.perf_counter() - started
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Ask the server of PREFECT_API_URL, or one that lives with the run: `small_flow COUNT SECONDS`."""
+    check_server()
     print(f"seconds={shards(int(sys.argv[1]), float(sys.argv[2])):.3f}")
+
+
+if __name__ == "__main__":
+    in_one_sentence(main)

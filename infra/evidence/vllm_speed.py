@@ -6,10 +6,12 @@ REQUEST: target folder, draft folder exported for vLLM (null = plain), prompts a
 dtype. Prints one JSON line: tokens per second over all prompts, one after the other, and with a draft tokens per cycle.
 """
 
+import argparse
 import json
 import os
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ |= {
@@ -20,10 +22,27 @@ os.environ |= {
 }
 
 
+def asked() -> dict:
+    """The request. Ends with 2 where it, a folder that it names, or vLLM is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("request", type=Path)
+    file = parser.parse_args().request
+    if not file.is_file():
+        parser.error(f"there is no file {file}")
+    request = json.loads(file.read_text(encoding="utf-8"))
+    for folder in filter(None, (request["target"], request["draft"])):
+        if not Path(folder, "config.json").is_file():
+            parser.error(f"{folder}, which {file} names, is no model's folder: it has no config.json")
+    if find_spec("vllm") is None:
+        parser.error(f"{sys.executable} has no vllm: run this with the Python of vLLM's environment")
+    return request
+
+
 def main() -> None:
+    """Decode and print."""
+    request = asked()
     import vllm
 
-    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     speculation = None
     if request["draft"]:
         speculation = {"method": "eagle", "model": request["draft"], "num_speculative_tokens": request["depth"]}
