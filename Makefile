@@ -14,16 +14,19 @@ FILES_AT_ONCE ?= $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count
 # A package index for torch, such as https://download.pytorch.org/whl/cpu (saves 3 GB on a machine without a GPU)
 TORCH_INDEX ?=
 
+# What test-quick runs besides one retraining: on another Python, most of what may break there
+QUICK := tests/test_config.py tests/test_settings.py tests/test_stages.py tests/cli tests/data tests/store tests/decoding tests/training
+
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := infra/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install retrain test test-recovery lint types ui deploy stack stack-status stack-logs stack-backup stack-test constraints clean
+.PHONY: help install retrain test test-quick test-recovery lint types ui deploy stack stack-status stack-logs stack-backup stack-test constraints clean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  PRESET=$(PRESET)  SET='training.passes=2 …'  PYTHON=$(PYTHON)  TORCH_INDEX=$(TORCH_INDEX)"
 
 install: $(VENV)/.installed  ## create .venv and install everything into it
@@ -34,8 +37,13 @@ retrain: $(VENV)/.installed  ## retrain the draft of PRESET, with SET's changes
 test: $(VENV)/.installed  ## run the tests, FILES_AT_ONCE files at a time
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(FILES_AT_ONCE) --dist loadfile --no-loadscope-reorder
 
+test-quick: $(VENV)/.installed  ## a fast part of the tests and one whole retraining, as for VENV=.venv-newest PYTHON=python3.13
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(FILES_AT_ONCE) --dist loadfile $(QUICK)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k ends_with_report tests/flows/test_retrain.py
+
 test-recovery: $(VENV)/.installed  ## kill workers, servers and stores under real runs (15 minutes)
-	@$(BIN)/python -m pytest -m recovery -k '$(RECOVERY)'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m recovery -k '$(RECOVERY)' \
+		--numprocesses $(FILES_AT_ONCE) --dist load --maxschedchunk 1 tests/flows
 
 lint: $(VENV)/.installed  ## check style
 	@$(BIN)/ruff check .
@@ -64,7 +72,7 @@ stack-backup: $(VENV)/.installed  ## copy all that the running stack knows to th
 	@$(BIN)/python -m infra.stack backup --copy '$(COPY)' $(STACK)
 
 stack-test: $(VENV)/.installed  ## retrainings through that stack, a loss and a restoration, and compose.yaml's services
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m recovery tests/flows/test_local_stack.py tests/infra/test_compose.py
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m stack tests/flows/test_local_stack.py tests/infra/test_compose.py
 
 constraints: $(VENV)/.installed  ## write the installed versions to infra/constraints.txt
 	@{ echo "# Versions that passed the tests together. Made by \`make constraints\`."; \

@@ -22,7 +22,7 @@ from tests.flows.stack import PREFECT, ROOT, wait_for
 
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 pytestmark = [
-    pytest.mark.recovery,
+    pytest.mark.stack,
     pytest.mark.timeout(1800),  # of a busy machine
     pytest.mark.skipif(not POSTGRES and not shutil.which("initdb"), reason="PostgreSQL is not installed"),
 ]

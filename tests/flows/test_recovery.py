@@ -1,6 +1,7 @@
-"""What survives what: workers and flows killed, the server restarted, MLflow and the store away for a minute.
+"""What survives what: workers and flows killed, the server restarted, MLflow and the store away for a while.
 
-`make test-recovery` runs these; they wait for real time-outs and take several minutes.
+`make test-recovery` runs these, several at a time, for they wait for real time-outs; each process has a server and a
+worker of its own.
 """
 
 import json
@@ -24,8 +25,8 @@ from tests.flows.stack import ROOT, Stack, answers, end, free_port, wait_for
 from tests.s3_server import ACCESS_KEY, SECRET_KEY
 
 pytestmark = [pytest.mark.recovery, pytest.mark.timeout(900)]
-OUTAGE_SECONDS = 60
-LONG = ("training.passes=400", "training.checkpoint_every_steps=20", "training.validate_every_steps=1000")
+OUTAGE_SECONDS = 20
+LONG = ("training.passes=150", "training.checkpoint_every_steps=20", "training.validate_every_steps=1000")
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +95,9 @@ def test_worker_and_flow_killed_the_slot_comes_back_and_the_next_run_completes(s
     before = manifests(tiny_preset)
     assert sorted(before) == ["features", "prompts", "responses"]
     end(worker)  # and with it the flow's process
-    killed = time.monotonic()
     stack.start("gpu-worker", "worker", "start", "--pool", "gpu", "--name", "gpu-test")
     second = start_run(stack, tiny_preset, deployment="gpu")
     wait_for(lambda: state(stack, first) == "CRASHED", "the heartbeat automation", 120)
-    assert time.monotonic() - killed < 120
     wait_for(lambda: state(stack, second) == "COMPLETED", "the next run to complete", 300)
     after = manifests(tiny_preset)
     assert {stage: after[stage] for stage in before} == before
@@ -122,6 +121,7 @@ def test_a_heartbeat_that_stops_crashes_runs_tagged_hass_and_no_others(stack):
             "related": related,
         }
         stack.api_post("events", [heartbeat])
+        wait_for(lambda: run_id in heartbeats(stack), "the heartbeat to be on record", 60)  # else it may come last
         return run_id
 
     foreign, waiting, ended = (run_with(tags) for tags in (["billing"], ["hass", "retrain"], ["hass", "retrain"]))
@@ -139,8 +139,17 @@ def test_a_heartbeat_that_stops_crashes_runs_tagged_hass_and_no_others(stack):
 
 def touched_by_automations(stack: Stack) -> set[str]:
     """The flow runs whose state an automation changed, or tried to change."""
-    acts = {"filter": {"event": {"prefix": ["prefect.automation.action."]}}, "limit": 50}
-    events = stack.api_post("events/filter", acts)["events"]
+    return runs_in_events(stack, {"prefix": ["prefect.automation.action."]})
+
+
+def heartbeats(stack: Stack) -> set[str]:
+    """The flow runs whose heartbeats the server has taken down."""
+    return runs_in_events(stack, {"name": ["prefect.flow-run.heartbeat"]})
+
+
+def runs_in_events(stack: Stack, kind: dict[str, list[str]]) -> set[str]:
+    """The flow runs that the newest events of a kind name."""
+    events = stack.api_post("events/filter", {"filter": {"event": kind}, "limit": 50})["events"]
     return set(re.findall(r"prefect\.flow-run\.([0-9a-f-]{36})", json.dumps(events)))
 
 
@@ -239,7 +248,7 @@ def test_the_server_restarted_in_mid_run(stack, tiny_preset):
     assert_no_step_twice(tiny_preset)
 
 
-def test_mlflow_away_for_a_minute(stack, tiny_preset, tmp_path):
+def test_mlflow_away_for_a_while(stack, tiny_preset, tmp_path):
     server = MLflowServer(tmp_path)
     try:
         run = start_run(stack, tiny_preset, (*LONG, f"tracking.uri={server.uri}"))
@@ -256,7 +265,7 @@ def test_mlflow_away_for_a_minute(stack, tiny_preset, tmp_path):
         end(server.process)
 
 
-def test_the_store_away_for_a_minute(s3_store, s3_proxy, tiny_preset, tmp_path):
+def test_the_store_away_for_a_while(s3_store, s3_proxy, tiny_preset, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
     environment |= {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3_proxy.port}",
@@ -278,6 +287,8 @@ def test_the_store_away_for_a_minute(s3_store, s3_proxy, tiny_preset, tmp_path):
             time.sleep(OUTAGE_SECONDS)
             s3_proxy.mode = "pass"
             assert process.wait(300) == 0, (tmp_path / "output").read_text()[-3000:]
+            assert "AWS_ENDPOINT_URL" in (told := (tmp_path / "output").read_text()), "who waits for it is told"
+            assert re.search(r"is tried again in \d+ s", told), "the outage was longer than what its client rides out"
         finally:
             if process.poll() is None:
                 end(process)

@@ -292,7 +292,7 @@ class Loop:
             for version in versions
         ]
         assert told == self.diary
-        assert {run.info.status for run in self.runs()} <= {"FINISHED"}
+        assert [(run.info.run_name, run.data.tags) for run in self.runs() if run.info.status != "FINISHED"] == []
         if self.champion:
             assert client.get_model_version_by_alias(NAME, "champion").version == int(self.champion)
             release = Releases(self.store, NAME).current()

@@ -88,7 +88,7 @@ def why_not() -> str | None:
     return None
 
 
-@pytest.mark.recovery
+@pytest.mark.stack
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_the_services_own_commands_run_a_retraining(tiny_preset):
