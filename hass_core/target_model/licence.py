@@ -6,6 +6,7 @@ from huggingface_hub import ModelCard
 from transformers.utils.hub import cached_file
 
 from hass_core.config import TargetConfig
+from hass_core.store.content import remembered
 from hass_core.target_model.source import gguf_of
 
 NOT_STATED = "not stated"
@@ -16,10 +17,11 @@ def target_licence(config: TargetConfig) -> str:
     if config.license:
         return config.license
     gguf = gguf_of(config.source)
-    return (_of_gguf(gguf) if gguf else _of_card(config)) or NOT_STATED
+    return (remembered(gguf, "licence", _of_gguf) if gguf else _of_card(config)) or NOT_STATED
 
 
 def _of_gguf(path: Path) -> str | None:
+    """Takes seconds: the vocabulary is read as well."""
     from gguf import GGUFReader
 
     field = GGUFReader(path).get_field("general.license")

