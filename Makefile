@@ -37,7 +37,7 @@ retrain: $(VENV)/.installed  ## retrain the draft of PRESET, with SET's changes
 test: $(VENV)/.installed  ## run the tests, FILES_AT_ONCE files at a time
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(FILES_AT_ONCE) --dist loadfile --no-loadscope-reorder
 
-test-quick: $(VENV)/.installed  ## a fast part of the tests and one whole retraining, as for VENV=.venv-newest PYTHON=python3.13
+test-quick: $(VENV)/.installed  ## a fast part of the tests and one whole retraining (5 minutes), as with VENV=.venv-newest PYTHON=python3.13
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(FILES_AT_ONCE) --dist loadfile $(QUICK)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k ends_with_report tests/flows/test_retrain.py
 
