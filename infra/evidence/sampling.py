@@ -164,7 +164,8 @@ def recorded(
             if len(generation.token_ids) < 2:
                 continue
             ids = torch.tensor([prompt + generation.token_ids], device=runner.device)
-            cache, taps = runner.new_cache(1, ids.shape[1]), Taps.of(layers)
+            cache = runner.new_cache(1, ids.shape[1])
+            taps = Taps(layers) if layers else None
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
             features = runner.forward(ids, positions, cache, taps=taps)[0].clone()
             states = taps.joined()[0].clone() if taps else None

@@ -48,6 +48,8 @@ def naming_all(vocab_size: int) -> PreTrainedTokenizerFast:
     known = state["model"]["vocab"]
     known |= {f"Ġ{number}": number for number in range(len(known), vocab_size)}
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    # random weights whose output projection is the embedding repeat the prompt's last token: not a blank one then
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("\n", ":")
     return tokenizer
 
 
