@@ -34,8 +34,6 @@ class Stack:
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "DO_NOT_TRACK": "1",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
-            # On SQLite the server drops an event whose turn takes longer to come, and no automation sees it
-            "PREFECT_SERVER_DATABASE_TIMEOUT": "120",
             "OMP_NUM_THREADS": "1",
             **environment,
         }
