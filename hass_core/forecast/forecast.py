@@ -92,7 +92,7 @@ def forecast(config: RunConfig, gpus: Sequence[str] = DEFAULT_GPUS, conversation
         hours=[_hours(config, shape, work, name) for name in gpus],
         rates=cost.MEASURED,
         checks=checks(),
-        assumed=cost.ASSUMED + ((cost.ASSUMED_OF_EAGLE3,) if shape.head_rows else ()),
+        assumed=cost.ASSUMED,
     )
 
 
