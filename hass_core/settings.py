@@ -215,6 +215,8 @@ def _explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
     field = _field(problem["loc"], model)
     if kind == "string_pattern_mismatch" and field is not None and field.description:
         return f"{given}: not one of {field.description}"
+    if str(problem["input"]).lower() == "none":
+        return f"{given}: a file has no word for none; leave the line out, or say {name}=none on the command line"
     return f"{given}: {problem['msg'].lower()}"
 
 
@@ -223,8 +225,17 @@ def _unknown(name: str, location: tuple[Any, ...], model: type[BaseModel]) -> st
     if section and issubclass(section, Settings) and key in section.removed:
         return f"{name} {section.removed[key]}"
     matches = difflib.get_close_matches(key, section.model_fields if section else (), n=1)
-    nearest = f"; did you mean {'.'.join(map(str, (*location[:-1], matches[0])))}?" if matches else ""
+    meant = [".".join(map(str, (*location[:-1], match))) for match in matches] or _elsewhere(key, model)
+    nearest = f"; did you mean {' or '.join(meant)}?" if meant else ""
     return f"{name}: no such setting{nearest}"
+
+
+def _elsewhere(key: str, model: type[BaseModel]) -> list[str]:
+    """Settings of that name in the other sections."""
+    sections = (
+        (name, _section((name, key), model)) for name, field in model.model_fields.items() if field.default is not None
+    )
+    return [f"{name}.{key}" for name, section in sections if section and key in section.model_fields]
 
 
 def _field(location: tuple[Any, ...], model: type[BaseModel]) -> FieldInfo | None:

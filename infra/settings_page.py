@@ -12,7 +12,8 @@ from hass_core.config import RunConfig
 HEAD = """# All settings
 
 Made by `python -m infra.settings_page` from `hass_core/config.py`; a test keeps it current. A file sets them in tables
-(`[training]`, `passes = 2`), a command by `-s training.passes=2`. `none` clears one.
+(`[training]`, `passes = 2`), a command by `-s training.passes=2`. `-s training.max_steps=none` clears one; a file
+leaves its line out.
 """
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 

@@ -1,5 +1,9 @@
 """What a person reads in the terminal when a flow has ended."""
 
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -28,7 +32,7 @@ def stage_words(artifact: Artifact) -> str:
     """What a stage made, in a few words."""
     found = artifact.summary
     words = {
-        "prompts": "{prompts:,} prompts, {skipped:,} left out",
+        "prompts": "{prompts:,} prompts, {skipped:,} left out" + _reasons(found),
         "responses": "{conversations:,} answers, {response_tokens:,} tokens",
         "features": "{tokens:,} tokens of {conversations:,} conversations",
         "draft": "{steps:,} steps, {tokens_seen:,} tokens seen",
@@ -38,6 +42,13 @@ def stage_words(artifact: Artifact) -> str:
         return words[artifact.stage].format(**found)
     except KeyError:  # a stage of an earlier version
         return artifact.digest
+
+
+def _reasons(summary: Mapping[str, Any]) -> str:
+    """Why prompts were left out, the commonest reason first."""
+    counts = Counter({name.removeprefix("skipped/"): n for name, n in summary.items() if name.startswith("skipped/")})
+    told = ", ".join(f"{n:,} × {reason}" for reason, n in counts.most_common())
+    return f": {told}" if told else ""
 
 
 def report_tables(config: RunConfig, evaluation: Artifact) -> RenderableType:

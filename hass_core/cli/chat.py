@@ -93,12 +93,32 @@ class Talk:
         return HELP
 
     def _answer(self, said: str) -> None:
+        self.history.append({"role": "user", "content": said})
+        prompt = self._prompt()
+        if len(prompt) >= self.target.context_tokens and len(self.history) > 1:
+            console.print(
+                "[dim]the conversation has become longer than the target's context: it begins anew[/]", soft_wrap=True
+            )
+            self.history = self.history[-1:]
+            prompt = self._prompt()
+        if len(prompt) >= self.target.context_tokens:
+            self.history.clear()
+            context = f"the target's context holds {self.target.context_tokens} with the answer"
+            console.print(
+                f"[dim]this has {len(prompt)} tokens, {context}: say it in fewer[/]", highlight=False, soft_wrap=True
+            )
+        else:
+            self._show(prompt)
+
+    def _prompt(self) -> list[int]:
         from hass_core.data.rendering import render, tokenize
+
+        asked = render(self.target.tokenizer, self.history, add_generation_prompt=True, day=datetime.now())
+        return tokenize(self.target.tokenizer, asked)
+
+    def _show(self, prompt: list[int]) -> None:
         from hass_core.decoding.text import AnswerText
 
-        self.history.append({"role": "user", "content": said})
-        asked = render(self.target.tokenizer, self.history, add_generation_prompt=True, day=datetime.now())
-        prompt = tokenize(self.target.tokenizer, asked)
         decoder = self.drafting if self.with_draft else self.plain
         text = AnswerText(lambda ids: str(self.target.tokenizer.decode(ids, skip_special_tokens=True)))
         shown = Shown()

@@ -5,11 +5,11 @@ from typing import Annotated, get_args
 import typer
 from rich.table import Table
 
-from hass_core.cli.common import console, show, show_json
+from hass_core.cli.common import console, notes, show, show_json
 from hass_core.cli.options import AsJson, Overrides
 from hass_core.config import Stage, load_config
 from hass_core.forecast.forecast import DEFAULT_GPUS, Forecast, forecast
-from hass_core.forecast.rows import counted
+from hass_core.forecast.rows import counted, not_counted
 
 
 def show_forecast(
@@ -19,7 +19,7 @@ def show_forecast(
     ] = None,
     conversations: Annotated[
         int | None,
-        typer.Option(min=1, help="Prompts in files and data sets; of local JSONL files, their lines"),
+        typer.Option(min=1, help="Prompts in files and data sets; left out, the lines of local JSONL files"),
     ] = None,
     rates: Annotated[bool, typer.Option("--rates", help="The measured rates behind it, and each check")] = False,
     override: Overrides = None,
@@ -30,10 +30,13 @@ def show_forecast(
     Example: hass forecast llama-3.1-8b --gpus h100x8
     """
     config = load_config(preset, override or [])
+    unknown = not_counted(config.prompts, conversations)
     found = forecast(config, gpus or DEFAULT_GPUS, conversations or counted(config.prompts.files))
     if as_json:
+        for line in unknown:
+            notes.print(line, markup=False, highlight=False, soft_wrap=True)
         return show_json(found)
-    for line in found.lines():
+    for line in [*found.lines(), *unknown]:
         show(line)
     console.print(_hours(found))
     if rates:

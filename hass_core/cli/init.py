@@ -1,5 +1,6 @@
 """`hass init`: settings for a model of one's own, as a commented file with what a run will cost."""
 
+import glob
 import json
 import textwrap
 from pathlib import Path
@@ -41,12 +42,20 @@ def init(
     out = out or Path(f"{name}.toml")
     if out.exists():
         raise BadInput(f"{out} is there already; name another file with --out")
+    missing = [file for file in prompts or [] if not _may_be_there(file)]
+    if missing:
+        raise BadInput(f"{missing[0]}: no such file, folder or pattern; check --prompts")
     values = _values(model, name, prompts or [])
     out.write_text(_text(model, out, values), encoding="utf-8")
     load_config(out)  # what was written is what is read
     show(f"wrote {out}. To look at what it costs: hass forecast {out}")
     start = "make retrain PRESET=" if Path("Makefile").is_file() else "python -m flows.retrain "
     show(f"To start it: {start}{out}")
+
+
+def _may_be_there(file: str) -> bool:
+    """Whether prompts are there, or lie elsewhere."""
+    return "://" in file or bool(glob.glob(str(Path(file).expanduser()), recursive=True)) or Path(file).exists()
 
 
 def _values(model: str, name: str, prompts: list[str]) -> dict[str, Any]:

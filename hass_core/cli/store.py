@@ -1,5 +1,6 @@
 """`hass store`: what the store holds, what it takes, and what can go."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
@@ -8,7 +9,7 @@ from rich.table import Table
 from hass_core.cli.common import console, settings, show, show_json
 from hass_core.cli.options import AsJson, ConfigName, Overrides
 from hass_core.config import Stage
-from hass_core.errors import FINDINGS
+from hass_core.errors import FINDINGS, StoreError
 
 if TYPE_CHECKING:
     from hass_core.store import Store
@@ -96,6 +97,8 @@ def _open(config: str, overrides: list[str] | None) -> "tuple[Store, list[Entry]
     from hass_core.store.housekeeping import entries
 
     store = Store(settings(config, overrides).store)
+    if store.is_local and not Path(store.root).is_dir():
+        raise StoreError(f"there is no store at {store.root}; name it with HASS_STORE or -s store=FOLDER")
     return store, entries(store, STAGES)
 
 

@@ -18,7 +18,7 @@ from hass_core.data.sources import Skipped, read_file
 from hass_core.data.templates import Message
 from hass_core.errors import BadInput
 from hass_core.evaluation.benchmark_names import HELDOUT, ON_HUB, benchmark_file
-from hass_core.store import Artifact, Store
+from hass_core.store import MANIFEST, Artifact, Store, store_at
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,15 @@ def assert_unseen(questions: Iterable[Question], store: Store, draft: Artifact) 
     hashes = frozenset(normalized_hash(m["content"]) for q in questions for m in q.messages if m["role"] == "user")
     assert_no_leak((text for record in prompts for text in user_turns(record)), hashes)
     return True
+
+
+def assert_unseen_by_folder(questions: Iterable[Question], draft_dir: Path) -> bool:
+    """As `assert_unseen`, for a draft's folder: what it was trained on is known where that lies in a store on disk."""
+    folder = draft_dir.resolve()
+    if folder.parent.name != "draft" or not (folder / MANIFEST).is_file():
+        return False
+    store, draft = store_at(str(folder), "draft")
+    return assert_unseen(questions, store, draft)
 
 
 def training_prompts(store: Store, draft: Artifact) -> list[Record] | None:

@@ -20,7 +20,7 @@ from hass_core.data.rendering import template_date
 from hass_core.draft_model.accounting import read_draft
 from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS, read_config
 from hass_core.draft_model.identity import draft_identity
-from hass_core.evaluation.benchmarks import Question, assert_unseen, load_benchmarks
+from hass_core.evaluation.benchmarks import Question, assert_unseen, assert_unseen_by_folder, load_benchmarks
 from hass_core.evaluation.examples import Example, choose_examples
 from hass_core.evaluation.in_engine import InEngine
 from hass_core.evaluation.measure import check_lengths
@@ -80,10 +80,11 @@ def evaluate_folder(
     settings = EvaluationConfig.model_validate(evaluation_config.model_dump() | {"methods": tuple(methods)})
     check_methods(settings.methods, given)
     questions = load_benchmarks(settings)
+    known = assert_unseen_by_folder(questions, draft_dir) if draft_dir else False
     target = load_target(target_config)
     if engine:
         engine.where.check(target, questions[0], settings.temperatures)
-    work = Work(target, questions, given, settings, tree_config, training_prompts_known=False)
+    work = Work(target, questions, given, settings, tree_config, training_prompts_known=known)
     scratch = out_dir / "scratch"
     report, measured = work.run(scratch / digest_of(work.identity()), progress)
     if engine:

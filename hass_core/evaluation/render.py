@@ -180,7 +180,7 @@ def measured_how(report: Report) -> list[str]:
     tree = report.tree
     shape = f"{tree.kind}, depth {tree.depth}, top_k {tree.top_k}, {tree.nodes} nodes"
     chosen = ", chosen by measuring this machine and draft" if report.plan else ""
-    known = "compared by hash: none was trained on" if report.leak_checked else "unknown: this draft came from outside"
+    known = "compared by hash: none was trained on" if report.leak_checked else "not known here, so not compared"
     return [
         f"machine: {report.device}, {report.dtype}; batch 1; times include the prefill",
         f"tree: {shape}{chosen}",

@@ -11,7 +11,7 @@ from hass_core.config import RunConfig
 from hass_core.errors import BadInput, StoreError, TargetError
 from hass_core.forecast import cost
 from hass_core.forecast.forecast import forecast
-from hass_core.forecast.rows import counted
+from hass_core.forecast.rows import counted, not_counted
 from hass_core.forecast.shape import hub_file, shape_of
 from hass_core.presets import recorded_shapes
 
@@ -121,7 +121,7 @@ def announcement(config: RunConfig) -> list[str]:
     except BadInput as error:
         return [f"no forecast: {error}"]
     took = [f"about {row.total:.1f} hours on {row.gpus}" for row in found.hours if row.total is not None]
-    return [*found.lines(), *took]
+    return [*found.lines(), *took, *not_counted(config.prompts, None)]
 
 
 def _host_memory() -> float:

@@ -1,17 +1,48 @@
 """How many conversations the user's own files hold, where that is told by counting lines."""
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 
+from hass_core.config import PromptsConfig
+
 BLOCK = 1 << 20
+LINES = (".jsonl", ".ndjson")
+OTHERS = (".json", ".parquet", ".gz", ".bz2", ".xz", ".zst", ".zstd")
+NOT_COUNTED = "not counted: what {} may hold; `hass forecast --conversations` takes the number"
 
 
 def counted(files: Sequence[str]) -> int | None:
-    """Lines of all `files`; None where one is not a JSONL file on this machine: those are not opened."""
-    paths = [Path(file).expanduser() for file in files]
-    if not paths or not all(path.suffix == ".jsonl" and path.is_file() for path in paths):
+    """Lines of all `files`, with those that folders and patterns lead to; None where one is not a JSONL file on this
+    machine: those are not opened.
+    """
+    paths = [path for file in files for path in _named(file)]
+    if not paths or not all(path.suffix in LINES and path.is_file() for path in paths):
         return None
     return sum(map(_lines, paths))
+
+
+def not_counted(prompts: PromptsConfig, conversations: int | None) -> list[str]:
+    """A line where a forecast knows nothing of some of the user's prompts; `conversations`: what the user says."""
+    if conversations:
+        return []
+    unknown = ["prompts.files"] if prompts.files and counted(prompts.files) is None else []
+    unknown += ["prompts.datasets"] if prompts.datasets else []
+    return [NOT_COUNTED.format(" and ".join(unknown))] if unknown else []
+
+
+def _named(entry: str) -> list[Path]:
+    """The files of an entry, or what it says where that leads to none."""
+    said = Path(entry).expanduser()
+    found = [Path(match) for match in glob.glob(str(said), recursive=True)] if set("*?[") & set(entry) else [said]
+    files = [file for path in found for file in (path.rglob("*") if path.is_dir() else [path]) if _read(file, path)]
+    return files or [said]
+
+
+def _read(file: Path, entry: Path) -> bool:
+    """Whether a file is one of conversations: what begins with a dot or underline in a folder is someone's mark."""
+    marked = any(part.startswith((".", "_")) for part in file.relative_to(entry).parts)
+    return file == entry or (file.suffix in LINES + OTHERS and not marked)
 
 
 def _lines(path: Path) -> int:

@@ -5,6 +5,7 @@ differs stands in it. `shapes.json` holds the sizes in the targets' config.json,
 without the target.
 """
 
+import difflib
 import json
 from importlib import resources
 from pathlib import Path
@@ -37,7 +38,11 @@ def _read_one(source: str | Path) -> dict[str, Any]:
     if path.suffix == ".toml":
         return read_toml(path)
     if str(source) not in preset_names():
-        raise ConfigError(f"no preset named {str(source)!r}; presets are {', '.join(preset_names())}, or a .toml file")
+        near = difflib.get_close_matches(str(source).lower(), preset_names(), n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"no preset named {str(source)!r}; {meant}presets are {', '.join(preset_names())}, or a .toml file"
+        )
     with resources.as_file(FOLDER / f"{source}.toml") as preset:
         return read_toml(preset)
 

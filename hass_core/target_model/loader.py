@@ -147,6 +147,11 @@ def load_words(
     check_config(config, source)
     _check_generation(folder, config)
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    if {*tokenizer("A word.", add_special_tokens=False)["input_ids"]} <= {tokenizer.unk_token_id}:
+        # transformers makes up an empty one where a folder holds none
+        raise TargetError(
+            f"the target {source!r} has no tokenizer; put its tokenizer.json and tokenizer_config.json into its folder"
+        )
     if not tokenizer.chat_template:
         raise TemplateError(
             f"the target {source!r} has no chat template; put a chat_template.jinja into its folder, "

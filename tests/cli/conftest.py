@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,11 +27,15 @@ def bad(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
     tiny_llama().save_pretrained(folder / "target")
     byte_tokenizer().save_pretrained(folder / "target")
+    for name in ("config.json", "model.safetensors"):
+        (folder / "notokens").mkdir(exist_ok=True)
+        shutil.copy(folder / "target" / name, folder / "notokens")
     (folder / "file").write_text("no folder")
     (folder / "empty").mkdir()
     (folder / "folder.toml").mkdir()
     texts = {
         "broken.toml": "name = ",
+        "none.toml": '[draft]\nvocab_size = "none"\n',
         "deep.toml": "x = " + "[" * 10_000,
         "list.json": "[]",
         "garbage.gguf": "GGUFgarbage",

@@ -17,6 +17,7 @@ hass --nonsense                                              | No such option: -
 hass doctor                                                  | Missing command
 hass run nothing                                             | 'nothing' is not one of 'prompts', 'responses'
 hass run draft -c smollm3                                    | no preset named 'smollm3'
+hass run draft -c SmolLM2-CPU                                | did you mean smollm2-cpu?
 hass run draft -c missing.toml                               | missing.toml does not exist
 hass run draft -c broken.toml                                | broken.toml: not valid TOML
 hass run draft -c latin.toml                                 | latin.toml: not valid TOML
@@ -26,6 +27,11 @@ hass run draft -s training=5                                 | this is a section
 hass run draft -s training=5 -s training.passes=2            | training is 5, not a section
 hass run draft -s training.passes                            | not of the form section.key=value
 hass run draft -s training.pases=2                           | did you mean training.passes?
+hass run draft -s align_steps=2                              | did you mean training.align_steps?
+hass run draft -s tree.passes=2                              | tree.passes: no such setting; did you mean training.pas
+hass run draft -c none.toml                                  | a file has no word for none; leave the line out
+hass store ls -s store=file                                  | there is no store at
+hass store size -s store=nowhere                             | there is no store at
 hass run draft -s training.passes=many                       | training.passes = 'many'
 hass run draft -s training.passes=nan                        | training.passes = nan
 hass run draft -s training.passes=0                          | greater than 0
@@ -134,6 +140,8 @@ WITH_TORCH = """
 hass chat -t target draft                                    | model.safetensors is not a readable
 hass chat -t target noweights                                | noweights/model.safetensors is missing
 hass chat -t target target                                   | target holds no draft
+hass run prompts -s target.source=notokens -s store=s        | the target 'notokens' has no tokenizer; put
+hass init target -o new.toml -p missing.jsonl                | missing.jsonl: no such file
 hass plan draft -t target                                    | model.safetensors is not a readable
 hass evaluate draft -o out -s target.source=target --benchmarks asked.jsonl | not a readable
 hass export draft --engine vllm -t target -o out             | draft

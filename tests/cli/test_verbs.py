@@ -85,6 +85,15 @@ def test_a_chat_ends_with_the_input(bad, typed):
     assert ("tokens a cycle" in told.out) == bool(typed.strip())
 
 
+def test_a_chat_that_has_grown_beyond_the_context_begins_anew(bad):
+    typed = "a" * 200 + "\n" + "b" * 400 + "\n" + "c" * 600 + "\nd\n"  # a byte is a token, and the context holds 512
+    told = command(bad, "hass chat -t target --max-new-tokens 4", stdin=typed)
+    assert told.status == 0, told.error
+    assert told.out.count("it begins anew") == 2
+    assert told.out.count("say it in fewer") == 1
+    assert told.out.count("tokens a cycle") == 3
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_a_chat_with_130(bad):
     process = subprocess.Popen(

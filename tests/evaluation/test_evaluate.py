@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -179,7 +180,7 @@ def test_logits_that_are_not_numbers_name_method_and_question(config, draft, sto
         evaluate_draft(config, draft, store, target)
 
 
-def test_a_question_that_was_trained_on_is_refused(config, store, tiny_target, draft_dir):
+def test_a_question_that_was_trained_on_is_refused(config, store, tiny_target, draft_dir, tmp_path):
     prompts = store.stage("prompts", {"n": 1})
     row = {"id": "p/1", "category": "c", "source": "p", "sha256": "-"}
     row["messages"] = [{"role": "user", "content": "what is 2 + 3 ?!"}]
@@ -195,6 +196,9 @@ def test_a_question_that_was_trained_on_is_refused(config, store, tiny_target, d
         source = folder.finish({})
     with pytest.raises(LeakedBenchmark, match=r"training prompt 'what is 2 \+ 3 \?!'"):
         evaluate_draft(config, source, store, tiny_target)
+    folder = Path(store.root) / "draft" / source.digest  # as `hass evaluate STORE/draft/DIGEST` finds it
+    with pytest.raises(LeakedBenchmark, match=r"training prompt 'what is 2 \+ 3 \?!'"):
+        evaluate_folder(folder, TargetConfig(), config.evaluation, TREE, tmp_path / "out", ["plain", "hass"])
 
 
 def test_names_with_markup_are_shown_as_they_are(config, draft, store, tiny_target):
