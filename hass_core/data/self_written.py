@@ -8,6 +8,7 @@ prompt from the very distribution the model was tuned on.
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -47,14 +48,17 @@ def rounds_of_texts(
     keys = [(number, i) for number, texts in open_rounds.items() for i in range(len(texts))]
     written = write_prompts(engine, tokenizer, keys, max_tokens, seed << 32)
     left = Counter(number for number, _ in keys)
+    done: dict[int, list[str | None]] = {}
     for number in sizes:
         while left[number]:
             (own, place), text = next(written)
             open_rounds[own][place] = text
             left[own] -= 1
             if not left[own]:
-                write_whole(paths[own], open_rounds.pop(own))
-        yield json.loads(paths[number].read_text(encoding="utf-8"))
+                done[own] = open_rounds.pop(own)
+                with suppress(FileNotFoundError):  # another process has finished the stage: its scratch is gone
+                    write_whole(paths[own], done[own])
+        yield done.pop(number) if number in done else json.loads(paths[number].read_text(encoding="utf-8"))
 
 
 def write_prompts(

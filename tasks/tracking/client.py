@@ -109,6 +109,7 @@ def run_url(config: RunConfig, run_id: str) -> str | None:
 def _client(uri: str, folder: Path) -> MlflowClient:
     for name in ("alembic", "mlflow.store", "mlflow.pyfunc"):  # what they do is no news
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # pages on what is raised too
     logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # nor that they miss a server: it is told anyway
     if uri.startswith("sqlite:"):
         folder.mkdir(parents=True, exist_ok=True)

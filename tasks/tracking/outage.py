@@ -18,6 +18,7 @@ REQUESTS = logging.getLogger("urllib3.connectionpool")
 QUIET_SECONDS = 60.0
 GIVEN_UP = re.compile(r"API request to (?P<scheme>https?://)(?P<host>[^/\s]+)\S* failed with (timeout )?exception")
 STATUS = re.compile(r"API request to endpoint \S+ failed with error code (?P<status>\d+)")
+FULL = "database or disk is full"  # SQLite's words
 OF_ANOTHER = ("API request to endpoint was successful but the response body was not", "INTERNAL_ERROR: Response: ")
 ASKED_AGAIN = ("Retrying (", "Retry: ")  # how urllib3 begins its notes on a request that it repeats
 
@@ -31,7 +32,12 @@ def log_outages(address: str) -> None:
 
 
 def outage_in(error: BaseException) -> TrackingError | None:
-    """One sentence for an error that MLflow's client raises when it has given up asking; None for any other."""
+    """One sentence for an error that MLflow's client raises when it has given up asking, or when the disk of its own
+    database is full; None for any other."""
+    if isinstance(error, MlflowException) and FULL in str(error):
+        return TrackingError(
+            "the disk with MLflow's database is full: make room and run it again; what is done is kept"
+        )
     found = GIVEN_UP.match(str(error)) if isinstance(error, MlflowException) else None
     if found is None:
         return None

@@ -200,3 +200,10 @@ def test_rounds_of_texts_come_in_order_and_only_a_missing_one_is_sampled_again(t
     assert texts() == once
     again = [file.stat().st_mtime_ns for file in files]
     assert [old == new for old, new in zip(kept, again, strict=True)] == [True, False, True]
+
+
+def test_rounds_of_texts_go_on_when_another_process_has_finished_the_stage(tmp_path, tiny_target, monkeypatch):
+    monkeypatch.setattr(self_written, "ROUND", 4)
+    engine = LocalEngine(tiny_target, max_rows=4)
+    rounds = self_written.rounds_of_texts(engine, tiny_target.tokenizer, 8, 24, 3, tmp_path / "gone", first=1)
+    assert [len(texts) for texts in rounds] == [4, 4]

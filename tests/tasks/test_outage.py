@@ -73,3 +73,10 @@ def test_an_outage_during_a_run_is_one_sentence_without_the_password():
     assert str(tracking.outage_or(lost)).startswith("MLflow at http://mlflow:5000 does not answer")
     other = MlflowException("RESOURCE_DOES_NOT_EXIST: no such run")
     assert tracking.outage_or(other) is other
+
+
+def test_a_full_disk_under_the_database_is_one_sentence():
+    full = MlflowException(
+        "(sqlite3.OperationalError) database or disk is full\n[SQL: INSERT INTO registered_models …]"
+    )
+    assert str(tracking.outage_or(full)).startswith("the disk with MLflow's database is full: make room")
