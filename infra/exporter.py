@@ -72,20 +72,21 @@ class PipelineMetrics:
     def refresh(self, source: str, read: Callable[[], Iterable[Number]]) -> None:
         """Show a source's numbers of now, all or none; note whether it answered, and tell when that changes."""
         numbers: list[Number] = []
+        away = ""
         try:
             numbers.extend(read())
         except Exception as error:  # whatever it is, the other sources are still worth showing
             numbers.clear()
             self._up.labels(source).set(0)
             self._asked.labels(source).inc()
-            self._tell(source, sentence_of(error) or f"{type(error).__name__}: {error}")
-        else:
-            self._up.labels(source).set(1)
-            self._tell(source, "")
+            away = sentence_of(error) or f"{type(error).__name__}: {error}"
         for gauge in self._gauges[source]:
             gauge.clear()
         for gauge, labels, value in numbers:
             gauge.labels(*labels).set(value)
+        if not away:
+            self._up.labels(source).set(1)  # only now: who sees it sees the numbers
+        self._tell(source, away)
 
     def _tell(self, source: str, away: str) -> None:
         """Why a source is away, once; and that it is back."""

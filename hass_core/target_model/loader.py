@@ -146,18 +146,28 @@ def load_words(
     config = AutoConfig.from_pretrained(folder, **options)
     check_config(config, source)
     _check_generation(folder, config)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    if {*tokenizer("A word.", add_special_tokens=False)["input_ids"]} <= {tokenizer.unk_token_id}:
-        # transformers makes up an empty one where a folder holds none
-        raise TargetError(
-            f"the target {source!r} has no tokenizer; put its tokenizer.json and tokenizer_config.json into its folder"
-        )
+    tokenizer = _tokenizer_of(folder, source, options)
     if not tokenizer.chat_template:
         raise TemplateError(
             f"the target {source!r} has no chat template; put a chat_template.jinja into its folder, "
             "or choose an instruction-tuned model"
         )
     return config, tokenizer
+
+
+def _tokenizer_of(folder: str, source: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """Raises TargetError where there is none: transformers then fails, or makes up an empty one, by the family."""
+    files = "its tokenizer.json and tokenizer_config.json"
+    missing = f"the target {source!r} has no tokenizer; put {files} into its folder"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except ValueError as error:
+        if Path(folder).is_dir() and not any(Path(folder).glob("*token*")):
+            raise TargetError(missing) from error
+        raise
+    if {*tokenizer("A word.", add_special_tokens=False)["input_ids"]} <= {tokenizer.unk_token_id}:
+        raise TargetError(missing)
+    return tokenizer
 
 
 def freeze(

@@ -190,7 +190,8 @@ def every_query_of_the_dashboard_is_answered(stack: Stack, preset: Path) -> None
     exporter = stack.program("exporter", "-m", "infra.exporter", "--port", str(port), "--preset", str(preset))
     try:
         url = f"http://127.0.0.1:{port}/metrics"
-        wait_for(lambda: answers(url) and 'up{source="store"} 1' in httpx.get(url).text, "the exporter", 120)
+        up = [f'hass_source_up{{source="{name}"}} 1' for name in ("prefect", "stages", "champions", "store")]
+        wait_for(lambda: answers(url) and all(line in httpx.get(url).text for line in up), "the exporter", 120)
         page = httpx.get(url).text
     finally:
         end(exporter)

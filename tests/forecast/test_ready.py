@@ -68,8 +68,9 @@ def test_what_is_larger_than_the_gpu_is_refused_with_the_way_out(gpus, tmp_path)
     check_ready(wanted("llama-3.3-70b", "target.source=Qwen/Qwen3-32B"))
     with pytest.raises(TargetError, match=r'has 66 GB of weights, this GPU 60 GB .* target\.device = "balanced"'):
         ready.check_memory(wanted("qwen3-32b", "target.device=auto"), 66e9, 0, [60e9])
+    packs = ("training.packs_per_step=32", "training.packs_per_micro_batch=32", "training.tokens_per_pack=4096")
     with pytest.raises(TargetError, match=r"training takes 1\d\d GB of GPU memory, .* training\.packs_per_micro_batch"):
-        check_ready(wanted("qwen3-32b", "training.packs_per_micro_batch=16", "training.tokens_per_pack=4096"))
+        check_ready(wanted("qwen3-32b", *packs))
 
 
 def test_a_machine_without_gpu_and_memory_is_told(tmp_path, monkeypatch):
