@@ -22,6 +22,7 @@ from mlflow.utils.credentials import read_mlflow_creds
 from hass_core.command_path import command_path
 from hass_core.config import RunConfig
 from hass_core.errors import TrackingError
+from hass_core.store.scratch import locked
 from hass_core.trusted_hosts import VARIABLE, is_trusted
 from tasks.tracking.in_place import follow_the_folder
 from tasks.tracking.outage import log_outages, outage_in, refusal_in
@@ -111,12 +112,15 @@ def _client(uri: str, folder: Path) -> MlflowClient:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # pages on what is raised too
     logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # nor that they miss a server: it is told anyway
-    if uri.startswith("sqlite:"):
-        folder.mkdir(parents=True, exist_ok=True)
-        follow_the_folder(uri, folder)
     if _is_server(uri):
         log_outages(_base(uri))
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    if not uri.startswith("sqlite:"):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    with locked(folder):  # two processes that make MLflow's tables at once break each other's work
+        follow_the_folder(uri, folder)
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.search_registered_models(max_results=1)  # a store is opened at its first question
+    return client
 
 
 @contextmanager

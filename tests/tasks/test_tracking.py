@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import multiprocessing
 import threading
 from contextlib import suppress
 
@@ -200,6 +201,25 @@ def test_two_processes_that_open_a_retraining_at_once_share_one_run(config, prom
     for thread in threads:
         thread.join()
     assert len(all_runs(config)) == 1
+
+
+def connect_when_all_are_there(barrier, config) -> None:
+    barrier.wait()
+    connect(config)
+
+
+@pytest.mark.slow
+def test_processes_that_are_the_first_to_come_make_the_database_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    context = multiprocessing.get_context("spawn")  # a process of its own, as a second terminal is
+    config = parse_config({"store": str(tmp_path / "new" / "store")})
+    barrier = context.Barrier(3)
+    first = [context.Process(target=connect_when_all_are_there, args=(barrier, config)) for _ in range(3)]
+    for process in first:
+        process.start()
+    for process in first:
+        process.join()
+    assert [process.exitcode for process in first] == [0, 0, 0]
 
 
 def test_curves_arrive_while_the_training_runs(config, prompts, tmp_path):
