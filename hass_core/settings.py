@@ -215,9 +215,13 @@ def _explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
     field = _field(problem["loc"], model)
     if kind == "string_pattern_mismatch" and field is not None and field.description:
         return f"{given}: not one of {field.description}"
-    if str(problem["input"]).lower() == "none":
+    if isinstance(problem["input"], str) and problem["input"].lower() == "none" and _may_be_none(field):
         return f"{given}: a file has no word for none; leave the line out, or say {name}=none on the command line"
     return f"{given}: {problem['msg'].lower()}"
+
+
+def _may_be_none(field: FieldInfo | None) -> bool:
+    return field is not None and type(None) in get_args(field.annotation)
 
 
 def _unknown(name: str, location: tuple[Any, ...], model: type[BaseModel]) -> str:

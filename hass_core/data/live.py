@@ -20,15 +20,13 @@ from fsspec.implementations.local import LocalFileSystem
 
 from hass_core.config import PromptsConfig
 from hass_core.data.conversations import Record
+from hass_core.data.file_names import COMPRESSIONS, FORMATS, is_readable, plain_name
 from hass_core.data.sources import (
-    COMPRESSIONS,
-    FORMATS,
     Row,
     Skipped,
     conversation,
     dataset_rows,
     named_failures,
-    plain_name,
     read_dataset,
     read_file,
     rows_of,
@@ -265,14 +263,8 @@ def _listed(fs: Any, path: str) -> dict[str, dict[str, Any]]:
     for place, info in matched.items():
         if info["type"] == "directory":
             inside = fs.find(place.rstrip("/"), detail=True)
-            found |= {name: info for name, info in inside.items() if _is_readable(name.removeprefix(place.rstrip("/")))}
+            found |= {name: info for name, info in inside.items() if is_readable(name.removeprefix(place.rstrip("/")))}
     return found
-
-
-def _is_readable(relative: str) -> bool:
-    """Whether a name in a folder is one of conversations; what begins with a dot or underline is someone's mark."""
-    parts = PurePosixPath(relative.strip("/")).parts
-    return plain_name(relative).endswith(FORMATS) and not any(part.startswith((".", "_")) for part in parts)
 
 
 def _file(fs: Any, path: str, info: dict[str, Any], source: str, prefix: str) -> File:

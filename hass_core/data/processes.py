@@ -48,6 +48,7 @@ def _begin(folder: str, begin: Callable[..., None]) -> None:
     """What a process does first. It ends with its parent, however that ends, and takes the tokenizer by its file as it
     is: a model's own class may build the splitting of text anew."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # written by the process that started this one, in a folder that only its user may open
     arguments = pickle.loads(Path(folder, ARGUMENTS).read_bytes())
     begin(PreTrainedTokenizerFast.from_pretrained(folder), *arguments)
 

@@ -24,13 +24,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hass_core.data.conversations import FORM_KEYS, Record, is_conversation, parse_row
+from hass_core.data.file_names import plain_name
 from hass_core.data.messages import BrokenRow, Unusable
 from hass_core.errors import BadInput, HassError
 
 LISTS = ("data", "rows", "train", "examples", "items", "dataset")  # keys under which a file holds its rows
-FORMATS = (".jsonl", ".ndjson", ".json", ".parquet")
 OTHER_FORMATS = (".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".xlsx", ".xls", ".tar", ".tgz", ".npz", ".pkl")
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 
@@ -97,13 +96,6 @@ def _check_format(path: str) -> None:
     if name.lower().endswith(OTHER_FORMATS):
         ending = PurePosixPath(name).suffix
         raise BadInput(f"{path}: {ending} files are not read; convert it to JSON lines (.jsonl) or Parquet (.parquet)")
-
-
-def plain_name(path: str) -> str:
-    """A file's path without the endings of its compression."""
-    while path.endswith(COMPRESSIONS):
-        path = path.rpartition(".")[0]
-    return path
 
 
 @contextmanager

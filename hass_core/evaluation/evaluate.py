@@ -80,11 +80,11 @@ def evaluate_folder(
     settings = EvaluationConfig.model_validate(evaluation_config.model_dump() | {"methods": tuple(methods)})
     check_methods(settings.methods, given)
     questions = load_benchmarks(settings)
-    known = assert_unseen_by_folder(questions, draft_dir) if draft_dir else False
+    seen = {method: assert_unseen_by_folder(questions, folder) for method, folder in given.items()}
     target = load_target(target_config)
     if engine:
         engine.where.check(target, questions[0], settings.temperatures)
-    work = Work(target, questions, given, settings, tree_config, training_prompts_known=known)
+    work = Work(target, questions, given, settings, tree_config, training_prompts_known=seen.get(HASS, False))
     scratch = out_dir / "scratch"
     report, measured = work.run(scratch / digest_of(work.identity()), progress)
     if engine:

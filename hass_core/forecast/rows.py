@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hass_core.config import PromptsConfig
+from hass_core.data.file_names import LINES, is_readable
 
 BLOCK = 1 << 20
-LINES = (".jsonl", ".ndjson")
-OTHERS = (".json", ".parquet", ".gz", ".bz2", ".xz", ".zst", ".zstd")
 NOT_COUNTED = "not counted: what {} may hold; `hass forecast --conversations` takes the number"
 
 
@@ -35,14 +34,12 @@ def _named(entry: str) -> list[Path]:
     """The files of an entry, or what it says where that leads to none."""
     said = Path(entry).expanduser()
     found = [Path(match) for match in glob.glob(str(said), recursive=True)] if set("*?[") & set(entry) else [said]
-    files = [file for path in found for file in (path.rglob("*") if path.is_dir() else [path]) if _read(file, path)]
+    files = [file for path in found for file in (_inside(path) if path.is_dir() else [path])]
     return files or [said]
 
 
-def _read(file: Path, entry: Path) -> bool:
-    """Whether a file is one of conversations: what begins with a dot or underline in a folder is someone's mark."""
-    marked = any(part.startswith((".", "_")) for part in file.relative_to(entry).parts)
-    return file == entry or (file.suffix in LINES + OTHERS and not marked)
+def _inside(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if is_readable(str(file.relative_to(folder)))]
 
 
 def _lines(path: Path) -> int:

@@ -30,6 +30,7 @@ hass run draft -s training.pases=2                           | did you mean trai
 hass run draft -s align_steps=2                              | did you mean training.align_steps?
 hass run draft -s tree.passes=2                              | tree.passes: no such setting; did you mean training.pas
 hass run draft -c none.toml                                  | a file has no word for none; leave the line out
+hass run draft -s training.passes=none                       | training.passes = None: input should be a valid number
 hass store ls -s store=file                                  | there is no store at
 hass store size -s store=nowhere                             | there is no store at
 hass run draft -s training.passes=many                       | training.passes = 'many'

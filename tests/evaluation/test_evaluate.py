@@ -199,6 +199,16 @@ def test_a_question_that_was_trained_on_is_refused(config, store, tiny_target, d
     folder = Path(store.root) / "draft" / source.digest  # as `hass evaluate STORE/draft/DIGEST` finds it
     with pytest.raises(LeakedBenchmark, match=r"training prompt 'what is 2 \+ 3 \?!'"):
         evaluate_folder(folder, TargetConfig(), config.evaluation, TREE, tmp_path / "out", ["plain", "hass"])
+    with pytest.raises(LeakedBenchmark, match=r"training prompt 'what is 2 \+ 3 \?!'"):  # it would flatter a rival too
+        evaluate_folder(
+            draft_dir,
+            TargetConfig(),
+            config.evaluation,
+            TREE,
+            tmp_path / "out",
+            ["plain", "eagle2"],
+            {"eagle2": folder},
+        )
 
 
 def test_names_with_markup_are_shown_as_they_are(config, draft, store, tiny_target):
