@@ -27,10 +27,16 @@ class Quiet(BaseHTTPRequestHandler):
         pass
 
 
+class Roomy(ThreadingHTTPServer):
+    """Lets as many connect at once as an engine does; five, as it would be else, reset the rest."""
+
+    request_queue_size = 256
+
+
 @contextmanager
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """The address of a server that runs while the block does."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = Roomy(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
