@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from flows.parameters import ExportParameters, PromotionParameters, RejectionParameters, RunParameters
+from hass_core.config import COMMAND_LINE
 from hass_core.errors import USER_ERROR, ConfigError, sentence_of
 from hass_core.settings import validated
 
@@ -47,7 +48,7 @@ def read(flow: str, arguments: Sequence[str]) -> RunParameters:
     rest = [change for change in changes if change.partition("=")[0] not in own]
     values = {"preset": preset or options.config or PRESET, "overrides": rest, **given}
     run = validated(kind, values, f"flows.{flow}")
-    run.config()
+    run.config(COMMAND_LINE)
     return run
 
 

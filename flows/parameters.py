@@ -60,10 +60,10 @@ _Changes: Any = optional(RunConfig, base=_Preset)
 class RunParameters(_Changes):
     """A preset, and the settings that differ from it. An empty field takes the preset's value."""
 
-    def config(self) -> RunConfig:
-        """The whole settings. Raises ConfigError naming a wrong one."""
+    def config(self, overridden: str = "overrides") -> RunConfig:
+        """The whole settings. Raises ConfigError naming a wrong one; `overridden`: where the overrides were given."""
         changes = self.model_dump(mode="json", exclude_none=True, include=set(RunConfig.model_fields))
-        preset = load_config(self.preset, self.overrides).model_dump(mode="json")
+        preset = load_config(self.preset, self.overrides, overridden).model_dump(mode="json")
         return parse_config(merged(preset, changes), where=self.preset)
 
     def for_sub_flow(self, run_id: str) -> dict[str, Any]:

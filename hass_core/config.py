@@ -338,6 +338,7 @@ class EvaluationConfig(Settings):
 
 Stage = Literal["prompts", "responses", "features", "draft", "evaluation"]  # in their order
 STAGES: tuple[Stage, ...] = get_args(Stage)
+COMMAND_LINE = "the command line"  # where overrides come from
 
 
 def stages_until(last: Stage) -> tuple[Stage, ...]:
@@ -381,16 +382,22 @@ class RunConfig(Settings):
         return self
 
 
-def load_config(source: str | Path = "smollm2-cpu", overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(
+    source: str | Path = "smollm2-cpu", overrides: Iterable[str] = (), overridden: str = COMMAND_LINE
+) -> RunConfig:
     """Read a preset or a TOML file, then apply `section.key=value` overrides (values in TOML syntax).
 
-    Raises ConfigError naming the setting, its value and the nearest known name.
+    Raises ConfigError naming where the setting stands (`overridden`: where the overrides come from), its value and the
+    nearest known name.
     """
-    return parse_config(read_settings(source), overrides, where=str(source))
+    return parse_config(read_settings(source), overrides, str(source), overridden)
 
 
-def parse_config(values: dict[str, Any], overrides: Iterable[str] = (), where: str = "settings") -> RunConfig:
-    """Validate a nested dict of settings; see `load_config`."""
-    for override in overrides:
-        apply_override(values, override)
-    return validated(RunConfig, values, where)
+def parse_config(
+    values: dict[str, Any], overrides: Iterable[str] = (), where: str = "settings", overridden: str = COMMAND_LINE
+) -> RunConfig:
+    """Validate a nested dict of settings, which come from `where`, and overrides, which come from `overridden`; see
+    `load_config`.
+    """
+    places = {apply_override(values, override): overridden for override in overrides}
+    return validated(RunConfig, values, where, places)

@@ -4,7 +4,7 @@ import difflib
 import json
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 from urllib.parse import urlsplit
@@ -103,16 +103,38 @@ Pattern = Annotated[str, AfterValidator(_pattern)]
 Command = Annotated[str, AfterValidator(_command)]
 
 
-def validated(model: type[Model], values: dict[str, Any], where: str) -> Model:
-    """`values` as a `model`. Raises ConfigError naming each wrong one, `where` it stands and the nearest known name."""
+def validated(
+    model: type[Model], values: dict[str, Any], where: str, places: Mapping[tuple[str, ...], str] | None = None
+) -> Model:
+    """`values` as a `model`. Raises ConfigError naming each wrong one, `where` it stands and the nearest known name.
+
+    `places`: where single settings stand instead, by the names of their sections and their own.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
         found = error.errors()
     inner = {problem["loc"][:-1] for problem in found}  # a list is not at fault for being empty without its bad items
-    problems = [_explain(problem, model) for problem in found if problem["loc"] not in inner or not problem["loc"]]
+    problems: dict[str, list[str]] = {}
+    for problem in found:
+        if problem["loc"] not in inner or not problem["loc"]:
+            place = _place(problem["loc"], where, places or {})
+            problems.setdefault(place, []).append(_explain(problem, model))
+    raise ConfigError("; ".join(f"{place}: {_several(told)}" for place, told in problems.items()))
+
+
+def _several(problems: list[str]) -> str:
     count = f"{len(problems)} bad settings: " if len(problems) > 1 else ""
-    raise ConfigError(f"{where}: {count}{'; '.join(problems)}")
+    return f"{count}{'; '.join(problems)}"
+
+
+def _place(location: tuple[int | str, ...], where: str, places: Mapping[tuple[str, ...], str]) -> str:
+    """Where the setting at `location` stands. A section that does not agree with itself may stand in two places."""
+    exact = [place for names, place in places.items() if names == location[: len(names)]]
+    inside = [place for names, place in places.items() if location == names[: len(location)]]
+    if exact:
+        return exact[-1]
+    return " with ".join(dict.fromkeys([where, *inside]))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -180,10 +202,11 @@ def _both_tables(a: object, b: object) -> bool:
     return isinstance(a, dict) and isinstance(b, dict)
 
 
-def apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> tuple[str, ...]:
     """Put `section.key=value` into nested settings; the value in TOML's syntax, a bare word is a string, none is None.
 
-    Raises ConfigError where it is of another form, or where the section is a value.
+    Returns the names of the sections and of the setting. Raises ConfigError where it is of another form, or where the
+    section is a value.
     """
     name, equals, text = override.partition("=")
     if not equals:
@@ -201,6 +224,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {section} is {inner!r}, not a section of settings")
         values = inner
     values[key] = value
+    return (*sections, key)
 
 
 def _explain(problem: ErrorDetails, model: type[BaseModel]) -> str:

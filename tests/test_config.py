@@ -44,6 +44,25 @@ def test_all_bad_settings_are_told_at_once():
         load_config("smollm2-cpu", ["training.top_k=0", "evaluation.repeats=0"])
 
 
+def test_a_bad_setting_is_named_with_where_it_stands(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("[training]\ntop_k = 0\n")
+    with pytest.raises(ConfigError) as told:
+        load_config(file, ["evaluation.repeats=0", "tree.nods=3"])
+    of_file, _, of_command_line = str(told.value).partition("; the command line: 2 bad settings: ")
+    assert of_file.startswith(f"{file}: training.top_k = 0")
+    assert "evaluation.repeats = 0" in of_command_line
+    assert "tree.nods: no such setting; did you mean tree.nodes?" in of_command_line
+    file.write_text("[prompts]\nself_written = 3\n")
+    with pytest.raises(ConfigError, match=r"mine\.toml with the command line: give prompts\.self_written or"):
+        load_config(file, ["prompts.self_written_share=0.5"])
+    file.write_text('name = "mine"\n')
+    with pytest.raises(ConfigError, match=r"^the command line: training = 5: this is a section"):
+        load_config(file, ["training=5"])
+    with pytest.raises(ConfigError, match=r"^overrides: training\.passes = 0"):
+        load_config(file, ["training.passes=0"], "overrides")
+
+
 def test_overrides_take_toml_values_and_bare_words():
     config = load_config("smollm2-cpu", ["training.passes=2", "target.dtype=float32", "draft.vocab_size=none"])
     assert (config.training.passes, config.target.dtype, config.draft.vocab_size) == (2, "float32", None)

@@ -9,7 +9,9 @@ from hass_core.cli.common import console, notes, show, show_json
 from hass_core.cli.options import AsJson, Overrides
 from hass_core.config import Stage, load_config
 from hass_core.forecast.forecast import DEFAULT_GPUS, Forecast, forecast
+from hass_core.forecast.ready import present_gpus, time_without_gpu
 from hass_core.forecast.rows import counted, not_counted
+from hass_core.target_model.source import lacking
 
 
 def show_forecast(
@@ -36,7 +38,10 @@ def show_forecast(
         for line in unknown:
             notes.print(line, markup=False, highlight=False, soft_wrap=True)
         return show_json(found)
-    for line in [*found.lines(), *unknown]:
+    lack = lacking(config.target.source)
+    for line in [*found.lines(), *unknown, *([lack] if lack else [])]:
+        show(line)
+    for line in [] if gpus else time_without_gpu(config, present_gpus()):
         show(line)
     console.print(_hours(found))
     if rates:

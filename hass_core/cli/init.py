@@ -4,7 +4,7 @@ import glob
 import json
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from hass_core.errors import BadInput
 from hass_core.settings import toml_value
 from hass_core.target_model.source import portable, target_name
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 SMALL = 2e9  # parameters: below, a preset of SmolLM2's fits, above one of Llama's
 ENGINES_ASKED = ("vllm", "sglang", "eagle")
 WIDTH = 116
@@ -22,6 +25,13 @@ FROM_THE_START = {  # on a machine without a GPU, where SmolLM2's preset continu
     "prompts": {"self_written": 150, "max_prompts": None},
     "responses": {"max_new_tokens": 160},
     "training": {"passes": 3, "lr_peak": 1e-3},
+}
+
+CONTEXT_SHARES = {  # of a target's context, at most
+    "prompts": {"max_prompt_tokens": 1 / 2},
+    "responses": {"max_new_tokens": 1 / 2},
+    "features": {"max_tokens_per_conversation": 1},
+    "evaluation": {"max_new_tokens": 1 / 4},
 }
 
 
@@ -64,7 +74,8 @@ def _values(model: str, name: str, prompts: list[str]) -> dict[str, Any]:
     from hass_core.forecast.shape import shape_of
     from hass_core.presets import read_settings
 
-    engines = _engines(model)
+    config = _looked_at(model)
+    engines = _engines(config)
     try:
         parameters = shape_of(model).target
     except BadInput:  # a GGUF: small enough to be tried here
@@ -76,29 +87,58 @@ def _values(model: str, name: str, prompts: list[str]) -> dict[str, Any]:
     given = [file if "://" in file else str(Path(file).expanduser().absolute()) for file in prompts]
     values["prompts"] = {"builtin": not given, "files": given} | values["prompts"]
     draft = {key: value for key, value in values.pop("draft", {}).items() if key != "warm_start"}
+    if draft.get("vocab_size", 0) >= config.get_text_config().vocab_size:
+        del draft["vocab_size"]  # all of the target's tokens are fewer
     if not gpu and parameters < SMALL:
         for section, changes in FROM_THE_START.items():
             values[section] = {name: value for name, value in (values[section] | changes).items() if value is not None}
+    _bound(values, config.get_text_config().max_position_embeddings)
     return values | ({"draft": draft} if draft else {}) | {"promotion": {"engines": engines}}
 
 
-def _engines(model: str) -> list[str]:
-    """The engines that will hold a draft of this target's shape. Raises TargetError where the target is not known."""
+def _bound(values: dict[str, Any], context: int) -> None:
+    """Keep what the settings say, or would say by default, within the target's `context` in tokens."""
+    for section, settings in CONTEXT_SHARES.items():
+        kind: Any = RunConfig.model_fields[section].annotation
+        for name, share in settings.items():
+            longest = max(16, int(share * context))
+            if values.get(section, {}).get(name, kind.model_fields[name].default) > longest:
+                values.setdefault(section, {})[name] = longest
+
+
+def _looked_at(model: str) -> "PretrainedConfig":
+    """The target's configuration; of a preset's target the recorded one, so that nothing need be fetched.
+
+    Raises TargetError or TemplateError for one that is not known, or that no draft can be trained for: without a
+    tokenizer, a chat template or, in a folder, its weights.
+    """
+    from hass_core.presets import recorded_shapes
+    from hass_core.target_model.hub import check_hub
+    from hass_core.target_model.source import gguf_of
+
+    if model not in recorded_shapes() and not gguf_of(model) and not Path(model).expanduser().is_dir():
+        check_hub(model)  # before torch loads: a name is easily misspelt
     from transformers import AutoConfig
 
-    from hass_core.draft_model.engines import ENGINES, unheld
-    from hass_core.draft_model.family import draft_architecture
-    from hass_core.presets import recorded_shapes
-    from hass_core.target_model.files import resolve_source
-    from hass_core.target_model.loader import failures_named
+    from hass_core.target_model.files import resolve_source, weight_files
+    from hass_core.target_model.loader import failures_named, load_words
 
     with failures_named(model):
-        recorded = recorded_shapes().get(model)
-        if recorded:
+        if recorded := recorded_shapes().get(model):
             kind = recorded["config"]
-            config = AutoConfig.for_model(**kind)
-        else:
-            config = AutoConfig.from_pretrained(resolve_source(model))
+            return AutoConfig.for_model(**kind)
+        folder = resolve_source(model)
+        config, _ = load_words(folder, model, {})
+        if Path(folder).is_dir():
+            weight_files(folder, config)
+        return config
+
+
+def _engines(config: "PretrainedConfig") -> list[str]:
+    """The engines that will hold a draft of this target's shape."""
+    from hass_core.draft_model.engines import ENGINES, unheld
+    from hass_core.draft_model.family import draft_architecture
+
     draft = draft_architecture(config)
     return [name for name in ENGINES_ASKED if not any(True for _ in unheld(ENGINES[name], draft))]
 

@@ -10,6 +10,7 @@ from hass_core.cli.common import console, settings, show, show_json
 from hass_core.cli.options import AsJson, ConfigName, Overrides
 from hass_core.config import Stage
 from hass_core.errors import FINDINGS, StoreError
+from hass_core.units import size_words
 
 if TYPE_CHECKING:
     from hass_core.store import Store
@@ -42,8 +43,8 @@ def size(config: ConfigName = "smollm2-cpu", overrides: Overrides = None, as_jso
         return show_json({stage: sum(entry.bytes for entry in held if entry.stage == stage) for stage in STAGES})
     for stage in STAGES:
         own = [entry for entry in held if entry.stage == stage]
-        show(f"{stage:<12}{len(own):>5}  {_shown(sum(entry.bytes for entry in own)):>10}")
-    show(f"{'all':<12}{len(held):>5}  {_shown(sum(entry.bytes for entry in held)):>10}")
+        show(f"{stage:<12}{len(own):>5}  {size_words(sum(entry.bytes for entry in own)):>10}")
+    show(f"{'all':<12}{len(held):>5}  {size_words(sum(entry.bytes for entry in held)):>10}")
 
 
 @app.command()
@@ -83,7 +84,7 @@ def prune(
     store, held = _open(config, overrides)
     going = removable(store, held, keep)
     _table(going)
-    total = _shown(sum(entry.bytes for entry in going))
+    total = size_words(sum(entry.bytes for entry in going))
     if not yes:
         show(f"{len(going)} stages with {total} would go; --yes removes them")
         return
@@ -105,9 +106,5 @@ def _open(config: str, overrides: list[str] | None) -> "tuple[Store, list[Entry]
 def _table(held: "list[Entry]") -> None:
     table = Table("stage", "digest", "size", "")
     for entry in held:
-        table.add_row(entry.stage, entry.digest, _shown(entry.bytes), "" if entry.finished else "unfinished")
+        table.add_row(entry.stage, entry.digest, size_words(entry.bytes), "" if entry.finished else "unfinished")
     console.print(table)
-
-
-def _shown(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -30,6 +30,7 @@ from hass_core.errors import BadInput, HassError
 
 LISTS = ("data", "rows", "train", "examples", "items", "dataset")  # keys under which a file holds its rows
 OTHER_FORMATS = (".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".xlsx", ".xls", ".tar", ".tgz", ".npz", ".pkl")
+EXCERPT = 20  # characters shown on either side of a fault: enough to see it, too few to give a text away
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 
@@ -209,7 +210,7 @@ def _document(text: bytes, path: str) -> Iterator[Row]:
         try:
             value, stop = decoder.raw_decode(words, start)
         except (ValueError, RecursionError) as error:
-            raise _no_json(error, path, getattr(error, "lineno", 1)) from None
+            raise _no_json(error, path, 1) from None
         for row in _listed(value):
             number += 1
             place = f"line {line}" if row is value else f"record {number}"  # where it begins, or which of a list
@@ -238,7 +239,7 @@ def _listed(value: Any) -> list[Any]:
 def _decoded(line: bytes, path: str, number: int) -> Any:
     """The JSON value of a line. Raises BadInput."""
     try:
-        return json.loads(_text(line, path, number))
+        return json.loads(_text(line, path, number).rstrip("\r\n"))
     except (ValueError, RecursionError) as error:
         raise _no_json(error, path, number) from None
 
@@ -249,12 +250,23 @@ def _text(data: bytes, path: str, number: int) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         line = number or data.count(b"\n", 0, error.start) + 1
-        raise BadInput(f"{path}, line {line}: not valid UTF-8; save the file as UTF-8") from None
+        before = data[data.rfind(b"\n", 0, error.start) + 1 : error.start].decode(errors="replace")
+        place = f"{path}, line {line}, column {len(before) + 1}"
+        raise BadInput(f"{place}: not valid UTF-8 behind {before[-EXCERPT:]!r}; save the file as UTF-8") from None
 
 
 def _no_json(error: Exception, path: str, line: int) -> BadInput:
-    what = "nested too deep" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
-    return BadInput(f"{path}, line {line}: not valid JSON: {what}; correct the line")
+    """`line`: the number of the error's first line, where its text is one of a file's lines."""
+    if not isinstance(error, json.JSONDecodeError):
+        what = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        return BadInput(f"{path}, line {line}: not valid JSON: {what}; correct the line")
+    text, what = error.doc.rstrip(), error.msg.removesuffix(" starting at").removesuffix(" at").lower()
+    at = min(error.pos, len(text))  # what ends too early does so behind its last character, not in a line after it
+    start, found = text.rfind("\n", 0, at) + 1, text[at:].split("\n", 1)[0]
+    where = f"at {found[:EXCERPT]!r}" if found else "at the end of the line"
+    behind = f", behind {text[max(start, at - EXCERPT) : at]!r}" if at > start else ""
+    place = f"{path}, line {line + text.count(chr(10), 0, at)}, column {at - start + 1}"
+    return BadInput(f"{place}: not valid JSON {where}{behind}: {what}; correct the line")
 
 
 def _parquet_rows(path: str) -> Iterator[Row]:

@@ -32,6 +32,7 @@ from hass_core.target_model.capture import Capture, TokenIds, batches_for
 from hass_core.target_model.embeddings import MadeWith
 from hass_core.target_model.loader import Target
 from hass_core.target_model.taps import check_taps
+from hass_core.units import size_words
 
 STEP_VERSION = 4  # 4: the target by its identity, row groups by their size
 SAMPLE_CONVERSATIONS, SAMPLE_PARTS = 64, 8
@@ -120,7 +121,7 @@ class Forecast:
     seconds: float
 
     def __str__(self) -> str:
-        return f"{self.tokens:,} tokens, {self.bytes / 1e9:.2f} GB, {self.seconds:,.0f} s"
+        return f"{self.tokens:,} tokens, {size_words(self.bytes)}, {self.seconds:,.0f} s"
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def refuse_if_too_large(expected: Forecast, store: Store) -> None:
         return
     missing = expected.bytes * RESERVE - free
     raise StoreError(
-        f"the features need {expected}, but {store.root} has only {free / 1e9:.2f} GB free: {missing / 1e9:.2f} GB too "
+        f"the features need {expected}, but {store.root} has only {size_words(free)} free: {size_words(missing)} too "
         'little; free space, set features.encoding to "int8" or "none", or lower responses.max_conversations'
     )
 

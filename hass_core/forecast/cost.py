@@ -80,6 +80,15 @@ PROMPT_TOKENS = _measured(45, "tokens of a self-written prompt", "curve-h100.jso
 CANDIDATES = _measured(1.14, "candidates for a self-written prompt that is kept", "curve-h100.json")
 LOSS_CHUNK = _measured(2.3 * 2**30, "bytes of 2^30 logits and what is beside them", "training-h100.json, recompute")
 BESIDE = _measured(8, "bytes stored for a token beside its feature", "curve-h100.json")
+CPU_RUN = "docs/results.md, on two cores: make retrain"
+CPU, CPU_TARGET = "2 CPU cores", "SmolLM2-135M-Instruct"
+CPU_START = _measured(304, f"seconds beside the stages: Prefect, MLflow and the gate, {CPU}", CPU_RUN)
+CPU_ANSWERS = _measured(135, f"answer tokens a second of many rows, {CPU}", CPU_RUN)
+CPU_FEATURES = _measured(169, f"tokens a second that features are made of, {CPU}", CPU_RUN)
+CPU_TRAINING = _measured(32e9, f"FLOP/s that training reaches, {CPU}", CPU_RUN)
+CPU_PLAIN = _measured(16, f"tokens a second of one row, {CPU}", CPU_RUN)
+CPU_EVALUATION = _measured(108, f"seconds of an evaluation beside its answers, {CPU}", CPU_RUN)
+CPU_SHAPE = (576, 1536, 30, 49_152)  # hidden, inner, layers, vocabulary of that target
 ASSUMED = (
     "that an answer is as long, and as many are kept, as with SmolLM2-135M-Instruct",
     "that the share of the matrix rate stays as it is above width 4096 and on other GPUs",
@@ -244,12 +253,43 @@ def _draft_seconds(config: RunConfig, shape: Shape, work: Work, gpu: Gpu, n: int
 
 
 def _evaluation_seconds(config: RunConfig, shape: Shape, gpu: Gpu, per_copy: int) -> float:
+    tokens, times_plain = _answers_evaluated(config)
+    decoding = tokens * times_plain * plain_seconds(shape, gpu, per_copy)
+    return EVALUATION_START * (1 + len(config.evaluation.methods)) + decoding
+
+
+def _answers_evaluated(config: RunConfig) -> tuple[float, float]:
+    """Tokens that each method of an evaluation answers, and how long all methods take over plain decoding alone."""
     evaluation = config.evaluation
     asked = min(evaluation.max_questions or HELDOUT_QUESTIONS, HELDOUT_QUESTIONS) * len(evaluation.benchmarks)
     answers = asked * len(evaluation.temperatures) * evaluation.repeats
     times_plain = sum(1 if method == "plain" else DRAFTED for method in evaluation.methods)
-    decoding = answers * 0.8 * evaluation.max_new_tokens * times_plain * plain_seconds(shape, gpu, per_copy)
-    return EVALUATION_START * (1 + len(evaluation.methods)) + decoding
+    return answers * 0.8 * evaluation.max_new_tokens, times_plain
+
+
+def cpu_seconds(config: RunConfig, shape: Shape, work: Work) -> float | None:
+    """A whole retraining on two CPU cores, for the one target that was measured there; None for any other."""
+    if (shape.hidden, shape.inner, shape.layers, shape.vocabulary) != CPU_SHAPE or shape.head_rows:
+        return None
+    vocabulary = min(config.draft.vocab_size or shape.vocabulary, shape.vocabulary)
+    trained = work.tokens * (1 - config.features.validation_fraction)
+    flops = (
+        each.passes
+        * trained
+        * training_flops(shape, vocabulary, each.align_steps, work.answer_tokens / work.tokens, work.length)
+        for each in (config.pretraining, config.training)
+        if each
+    )
+    answers, times_plain = _answers_evaluated(config)
+    written = CANDIDATES * work.self_written * PROMPT_TOKENS
+    return (
+        CPU_START
+        + (written + work.answer_tokens) / CPU_ANSWERS
+        + work.tokens / CPU_FEATURES
+        + sum(flops) / CPU_TRAINING
+        + CPU_EVALUATION
+        + answers * times_plain / CPU_PLAIN
+    )
 
 
 def training_memory(shape: Shape, training: TrainingConfig, vocabulary: int) -> float:

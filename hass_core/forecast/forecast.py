@@ -12,9 +12,9 @@ from hass_core.features.sizes import Encoding
 from hass_core.forecast import cost
 from hass_core.forecast.checked import Check, checks
 from hass_core.forecast.shape import Shape, shape_of
+from hass_core.units import size_words
 
 DEFAULT_GPUS = tuple(f"{kind}x{count}" for kind in ("h100", "a100", "4090") for count in (1, 2, 8))
-GB = 1e9
 
 
 class Hours(BaseModel):
@@ -52,10 +52,10 @@ class Forecast(BaseModel):
             f"{self.conversations:,} conversations, {_count(self.answer_tokens)} answer tokens, "
             f"{_count(self.trained_tokens)} tokens trained on"
         )
-        memory = ", ".join(f"{stage} {size / GB:.1f} GB" for stage, size in self.memory_bytes.items())
+        memory = ", ".join(f"{stage} {size_words(size)}" for stage, size in self.memory_bytes.items())
         yield f"GPU memory: {memory}"
-        sizes = ", ".join(f"{name} {size / GB:,.1f} GB" for name, size in self.feature_bytes.items())
-        yield f"disk: features as {sizes}; {self.encoding} and checkpoints {self.disk_bytes / GB:,.1f} GB"
+        sizes = ", ".join(f"{name} {size_words(size)}" for name, size in self.feature_bytes.items())
+        yield f"disk: features as {sizes}; {self.encoding} and checkpoints {size_words(self.disk_bytes)}"
 
     def checked(self) -> str:
         """How far such forecasts were off."""

@@ -12,18 +12,22 @@ from hass_core.errors import BadInput, StoreError, TargetError
 from hass_core.forecast import cost
 from hass_core.forecast.forecast import forecast
 from hass_core.forecast.rows import counted, not_counted
-from hass_core.forecast.shape import hub_file, shape_of
+from hass_core.forecast.shape import shape_of
 from hass_core.presets import recorded_shapes
-
-GB = 1e9
+from hass_core.target_model.hub import hub_file
+from hass_core.target_model.source import lacking
+from hass_core.units import size_words, time_words
 
 
 def check_ready(config: RunConfig) -> None:
     """Refuse a run that this machine cannot finish: the first thing that it lacks, before anything is fetched.
 
-    Raises TargetError for access and memory, StoreError for disk. A target whose sizes are not known is let through.
+    Raises TargetError for access, for what the target's folder lacks, and for memory, StoreError for disk. A target
+    whose sizes are not known is let through.
     """
     check_access(config.target.source)
+    if lack := lacking(config.target.source):
+        raise TargetError(lack)
     try:
         shape = shape_of(config.target.source).drafted_by(config.draft)
     except BadInput:
@@ -55,8 +59,8 @@ def check_memory(config: RunConfig, weights: float, training: float, gpus: Seque
         held = _host_memory()
         if weights > held:
             raise TargetError(
-                f"the target {config.target.source} has {weights / GB:.0f} GB of weights, this machine "
-                f"{held / GB:.0f} GB of memory and no GPU; choose a smaller target or another machine"
+                f"the target {config.target.source} has {size_words(weights)} of weights, this machine "
+                f"{size_words(held)} of memory and no GPU; choose a smaller target or another machine"
             )
         return
     spread = config.target.device == "balanced"
@@ -64,12 +68,12 @@ def check_memory(config: RunConfig, weights: float, training: float, gpus: Seque
     if weights > cost.SHARE_OF_MEMORY * held:
         advice = "more GPUs" if spread else 'target.device = "balanced" on several GPUs, with a server for the answers'
         raise TargetError(
-            f"the target {config.target.source} has {weights / GB:.0f} GB of weights, "
-            f"{'these GPUs' if spread else 'this GPU'} {held / GB:.0f} GB of memory; it takes {advice}"
+            f"the target {config.target.source} has {size_words(weights)} of weights, "
+            f"{'these GPUs' if spread else 'this GPU'} {size_words(held)} of memory; it takes {advice}"
         )
     if training > gpus[0]:
         raise TargetError(
-            f"training takes {training / GB:.0f} GB of GPU memory, this GPU has {gpus[0] / GB:.0f}; lower "
+            f"training takes {size_words(training)} of GPU memory, this GPU has {size_words(gpus[0])}; lower "
             "training.packs_per_micro_batch or training.tokens_per_pack, or set training.recompute"
         )
 
@@ -82,7 +86,7 @@ def check_disk(store: Path, needed: float, config: RunConfig) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free + stored:
         raise StoreError(
-            f"{config.name} will write about {needed / GB:,.0f} GB into {store}, where {free / GB:,.0f} GB are free; "
+            f"{config.name} will write about {size_words(needed)} into {store}, where {size_words(free)} are free; "
             'make room, give another store, or set features.encoding = "int8" (half) or "none"'
         )
 
@@ -120,8 +124,22 @@ def announcement(config: RunConfig) -> list[str]:
         found = forecast(config, here, counted(config.prompts.files))
     except BadInput as error:
         return [f"no forecast: {error}"]
-    took = [f"about {row.total:.1f} hours on {row.gpus}" for row in found.hours if row.total is not None]
-    return [*found.lines(), *took, *not_counted(config.prompts, None)]
+    took = [f"about {time_words(3600 * row.total)} on {row.gpus}" for row in found.hours if row.total is not None]
+    return [*found.lines(), *(took or time_without_gpu(config, gpus)), *not_counted(config.prompts, None)]
+
+
+def time_without_gpu(config: RunConfig, gpus: Sequence[Present]) -> list[str]:
+    """How long a run takes on a machine that has none of `gpus`, or that this is not known; nothing where it has some.
+
+    Raises BadInput where the target's sizes are not known.
+    """
+    if gpus and config.target.device != "cpu":
+        return []
+    shape = shape_of(config.target.source).drafted_by(config.draft)
+    seconds = cost.cpu_seconds(config, shape, cost.work_of(config, counted(config.prompts.files)))
+    if seconds is not None:
+        return [f"about {time_words(seconds)} on {cost.CPU}; this machine's were not measured"]
+    return [f"no time is forecast: without a GPU only {cost.CPU_TARGET} was measured, on {cost.CPU}"]
 
 
 def _host_memory() -> float:

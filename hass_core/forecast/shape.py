@@ -8,6 +8,7 @@ from hass_core.draft_config import DraftConfig
 from hass_core.errors import BadInput
 from hass_core.json_files import read_object
 from hass_core.presets import recorded_shapes
+from hass_core.target_model.hub import hub_file
 
 BYTES = 2  # of a number in bfloat16
 
@@ -123,15 +124,3 @@ def _config_file(source: str) -> Path | None:
     if folder.is_dir():
         return folder / "config.json"
     return hub_file(source, "config.json")
-
-
-def hub_file(source: str, name: str) -> Path | None:
-    """A file of a hub's model in this machine's cache; None where it is not."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(source, name)
-    except HFValidationError:  # a .gguf file, package:NAME
-        return None
-    return Path(found) if isinstance(found, str) else None

@@ -21,6 +21,7 @@ from transformers.utils.hub import cached_file
 from hass_core.errors import TargetError
 from hass_core.json_files import read_object
 from hass_core.store.content import cache_folder, content_of
+from hass_core.target_model.hub import check_hub
 from hass_core.target_model.source import gguf_of
 
 CONVERSION_VERSION = 2
@@ -33,12 +34,15 @@ WEIGHT_FILES = (  # in the order in which transformers looks for them
 
 
 def resolve_source(source: str) -> str:
-    """The folder or id that `from_pretrained` takes; converts a GGUF on first use."""
+    """The folder or id that `from_pretrained` takes; converts a GGUF on first use. Raises TargetError."""
     gguf = gguf_of(source)
     if gguf:
         return str(_converted(gguf))
     folder = Path(source).expanduser()
-    return str(folder) if folder.is_dir() else source
+    if folder.is_dir():
+        return str(folder)
+    check_hub(source)
+    return source
 
 
 def weight_files(folder: str, config: PretrainedConfig) -> list[Path]:

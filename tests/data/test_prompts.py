@@ -93,7 +93,7 @@ def test_a_broken_line_stops_before_the_target_writes_anything(tmp_path, store, 
     monkeypatch.setattr("hass_core.data.prompts.LocalEngine", None)  # any use of it would fail otherwise
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "One two three four?"}\n{"prompt": \n')
-    with pytest.raises(BadInput, match=r"rows\.jsonl, line 2: not valid JSON"):
+    with pytest.raises(BadInput, match=r"rows\.jsonl, line 2, column 12: not valid JSON"):
         collect_prompts(config(files=(str(path),), self_written=10), store, tiny_target)
 
 

@@ -41,7 +41,7 @@ def test_a_limit_takes_questions_from_the_whole_file(tmp_path):
 def test_a_broken_line_is_named_with_its_number(questions_file):
     with questions_file.open("a") as file:
         file.write('{"turns": ["unfinished\n')
-    with pytest.raises(BadInput, match=r"mine\.jsonl, line 4: not valid JSON"):
+    with pytest.raises(BadInput, match=r"mine\.jsonl, line 4, column \d+: not valid JSON"):
         benchmarks(f"mine={questions_file}")
 
 

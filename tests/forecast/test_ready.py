@@ -9,6 +9,7 @@ from hass_core.config import load_config
 from hass_core.errors import StoreError, TargetError
 from hass_core.forecast import ready
 from hass_core.forecast.ready import announcement, check_ready
+from tests.conftest import byte_tokenizer, tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +80,47 @@ def test_a_machine_without_gpu_and_memory_is_told(tmp_path, monkeypatch):
         check_ready(load_config("phi-4", [f"store={tmp_path}"]))
 
 
-def test_the_announcement_tells_the_hours_of_the_gpus_that_are_there(gpus):
-    assert not any("hours" in line for line in announcement(load_config("llama-3.1-8b")))
+def test_the_announcement_tells_the_time_on_the_gpus_that_are_there(gpus):
+    assert not any(line.startswith("about") for line in announcement(load_config("llama-3.1-8b")))
     gpus(8)
-    assert any("hours on 8 × H100" in line for line in announcement(load_config("llama-3.1-8b")))
+    assert any(
+        line.startswith("about ") and line.endswith(" minutes on 8 × H100")
+        for line in announcement(load_config("llama-3.1-8b"))
+    )
+
+
+def test_a_machine_without_gpu_is_told_the_time_where_it_was_measured(gpus):
+    (told,) = [line for line in announcement(load_config("smollm2-cpu")) if line.startswith("about ")]
+    minutes, unit = told.split()[1:3]
+    assert (12 <= int(minutes) <= 18, unit) == (True, "minutes")  # docs/results.md: 894 s
+    assert "2 CPU cores" in told
+    longer = load_config("smollm2-cpu", ["training.passes=3", "prompts.max_prompts=none"])
+    (told,) = [line for line in announcement(longer) if line.startswith("about ")]
+    assert int(told.split()[1]) > 30
+    (told,) = [line for line in announcement(load_config("qwen3-8b")) if line.startswith("no time")]
+    assert "only SmolLM2-135M-Instruct was measured" in told
+    gpus(1)
+    assert not any("CPU" in line for line in announcement(load_config("smollm2-cpu")))
+
+
+def test_a_folder_that_lacks_words_or_weights_is_refused_before_anything_starts(tmp_path):
+    folder = tmp_path / "mine"
+    tiny_llama().save_pretrained(folder)
+    config = load_config("smollm2-cpu", [f"target.source={folder}", f"store={tmp_path}/store"])
+    with pytest.raises(TargetError, match="mine' has no tokenizer; put its tokenizer"):
+        check_ready(config)
+    byte_tokenizer().save_pretrained(folder)
+    check_ready(config)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(TargetError, match=r"mine' has no weights; put its \.safetensors files"):
+        check_ready(config)
+
+
+def test_a_small_disk_is_told_in_megabytes(tmp_path, monkeypatch):
+    config = load_config("smollm2-cpu", [f"store={tmp_path}"])
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: _Free(12_300_000))
+    with pytest.raises(StoreError, match=r"will write about \d\d\d MB into .*, where 12 MB are free"):
+        check_ready(config)
 
 
 def test_a_target_of_unknown_sizes_is_let_through(tmp_path):

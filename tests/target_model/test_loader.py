@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from hass_core.target_model.loader import Target, choose_device, load_target
 from hass_core.target_model.source import target_name
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.loopback import Quiet, serving
+
+ROOT = Path(__file__).parents[2]
 
 WEIGHTS = "model.safetensors"
 
@@ -275,6 +278,21 @@ def told(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_gated_or_unknown_model_of_the_hub_names_the_token(told, name):
     assert REFUSALS[name][2].format(name=name) in told[name]
+
+
+def test_a_hub_that_is_away_is_asked_once_and_a_near_name_is_offered(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"  # nobody listens there any more
+    home = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address}
+    for program in ("-c", LOAD), ("-m", "hass_core.cli", "init"):
+        done = subprocess.run(
+            [sys.executable, *program, "Qwn/Qwen3-8B"], cwd=tmp_path, env=os.environ | home | {"PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        told = (done.stdout + done.stderr).strip()
+        assert "\n" not in told  # six tries are six pages of warnings
+        assert f"'Qwn/Qwen3-8B' is not in this machine's cache, and {address} cannot be reached" in told
+        assert "did you mean Qwen/Qwen3-8B?" in told
 
 
 def test_names_drop_the_quantisation():
