@@ -1,17 +1,28 @@
-"""A real Prefect server and worker on loopback, in processes of their own, stopped by their ids."""
+"""A real Prefect server and worker on loopback, in processes of their own, stopped by their ids.
+
+Where PostgreSQL is installed the server's database is one: on SQLite a busy server drops events, and an automation that
+waits for them does nothing.
+"""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+
+from infra.stack.machine import StackError
+from infra.stack.postgres import postgres_program, start_postgres
+from infra.stack.processes import Processes
 
 ROOT = Path(__file__).parents[2]
 BUSY = 4  # so many times as long as on a machine that does nothing else
@@ -38,7 +49,9 @@ class Stack:
             **environment,
         }
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._database = Database(home / "database")
         try:
+            self.environment |= self._database.start()
             self.server = self.start_server()
             self.deploy()
             self.worker = self.start_worker()
@@ -141,6 +154,33 @@ class Stack:
         for process in reversed(self._processes):
             if process.poll() is None:
                 end(process)
+        self._database.stop()
+
+
+class Database:
+    """PostgreSQL for one Prefect server; without it that server makes a SQLite file of its own."""
+
+    def __init__(self, logs: Path):
+        self._processes = Processes(logs, ROOT)
+        # not under pytest's own, which only its owner may enter: where root runs the tests, PostgreSQL is another user
+        self._folder = Path(tempfile.mkdtemp(prefix="hass-postgres-"))
+        self._folder.chmod(0o755)
+
+    def start(self) -> dict[str, str]:
+        """What the server needs to know of it. Nothing, with a warning, where it is not installed."""
+        try:
+            postgres_program("initdb")
+        except StackError as error:
+            warnings.warn(f"Prefect is on SQLite, and tests that wait for its events may fail: {error}", stacklevel=2)
+            return {}
+        postgres = start_postgres(self._processes, self._folder)
+        address = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": postgres.address("prefect", "asyncpg")}
+        return address | postgres.environment
+
+    def stop(self) -> None:
+        """End it; what it held is gone."""
+        self._processes.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _executes_a_flow(process: psutil.Process) -> bool:
