@@ -28,10 +28,20 @@ from tasks.tracking.in_place import follow_the_folder
 from tasks.tracking.outage import log_outages, outage_in, refusal_in
 from tasks.tracking.view import MODEL_TRAINING, VIEW, add_view, experiment_tags
 
+POSTGRES_KEYS = ("PGPASSWORD", "PGPASSFILE", "PGSERVICE")
+"""Where PostgreSQL's client finds a password that an address does not have."""
+
 
 def tracking_uri(config: RunConfig) -> str:
     """Where runs are recorded."""
-    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local_folder(config)}/mlflow.db"
+    named = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return _plain(named) if named else f"sqlite:///{local_folder(config)}/mlflow.db"
+
+
+def _plain(uri: str) -> str:
+    """An address as MLflow reads it: no blanks around it, and what stands before `://` in small letters."""
+    scheme, separator, rest = uri.strip().partition("://")
+    return scheme.lower() + separator + rest
 
 
 def local_folder(config: RunConfig) -> Path:
@@ -60,9 +70,15 @@ def unusable(uri: str, error: MlflowException) -> TrackingError:
 
 def _check_trust(uri: str) -> None:
     """Raise TrackingError for a server of the settings' that would get credentials meant for another one."""
-    if not _is_server(uri) or uri == os.environ.get("MLFLOW_TRACKING_URI") or is_trusted(uri):
+    if uri == _plain(os.environ.get("MLFLOW_TRACKING_URI", "")):
         return
-    if os.environ.get("MLFLOW_TRACKING_TOKEN") or any(read_mlflow_creds()):
+    if _is_server(uri):
+        trusted = is_trusted(uri)
+        keys = os.environ.get("MLFLOW_TRACKING_TOKEN") or any(read_mlflow_creds())
+    else:
+        trusted = is_trusted(uri) and not urlsplit(uri).query  # `?host=` names another one
+        keys = uri.startswith("postgresql") and any(os.environ.get(name) for name in POSTGRES_KEYS)
+    if keys and not trusted:
         raise TrackingError(
             f"tracking.uri is {_shown(uri)}, and MLflow would send this machine's user name and password or token "
             f"there: name the host in {VARIABLE} on this machine if it may have them"

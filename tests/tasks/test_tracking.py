@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import multiprocessing
+import socket
 import threading
 from contextlib import suppress
 
@@ -42,6 +43,25 @@ def test_credentials_go_to_no_server_that_settings_alone_name(monkeypatch, name)
         with pytest.raises(TypeError):  # it would connect now
             connect(elsewhere)
         monkeypatch.delenv(variable)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("http://{}", "HTTP://{}", " http://{}", "Http://{}/", "https://{}", "HTTPS://me@{}"),
+        *("postgresql://{}/mlflow", "PostgreSQL+psycopg2://hass@{}/mlflow", "postgresql://localhost/mlflow?host={}"),
+    ],
+)
+def test_nothing_at_all_is_sent_there_however_the_address_is_written(monkeypatch, form):
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "PGPASSWORD"):
+        monkeypatch.setenv(name, "secret")
+    with socket.create_server(("0.0.0.0", 0)) as listener:  # on loopback, by an address that is not a loopback one
+        listener.setblocking(False)
+        uri = form.format(f"0.0.0.0:{listener.getsockname()[1]}")
+        with pytest.raises(TrackingError, match="HASS_TRUSTED_HOSTS"):
+            connect(parse_config({"tracking": {"uri": uri}}))
+        with pytest.raises(BlockingIOError):
+            listener.accept()
 
 
 def record_once(config, store, prompts, draft):
