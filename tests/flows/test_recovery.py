@@ -26,7 +26,9 @@ from tests.s3_server import ACCESS_KEY, SECRET_KEY
 
 pytestmark = [pytest.mark.recovery, pytest.mark.timeout(900)]
 OUTAGE_SECONDS = 20
-LONG = ("training.passes=150", "training.checkpoint_every_steps=20", "training.validate_every_steps=1000")
+OFTEN_SAVED = ("training.checkpoint_every_steps=20", "training.validate_every_steps=1000")
+ENOUGH = ("training.passes=40", *OFTEN_SAVED)  # for a kill once it has begun
+LONG = ("training.passes=150", *OFTEN_SAVED)  # outlasts an outage
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +49,13 @@ def start_run(
     **own: object,
 ) -> str:
     """Ask for a run of a flow, a retraining, with these parameters of its `own`; its flow run's id."""
-    parameters = json.dumps({"preset": str(preset), "overrides": list(overrides), **own})
-    stack.prefect("deployment", "run", f"{flow}/{deployment}", "-p", f"run={parameters}")
-    return str(max(stack.flow_runs(), key=lambda run: run["created"])["id"])
+    deployed = stack.api_get(f"deployments/name/{flow}/{deployment}")["id"]
+    parameters = {"run": {"preset": str(preset), "overrides": list(overrides), **own}}
+    return str(stack.api_post(f"deployments/{deployed}/create_flow_run", {"parameters": parameters})["id"])
 
 
 def state(stack: Stack, run_id: str) -> str:
-    return next(str(run["state_type"]) for run in stack.flow_runs() if run["id"] == run_id)
+    return str(stack.api_get(f"flow_runs/{run_id}")["state_type"])
 
 
 def steps_trained(preset: Path) -> int:
@@ -90,13 +92,13 @@ def assert_no_step_twice(preset: Path) -> None:
 
 def test_worker_and_flow_killed_the_slot_comes_back_and_the_next_run_completes(stack, tiny_preset):
     worker = stack.start("gpu-worker", "worker", "start", "--pool", "gpu", "--name", "gpu-test")
-    first = start_run(stack, tiny_preset, deployment="gpu")
+    first = start_run(stack, tiny_preset, ENOUGH, deployment="gpu")
     wait_for(lambda: steps_trained(tiny_preset) > 30, "the training to begin", 180)
     before = manifests(tiny_preset)
     assert sorted(before) == ["features", "prompts", "responses"]
     end(worker)  # and with it the flow's process
     stack.start("gpu-worker", "worker", "start", "--pool", "gpu", "--name", "gpu-test")
-    second = start_run(stack, tiny_preset, deployment="gpu")
+    second = start_run(stack, tiny_preset, ENOUGH, deployment="gpu")
     wait_for(lambda: state(stack, first) == "CRASHED", "the heartbeat automation", 120)
     wait_for(lambda: state(stack, second) == "COMPLETED", "the next run to complete", 300)
     after = manifests(tiny_preset)
@@ -154,7 +156,7 @@ def runs_in_events(stack: Stack, kind: dict[str, list[str]]) -> set[str]:
 
 
 def test_a_crashed_run_starts_again_by_itself_and_completes(stack, tiny_preset):
-    run = start_run(stack, tiny_preset)
+    run = start_run(stack, tiny_preset, ENOUGH)
     wait_for(lambda: steps_trained(tiny_preset) > 30, "the training to begin", 180)
     process = stack.flow_process()
     assert process is not None

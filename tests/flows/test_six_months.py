@@ -89,7 +89,7 @@ def loop(prefect, s3_store, tiny_preset, monkeypatch, tmp_path) -> "Loop":
 
 
 @pytest.mark.recovery
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)  # of a busy machine
 def test_half_a_year_leaves_a_true_diary(loop):
     loop.live(HALF_A_YEAR)
 
