@@ -13,6 +13,8 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from hass_core.draft_config import CHAMPION as CHAMPION
 from hass_core.draft_config import DraftConfig, settle
+from hass_core.loop_config import LONGEST_NAME as LONGEST_NAME
+from hass_core.loop_config import NOT_IN_NAMES as NOT_IN_NAMES
 from hass_core.loop_config import Engine as Engine
 from hass_core.loop_config import ExecutionConfig, PromotionConfig, TrackingConfig, WatchConfig
 from hass_core.presets import preset_names as preset_names

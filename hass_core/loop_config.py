@@ -1,10 +1,18 @@
 """Settings of what surrounds a retraining: record, gate, release, watch, workers. None changes a result."""
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from hass_core.settings import Address, Settings
+
+NOT_IN_NAMES = re.compile(r"""[/:'"?#%*\[\]\\\x00-\x1f\x7f]""")
+"""What a registry's name may not hold: MLflow refuses it, or its searches, its addresses (models:/NAME@champion) or the
+folder of a release would read it as something else."""
+LONGEST_NAME = 250
+"""Characters; MLflow's databases have room for 256, which our lock's name `NAME.lock` needs too. PostgreSQL would say
+so only when the trained draft is registered."""
 
 
 class TrackingConfig(Settings):
@@ -13,14 +21,22 @@ class TrackingConfig(Settings):
     uri: str | None = Field(default=None, description="MLflow tracking server; None = SQLite beside the store")
     experiment: str = Field(default="hass", min_length=1, description="MLflow experiment")
     registered_model: str | None = Field(
-        default=None, min_length=1, description="Registry name, without / and :; None = hass-draft-<target>"
+        default=None,
+        min_length=1,
+        max_length=LONGEST_NAME,
+        description="Registry name, without / and : and other signs that have a meaning; None = hass-draft-<target>",
     )
 
     @field_validator("registered_model")
     @classmethod
     def _that_mlflow_takes(cls, name: str | None) -> str | None:
-        if name is not None and set(name) & set("/:"):
-            raise ValueError(f"tracking.registered_model = {name!r}: MLflow takes no / and no : in a model's name")
+        if name is None:
+            return None
+        shown = f"tracking.registered_model = {name!r}"
+        if found := NOT_IN_NAMES.search(name):
+            raise ValueError(f"{shown}: MLflow takes no {found[0]!r} in a model's name, or reads it as something else")
+        if name.strip() != name or name in ("", ".", ".."):
+            raise ValueError(f"{shown}: MLflow takes no such name; write letters and digits, no blanks around them")
         return name
 
 

@@ -15,7 +15,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict
 
-from hass_core.config import CHAMPION, RunConfig
+from hass_core.config import CHAMPION, LONGEST_NAME, NOT_IN_NAMES, RunConfig
 from hass_core.errors import TrackingError
 from hass_core.evaluation.report import Report
 from hass_core.store import Artifact, Store, digest_of
@@ -64,7 +64,7 @@ def serves(version: DraftVersion, target: Target) -> bool:
 def registered_name(config: RunConfig) -> str:
     """`hass-draft-<target>`, without the word that all targets share and the letters that MLflow takes in no name."""
     target = target_name(config.target.source).removesuffix("-instruct")
-    return config.tracking.registered_model or "hass-draft-" + re.sub("[/:]", "-", target)
+    return config.tracking.registered_model or f"hass-draft-{NOT_IN_NAMES.sub('-', target)}"[:LONGEST_NAME].strip()
 
 
 def register(

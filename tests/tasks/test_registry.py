@@ -6,7 +6,7 @@ import threading
 import pytest
 from mlflow.exceptions import MlflowException
 
-from hass_core.config import load_config
+from hass_core.config import parse_config
 from hass_core.errors import ConfigError, TrackingError
 from hass_core.evaluation.evaluate import read_report
 from hass_core.evaluation.statistics import Estimate
@@ -244,18 +244,30 @@ def test_a_lock_that_stays_taken_is_named(client, config, monkeypatch):
         pass
 
 
-@pytest.mark.parametrize("folder", ["tiny:8b", "a:b:c"])
+@pytest.mark.parametrize("folder", ["tiny:8b", "a:b:c", "it's", "is it?", "50%", "x" * 250])
 def test_a_target_whose_name_mlflow_refuses_gets_one_that_it_takes(config, client, tmp_path, folder):
     target = config.target.model_copy(update={"source": str(tmp_path / folder)})
     tracking_settings = config.tracking.model_copy(update={"registered_model": None})
     name = registered_name(config.model_copy(update={"target": target, "tracking": tracking_settings}))
-    assert name == "hass-draft-" + folder.replace(":", "-")
+    assert name == f"hass-draft-{re.sub('[:%?]', '-', folder).replace(chr(39), '-')}"[:250]
     assert client.create_registered_model(name).name == name
+    assert client.search_model_versions(f"name = '{name}'") == []
 
 
-@pytest.mark.parametrize("name", ["team/x", "tiny:8b"])
+@pytest.mark.parametrize("name", ["team/x", "tiny:8b", "..", ".", "  "])
 def test_a_registry_name_that_mlflow_refuses_is_refused_with_the_settings(config, client, name):
     with pytest.raises(ConfigError, match=re.escape(f"tracking.registered_model = '{name}'")):
-        load_config("smollm2-cpu", [f"tracking.registered_model={name}"])
-    with pytest.raises(MlflowException, match="Invalid model name"):
+        parse_config({"tracking": {"registered_model": name}})
+    with pytest.raises(MlflowException, match=r"Invalid model name|Invalid value|Missing value"):
         client.create_registered_model(name)
+
+
+@pytest.mark.parametrize("name", ["it's", "is it?", "a#b", "50%", "a*", "a[b]", "a\nb", " a", "a\\b", "x" * 251])
+def test_so_is_one_that_is_found_by_no_search_or_address_or_fits_in_no_database(name):
+    with pytest.raises(ConfigError, match="registered_model"):
+        parse_config({"tracking": {"registered_model": name}})
+
+
+@pytest.mark.parametrize("name", ["Tiny draft (v2)", "bär.β_1-x", "x" * 250])
+def test_any_other_name_is_kept(name):
+    assert parse_config({"tracking": {"registered_model": name}}).tracking.registered_model == name
