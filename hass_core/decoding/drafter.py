@@ -42,8 +42,8 @@ class TreeDrafter(Protocol):
         """What the drafter remembers of the rows; handed back to it in every call."""
         ...
 
-    def clear(self, cache: Any) -> None:
-        """Forget the rows."""
+    def start(self, cache: Any, first: Tensor) -> None:
+        """Forget the rows; new ones begin with tokens [B] that no `extend` hands over."""
         ...
 
     def extend(
@@ -77,7 +77,7 @@ class NoDraft:
     def new_cache(self, batch_size: int, max_tokens: int) -> Any:
         return self
 
-    def clear(self, cache: Any) -> None:
+    def start(self, cache: Any, first: Tensor) -> None:
         pass
 
     def extend(
@@ -91,7 +91,7 @@ class NoDraft:
     def grow(
         self, cache: Any, root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None
     ) -> Tree:
-        alone = torch.zeros_like(root)[:, None]
+        alone = torch.zeros_like(root)[:, None]  # not by `chain_of`, whose mask would take launches that nothing needs
         return Tree(
             root[:, None], alone, alone, alone, torch.ones_like(alone, dtype=torch.bool)[:, :, None], alone[:, 1:]
         )
@@ -145,7 +145,7 @@ class Drafter:
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         return self._runner.new_cache(batch_size, max_tokens)
 
-    def clear(self, cache: KVCache) -> None:
+    def start(self, cache: KVCache, first: Tensor) -> None:
         cache.clear()
 
     def extend(

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor
 
 from hass_core.config import SamplingConfig, TreeConfig
@@ -43,10 +43,8 @@ CONTEXT_TOKENS = 128  # of the rows that cycles are timed over
 WARM_CYCLES = 3  # on a GPU: compile, capture, first replay
 
 
-class Choice(BaseModel):
+class Choice(BaseModel, frozen=True):
     """One tree and what it is expected to give."""
-
-    model_config = ConfigDict(frozen=True)
 
     depth: int
     top_k: int
@@ -57,10 +55,8 @@ class Choice(BaseModel):
     tokens_per_second: float
 
 
-class Plan(BaseModel):
+class Plan(BaseModel, frozen=True):
     """The best tree on this machine for `rows` rows at once, and the best of every size."""
-
-    model_config = ConfigDict(frozen=True)
 
     device: str
     dtype: str
@@ -206,7 +202,7 @@ class Observer:
 
     def __init__(self, drafter: Drafter):
         self._drafter, self.shape, self.scratch_slots = drafter, drafter.shape, drafter.scratch_slots
-        self.new_cache, self.clear, self.extend = drafter.new_cache, drafter.clear, drafter.extend
+        self.new_cache, self.start, self.extend = drafter.new_cache, drafter.start, drafter.extend
         self.taps, self.features_from = drafter.taps, drafter.features_from
         self.trees: list[Tree] = []
 

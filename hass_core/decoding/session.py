@@ -76,11 +76,11 @@ class Session:
         """Read the prompts and draw each row's first token."""
         cache, device = self._cache, self._runner.device
         cache.clear()
-        self._drafter.clear(self._draft_cache)
         self._open.fill_(1)
         self._under_way = None
         lengths = [len(prompt) for prompt in prompts]
         token_ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
+        self._drafter.start(self._draft_cache, token_ids[:, 0])
         features, drafted_from = prefill(self._runner, token_ids, lengths, cache, self._drafter)
         self._sampler.start(token_ids, cache.lengths, seed)
         for start, stop, live in pieces([length - 1 for length in lengths]):

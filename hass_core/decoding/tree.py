@@ -147,6 +147,20 @@ def ancestors(parents: Tensor, depth: int) -> Tensor:
     return seen.scatter_(2, torch.stack(path, -1), True)
 
 
+def chain_of(root: Tensor, token_ids: Tensor) -> Tree:
+    """The tree over root tokens [B] that is one path, through tokens [B, N - 1] from the root down."""
+    nodes = torch.arange(token_ids.shape[1] + 1, device=root.device).expand(len(root), -1)
+    parents = (nodes - 1).clamp(min=0)
+    return Tree(
+        token_ids=torch.cat([root[:, None], token_ids], 1),
+        parents=parents,
+        depths=nodes,
+        ranks=torch.zeros_like(nodes),
+        visible=ancestors(parents, token_ids.shape[1]),
+        order=nodes[:, 1:],
+    )
+
+
 class Accepted(NamedTuple):
     """The outcome per row. A path's entries past its count are unspecified nodes."""
 

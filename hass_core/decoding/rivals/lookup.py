@@ -12,7 +12,7 @@ from hass_core.config import TreeConfig
 from hass_core.decoding.decoder import TreeDecoder
 from hass_core.decoding.drafter import NoDraft
 from hass_core.decoding.sampler import Sampler
-from hass_core.decoding.tree import Tree, TreeShape, ancestors
+from hass_core.decoding.tree import Tree, TreeShape, chain_of
 from hass_core.target_model.kv_cache import FixedShapes
 from hass_core.target_model.runner import Runner
 
@@ -24,7 +24,7 @@ class PromptLookupDecoder(TreeDecoder):
     """See `hass_core.decoding.decoder.Decoder`."""
 
     def __init__(self, runner: Runner):
-        super().__init__(runner, LookupDrafter(runner.device), name="pld")
+        super().__init__(runner, LookupDrafter(), name="pld")
 
 
 Contexts = list[list[int]]
@@ -37,13 +37,10 @@ class LookupDrafter(NoDraft):
     shape = TreeShape.of(TreeConfig(kind="chain", depth=DRAFT_TOKENS, top_k=1), 1)
     capturable, scratch_slots = False, 0
 
-    def __init__(self, device: torch.device):
-        self._parents = torch.arange(-1, DRAFT_TOKENS, device=device).clamp(min=0)[None]
-
     def new_cache(self, batch_size: int, max_tokens: int) -> Contexts:
         return [[] for _ in range(batch_size)]
 
-    def clear(self, cache: Contexts) -> None:
+    def start(self, cache: Contexts, first: Tensor) -> None:
         for context in cache:
             context.clear()
 
@@ -59,19 +56,10 @@ class LookupDrafter(NoDraft):
         self, cache: Contexts, root: Tensor, estimate: Tensor, sampler: Sampler, fixed: FixedShapes | None = None
     ) -> Tree:
         """A chain after root tokens [B]."""
-        depth, batch = self.shape.depth, len(cache)
+        depth = self.shape.depth
         drafted = [lookup(context, depth) for context in cache]
         rows = [draft + [last] * (depth - len(draft)) for draft, last in zip(drafted, root.tolist(), strict=True)]
-        nodes = torch.arange(depth + 1, device=root.device).expand(batch, -1)
-        parents = self._parents.expand(batch, -1)
-        return Tree(
-            token_ids=torch.cat([root[:, None], torch.tensor(rows, device=root.device)], 1),
-            parents=parents,
-            depths=nodes,
-            ranks=torch.zeros_like(nodes),
-            visible=ancestors(parents, depth),
-            order=nodes[:, 1:],
-        )
+        return chain_of(root, torch.tensor(rows, device=root.device))
 
 
 def lookup(context: list[int], count: int) -> list[int]:
