@@ -14,6 +14,7 @@ Shapes: N rows, Q queries, A heads, KV key-value heads, d head size, E diagonal 
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hass_core.training.batch import Documents
+
+FLASH_DTYPES = (torch.bfloat16, torch.float16)  # of a GPU's kernel; in others the host looks where conversations lie
 
 
 class Kernel(Protocol):
@@ -92,46 +95,27 @@ def _add_weighted(out: Tensor, weight: Tensor, value: Tensor) -> Tensor:
     return out + added.flatten(0, 1)
 
 
-class PlainKernel:
-    """Scores written out, on any device and in any dtype: the twin that the fast kernels are held against."""
+class ByConversation(ABC):
+    """Attends within one conversation after the other: no padding, and no score of two of them.
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, where: Documents, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = _query_table(q, where), *_key_table(k, v, where, heads=q.shape[0])
-        scores = self._scores(q, k, scale)
-        lse = scores.logsumexp(-1)
-        out = (scores - lse[..., None]).exp().to(v.dtype) @ v
-        return _queries(out, where), _queries(lse[..., None], where)[..., 0]
+    Shapes of one with L rows: queries, keys and values [1, A, L, d], of which the last rows have queries.
+    """
 
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, where: Documents, scale: float
+    @abstractmethod
+    def one_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Attended values [1, A, L, d] and log-sum-exp [1, A, L] of one conversation."""
+
+    @abstractmethod
+    def one_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        groups = k.shape[0]
-        row_sum = _query_table((dout * out).sum(-1, keepdim=True), where)
-        lse = _query_table(lse[..., None], where, fill=math.inf)
-        q, dout = _query_table(q, where), _query_table(dout, where)
-        k, v = _key_table(k, v, where, heads=q.shape[1])
-        p = (self._scores(q, k, scale) - lse).exp()
-        ds = p * (dout @ v.mT - row_sum) * scale
-        p, ds = p.to(q.dtype), ds.to(q.dtype)
-        return _queries(ds @ k, where), _rows(ds.mT @ q, where, groups), _rows(p.mT @ dout, where, groups)
-
-    @staticmethod
-    def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-        future = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
-        scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
-        return scores.masked_fill(future, -math.inf)  # −inf, not 0: a masked key takes no share of the softmax
-
-
-class CpuFlashKernel:
-    """PyTorch's flash attention for CPUs, one conversation after the other: no padding, and no score of two of them."""
+        """Gradients by q, k and v; rows without a query have an infinite `lse`, which makes them weigh nothing."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, where: Documents, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=_precise(q))
         for rows, queries in where.slices():
-            square, shared = _square(q[:, queries], rows), _shared(k[:, rows], v[:, rows], heads=len(q))
-            part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                square, *shared, 0.0, True, scale=scale
-            )
+            shared = _shared(k[:, rows], v[:, rows], heads=len(q))
+            part, part_lse = self.one_forward(_square(q[:, queries], rows), *shared, scale)
             count = queries.stop - queries.start
             out[:, queries], lse[:, queries] = part[0, :, -count:], part_lse[0, :, -count:]
         return out, lse
@@ -142,15 +126,50 @@ class CpuFlashKernel:
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         groups = (len(k), -1)
         for rows, queries in where.slices():
-            own_lse = _square(lse[:, queries, None], rows, fill=math.inf)[..., 0]  # rows without a query weigh nothing
-            dq_part, dk_part, dv_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                _square(dout[:, queries], rows), _square(q[:, queries], rows),
-                *_shared(k[:, rows], v[:, rows], heads=len(q)), _square(out[:, queries], rows), own_lse, 0.0, True,
-                scale=scale,
-            )  # fmt: skip
+            own_lse = _square(lse[:, queries, None], rows, fill=math.inf)[..., 0]
+            shared = _shared(k[:, rows], v[:, rows], heads=len(q))
+            dout_part, q_part, out_part = (_square(x[:, queries], rows) for x in (dout, q, out))
+            dq_part, dk_part, dv_part = self.one_backward(dout_part, q_part, *shared, out_part, own_lse, scale)
             dq[:, queries] = dq_part[0, :, queries.start - queries.stop :]
             dk[:, rows], dv[:, rows] = dk_part[0].unflatten(0, groups).sum(1), dv_part[0].unflatten(0, groups).sum(1)
         return dq, dk, dv
+
+
+class PlainKernel(ByConversation):
+    """Scores written out, on any device and in any dtype: the twin that the fast kernels are held against."""
+
+    def one_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        scores = self._scores(q, k, scale)
+        lse = scores.logsumexp(-1)
+        return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+
+    def one_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        p = (self._scores(q, k, scale) - lse[..., None]).exp()
+        ds = p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True)) * scale
+        p, ds = p.to(q.dtype), ds.to(q.dtype)
+        return ds @ k, ds.mT @ q, p.mT @ dout
+
+    @staticmethod
+    def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+        future = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+        # −inf, not 0: a masked key takes no share of the softmax
+        return ((q @ k.mT).to(_precise(q)) * scale).masked_fill(future, -math.inf)
+
+
+class CpuFlashKernel(ByConversation):
+    """PyTorch's flash attention for CPUs."""
+
+    def one_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+
+    def one_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, lse, 0.0, True, scale=scale
+        )
 
 
 class CudaFlashKernel:
@@ -177,7 +196,7 @@ class CudaFlashKernel:
 
 def kernel_for(queries: Tensor) -> Kernel:
     """The fastest kernel that computes in the queries' device and dtype."""
-    if queries.device.type == "cuda" and queries.dtype in (torch.bfloat16, torch.float16):
+    if queries.device.type == "cuda" and queries.dtype in FLASH_DTYPES:
         return CudaFlashKernel()
     if queries.device.type == "cpu" and queries.dtype in (torch.bfloat16, torch.float32):
         return CpuFlashKernel()
@@ -195,26 +214,5 @@ def _shared(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     return (k.repeat_interleave(heads // len(k), 0)[None], v.repeat_interleave(heads // len(v), 0)[None])
 
 
-def _key_table(k: Tensor, v: Tensor, where: Documents, heads: int) -> tuple[Tensor, ...]:
-    """[C, A, max_seqlen_k, d] from [KV, N, d]; slots without a row hold some other row."""
-    repeat = heads // k.shape[0]
-    return tuple(x[:, where.table].transpose(0, 1).repeat_interleave(repeat, dim=1) for x in (k, v))
-
-
-def _query_table(x: Tensor, where: Documents, fill: float = 0.0) -> Tensor:
-    """[C, A, max_seqlen_k, d] from [A, Q, d]."""
-    heads, _, width = x.shape
-    table = x.new_full((where.table.numel(), heads, width), fill)
-    table[where.query_slots] = x.transpose(0, 1)
-    return table.view(*where.table.shape, heads, width).transpose(1, 2)
-
-
-def _queries(x: Tensor, where: Documents) -> Tensor:
-    """[A, Q, d] from [C, A, max_seqlen_k, d]."""
-    return x.transpose(1, 2).flatten(0, 1)[where.query_slots].transpose(0, 1)
-
-
-def _rows(x: Tensor, where: Documents, groups: int) -> Tensor:
-    """[KV, N, d] from [C, A, max_seqlen_k, d], summed over the heads that share a key."""
-    x = x.unflatten(1, (groups, -1)).sum(2) if x.shape[1] != groups else x
-    return x.transpose(1, 2).flatten(0, 1)[where.slots].transpose(0, 1)
+def _precise(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

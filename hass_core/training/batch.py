@@ -38,16 +38,13 @@ class Conversation(Protocol):
 class Documents:
     """Where conversations lie: C conversations, N rows, Q queries. A conversation's queries are its last rows.
 
-    The names of the first four are those of flash attention for sequences of different lengths.
+    Names are those of flash attention for sequences of different lengths.
     """
 
     cu_seqlens_k: Tensor  # [C + 1] int32, first row of each conversation, then N
     cu_seqlens_q: Tensor  # [C + 1] int32, first query of each conversation, then Q
     max_seqlen_k: int  # rows of the longest conversation
     max_seqlen_q: int  # most queries of a conversation
-    slots: Tensor  # [N] each row's index into a flattened [C, max_seqlen_k] table
-    table: Tensor  # [C, max_seqlen_k] the row at each slot, 0 where there is none
-    query_slots: Tensor  # [Q] each query's index into that table
 
     def slices(self) -> list[tuple[slice, slice]]:
         """Rows and queries of each conversation that has queries."""
@@ -118,7 +115,7 @@ def collate(conversations: Sequence[Conversation], align_steps: int) -> Batch:
         token_ids=torch.cat([c.token_ids for c in conversations]).long(),
         features=torch.cat([c.features for c in conversations]),
         position_ids=position_ids,
-        documents=_documents(starts, position_ids, anchors),
+        documents=_documents(starts, anchors),
         anchors=anchors,
         targets=targets,
         target_anchors=query_of_row[target_anchors].where(supervised, 0),
@@ -169,26 +166,20 @@ def _first_anchors(anchors: Tensor, document: Tensor, starts: Tensor) -> Tensor:
     return first.scatter_reduce(0, document[anchors], anchors, "amin") if len(anchors) else first
 
 
-def _documents(starts: Tensor, position_ids: Tensor, anchors: Tensor, round_up: bool = False) -> Documents:
-    """What lies where, from first rows [C + 1], position ids [N] and anchors [Q]; with `round_up` the longest
-    conversation counts as if its tokens were a power of two."""
+def _documents(starts: Tensor, anchors: Tensor, round_up: bool = False) -> Documents:
+    """What lies where, from first rows [C + 1] and anchors [Q]; with `round_up` the longest conversation counts as if
+    its tokens were a power of two."""
     lengths = starts.diff()
     document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     longest = int(lengths.max())
     if round_up:
         longest = 2 ** (longest - 1).bit_length()
-    slots = document * longest + position_ids
-    table = torch.zeros(len(lengths) * longest, dtype=torch.long)
-    table[slots] = torch.arange(len(slots))
     queries = torch.bincount(document[anchors], minlength=len(lengths))
     return Documents(
         cu_seqlens_k=starts.int(),
         cu_seqlens_q=torch.cat([torch.zeros(1, dtype=torch.long), queries.cumsum(0)]).int(),
         max_seqlen_k=longest,
         max_seqlen_q=longest if round_up else int(queries.max()),
-        slots=slots,
-        table=table.view(len(lengths), longest),
-        query_slots=slots[anchors],
     )
 
 
@@ -214,7 +205,7 @@ def _rounded_to(batch: Batch, step: int) -> Batch:
         features=_longer(batch.features, new_rows),
         taps=None if batch.taps is None else _longer(batch.taps, new_rows),
         position_ids=position_ids,
-        documents=_documents(_starts(batch, rows, step), position_ids, anchors, round_up=True),
+        documents=_documents(_starts(batch, rows, step), anchors, round_up=True),
         anchors=anchors,
         targets=_longer(batch.targets, new_targets),
         target_anchors=_longer(batch.target_anchors.T, new_targets).T.contiguous(),

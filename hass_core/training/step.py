@@ -30,6 +30,7 @@ from hass_core.draft_model.layers import DraftModel
 from hass_core.errors import NonFinite
 from hass_core.target_model.loader import choose_dtype
 from hass_core.training.alignment import Alignment
+from hass_core.training.attention import FLASH_DTYPES
 from hass_core.training.batch import Batch, add_noise
 from hass_core.training.losses import PARTS, Objective, distill
 from hass_core.training.sharding import average, can_be_captured, distribute, unsynced, whole
@@ -73,7 +74,8 @@ class Trainer:
         alignment = Alignment(draft, config.align_steps, config.detach_features, config.recompute)
         if config.compile:
             alignment.compile_parts()
-        graphs = capture and config.compile and can_be_captured(accelerator)
+        dtype = compute_dtype(config.dtype, head.weight.device)
+        graphs = capture and config.compile and can_be_captured(accelerator) and dtype in FLASH_DTYPES
         wrapped = distribute(alignment, accelerator, graphs)
         return cls(
             config=config,
@@ -84,7 +86,7 @@ class Trainer:
             head=head,
             optimizers=make_optimizers(draft, config),
             average=MovingAverage(draft, config.ema_decay) if config.ema_decay else None,
-            dtype=compute_dtype(config.dtype, head.weight.device),
+            dtype=dtype,
             captured=graphs,
         )
 
@@ -139,8 +141,8 @@ def train_step(trainer: Trainer, batches: list[Batch], step: int, stop: bool = F
         parts = torch.as_tensor(accelerator.reduce(parts, "mean"))
     total_norm = whole(torch.nn.utils.get_total_norm(gradients))
     # the one moment a step waits for the device: behind it the update runs while the next step is prepared
-    told = torch.cat([total_norm.reshape(1).double(), totals.double(), parts.isfinite().all().reshape(1).double()])
-    norm, tokens, stops, sound = told.tolist()
+    seen = torch.cat([total_norm.reshape(1).double(), totals.double(), parts.isfinite().all().reshape(1).double()])
+    norm, tokens, stops, sound = seen.tolist()
     if not (math.isfinite(norm) and sound):
         _refuse(batches, step, norm)
     _clip(trainer.config, parameters, total_norm)
