@@ -1,5 +1,7 @@
 """One small class per mistake a user can make. A message says what, where and what to do next."""
 
+from collections.abc import Iterator
+
 FINDINGS, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit statuses of every command, beside 0
 
 
@@ -53,6 +55,13 @@ class TrackingError(HassError):
 
 class Unreachable(HassError):
     """A server that the work needs does not answer."""
+
+
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from, what that was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def sentence_of(error: BaseException) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from hass_core.config import Engine, RunConfig, TreeConfig
 from hass_core.errors import HassError
@@ -22,10 +22,9 @@ from tasks.retries import SHORT
 from tasks.tracking import DraftVersion
 
 
-class DraftSource(BaseModel):
+class DraftSource(BaseModel, frozen=True):
     """Where a draft is: a registered version, or else a folder (of the store, or any local one)."""
 
-    model_config = ConfigDict(frozen=True)
     version: DraftVersion | None = None
     folder: str = ""
 
@@ -38,10 +37,9 @@ class DraftSource(BaseModel):
         return f"{self.version.model}-{self.version.version}" if self.version else Path(self.folder).name
 
 
-class Exported(BaseModel):
+class Exported(BaseModel, frozen=True):
     """A folder that an engine loads, and what is in it."""
 
-    model_config = ConfigDict(frozen=True)
     source: DraftSource
     engine: Engine
     folder: str

@@ -7,7 +7,7 @@ questions one right after the other, at every temperature, in several rounds; th
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from hass_core.config import PromotionConfig
 from hass_core.evaluation.duel import Bout
@@ -22,10 +22,9 @@ FAR = 4.0  # standard deviations
 NORMAL_MAD = 1.4826  # standard deviation / median absolute deviation of a normal distribution
 
 
-class Verdict(BaseModel):
+class Verdict(BaseModel, frozen=True):
     """Whether the challenger takes over, and why."""
 
-    model_config = ConfigDict(frozen=True)
     promoted: bool  # the gate lets it pass
     reasons: tuple[str, ...]
     waits: bool = False  # for a person's word

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from hass_core.config import RunConfig
+from hass_core.evaluation.method_names import PLAIN
 from hass_core.evaluation.render import interval
-from hass_core.evaluation.report import PLAIN, Report
+from hass_core.evaluation.report import Report
 from hass_core.evaluation.statistics import Estimate
 from hass_core.export.card import cell
 from hass_core.store import Artifact

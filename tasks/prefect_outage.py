@@ -1,18 +1,17 @@
 """The Prefect server is away in the middle of a run: one sentence with its address, for httpx names none."""
 
-from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import httpx
 from prefect.settings import get_current_settings
 
-from hass_core.errors import Unreachable
+from hass_core.errors import Unreachable, causes_of
 
 
 def prefect_outage_in(error: BaseException) -> Unreachable | None:
     """The sentence where Prefect's client has given up asking its server; None for any other error."""
     url = get_current_settings().api.url
-    if not url or not any(_asked(cause).startswith(url) for cause in _causes(error)):
+    if not url or not any(_asked(cause).startswith(url) for cause in causes_of(error)):
         return None
     parts = urlsplit(url)
     shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
@@ -28,9 +27,3 @@ def _asked(error: BaseException) -> str:
         return str(error.request.url) if isinstance(error, httpx.TransportError) else ""
     except RuntimeError:  # raised without a request
         return ""
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__

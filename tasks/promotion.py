@@ -5,7 +5,7 @@ from pathlib import Path
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from hass_core.config import CHAMPION, RunConfig
 from hass_core.evaluation.figures import draw_gains
@@ -54,10 +54,9 @@ def publish(verdict: Verdict) -> None:
     create_markdown_artifact(verdict.markdown(), key="promotion", description="Verdict of the promotion gate")
 
 
-class RolledBack(BaseModel):
+class RolledBack(BaseModel, frozen=True):
     """What a rollback did."""
 
-    model_config = ConfigDict(frozen=True)
     restored: DraftVersion
     withdrawn: DraftVersion
     passed_over: tuple[str, ...] = ()  # former champions of another target

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from hass_core.config import RunConfig
 from hass_core.errors import ConfigError, HassError
@@ -23,10 +23,9 @@ WEBHOOK_SECONDS = 30
 OUTPUT_SHOWN = 500  # characters of what a failed command said
 
 
-class Released(BaseModel):
+class Released(BaseModel, frozen=True):
     """What a release did."""
 
-    model_config = ConfigDict(frozen=True)
     release: Release
     told: bool  # the servers, by command or webhook
 

@@ -1,7 +1,6 @@
 """Which failures are worth another try: the network's, and a server's that is busy. A refusal is not: asked again it
 refuses again, and neither is a user's mistake or a full disk."""
 
-from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -9,7 +8,7 @@ from prefect.client.schemas import State, TaskRun
 from prefect.task_engine import TaskRunTimeoutError
 from prefect.tasks import Task
 
-from hass_core.errors import sentence_of
+from hass_core.errors import causes_of, sentence_of
 from tasks.prefect_outage import prefect_outage_in
 from tasks.progress import say
 
@@ -22,15 +21,9 @@ TRY_AGAIN = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MA
 
 def is_transient(error: BaseException | None) -> bool:
     """True when the error, or one it was raised from, is about a connection, and no server refused what was asked."""
-    causes = list(_causes(error))
+    causes = list(causes_of(error))
     refused = any(_is_refusal(status) for cause in causes if (status := _status(cause)) is not None)
     return not refused and any(_is_of_the_network(cause) for cause in causes)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 def _is_of_the_network(error: BaseException) -> bool:

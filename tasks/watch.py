@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from hass_core.config import PromptsConfig, RunConfig
 from hass_core.data.conversations import Record, user_text
@@ -26,10 +26,9 @@ from tasks.tracking import DraftVersion, WatchState
 OWN_SOURCES = ("builtin", "self-written")  # prompts that are nobody's traffic
 
 
-class Watched(BaseModel):
+class Watched(BaseModel, frozen=True):
     """One reading of the draft in use."""
 
-    model_config = ConfigDict(frozen=True)
     version: DraftVersion
     tau: float | None = None  # None: no engine asked, or too few drafts since the last reading
     expected: float | None = None
@@ -51,14 +50,14 @@ class Watched(BaseModel):
 
     def _acceptance(self) -> str:
         if self.tau is None:
-            return f"{self.drafts:.0f} drafts since the last reading are too few to emit"
+            return f"{self.drafts:.0f} drafts since the last reading are too few to tell"
         told = f"τ {self.tau:.2f}, the evaluation lets expect {self.expected:.2f}"
         return told + (f"; too low for {self.low_in_a_row} readings in a row" if self.low_in_a_row else "")
 
 
 @task(name="watch-champion", **SHORT)
 def watch_champion(config: RunConfig) -> Watched:
-    """Read the engines' counts and the log, note both at the champion's version, emit Prefect what calls for action.
+    """Read the engines' counts and the log, note both at the champion's version, tell Prefect what calls for action.
 
     Raises ConfigError with nothing to watch, TrackingError without a champion, BadInput for a page without counts.
     """

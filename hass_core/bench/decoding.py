@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from hass_core.cli import main
 from hass_core.config import SamplingConfig, TargetConfig, TreeConfig
@@ -28,10 +28,8 @@ from hass_core.target_model.runner import make_runner
 PLANNED_ON = 8  # prompts
 
 
-class DecodeBench(BaseModel):
+class DecodeBench(BaseModel, frozen=True):
     """Speeds in tokens per second over all rows, times in milliseconds."""
-
-    model_config = ConfigDict(frozen=True)
 
     target: str
     device: str

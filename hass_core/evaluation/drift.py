@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 BUCKETS = 4096
 DEALS = 200
@@ -17,10 +17,9 @@ CHANCE = 0.99  # quantile of the deals
 MOST = 2000  # conversations of a side
 
 
-class Drift(BaseModel):
+class Drift(BaseModel, frozen=True):
     """How far recent conversations are from those trained on, in bits; `by_chance` is seldom exceeded without cause."""
 
-    model_config = ConfigDict(frozen=True)
     distance: float
     by_chance: float
     conversations: int  # recent ones

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from hass_core.config import RunConfig, SamplingConfig, TreeConfig
 from hass_core.decoding.decoder import Decoder, PlainDecoder, SpeculativeDecoder
@@ -34,10 +34,9 @@ CHALLENGER, OPPONENT = "challenger", "opponent"
 FILE = "bouts.parquet"
 
 
-class Bout(BaseModel):
+class Bout(BaseModel, frozen=True):
     """One question answered by both sides in one round."""
 
-    model_config = ConfigDict(frozen=True)
     round: int
     challenger: Measurement
     opponent: Measurement

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from hass_core.errors import BadInput, Unreachable
 from hass_core.evaluation.report import Report
@@ -30,10 +30,9 @@ TRAFFIC = {  # requests that ended, and tokens generated
 IS_THERE = {VLLM_ENGINE: "vllm:num_requests_running", SGLANG_ENGINE: "sglang:num_running_reqs", HASS_ENGINE: "hass_tau"}
 
 
-class Acceptance(BaseModel):
+class Acceptance(BaseModel, frozen=True):
     """Counts since an engine started, or between two readings."""
 
-    model_config = ConfigDict(frozen=True)
     drafts: float = 0  # verifications
     by_position: tuple[float, ...] = ()  # of those, how many accepted at least 1, 2, … tokens
     total: float | None = None  # accepted tokens, where an engine does not tell positions apart
@@ -61,10 +60,9 @@ class Acceptance(BaseModel):
         return Acceptance(drafts=self.drafts - before.drafts, by_position=positions, total=total)
 
 
-class Reading(BaseModel):
+class Reading(BaseModel, frozen=True):
     """All that an engine's page tells of its work so far."""
 
-    model_config = ConfigDict(frozen=True)
     engine: str
     requests: float  # that ended
     tokens: float  # generated

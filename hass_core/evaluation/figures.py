@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from hass_core.evaluation.method_names import PLAIN
 from hass_core.evaluation.render import label
-from hass_core.evaluation.report import ALL, PLAIN, Report
+from hass_core.evaluation.report import ALL, Report
 from hass_core.evaluation.statistics import Estimate
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from hass_core.config import EvaluationConfig, TreeConfig
 from hass_core.draft_model.files import read_config
 from hass_core.errors import BadInput
 from hass_core.evaluation.benchmarks import Question
-from hass_core.evaluation.measure import PLAIN
+from hass_core.evaluation.method_names import PLAIN
 from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.report import Report
 from hass_core.evaluation.served import Measured, check_served, measure_sides, scores

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor
 
 from hass_core.config import SamplingConfig
@@ -27,10 +27,9 @@ from hass_core.target_model.runner import Runner, make_runner
 Prompt = tuple[str, list[int]]  # question, token ids
 
 
-class Difference(BaseModel):
+class Difference(BaseModel, frozen=True):
     """The first place where two answers part."""
 
-    model_config = ConfigDict(frozen=True)
     question: str
     position: int  # within the answer, from 0
     plain_token: int | None  # None: this answer ended before
@@ -40,10 +39,9 @@ class Difference(BaseModel):
     near_tie: bool
 
 
-class Certificate(BaseModel):
+class Certificate(BaseModel, frozen=True):
     """What was compared and what came of it."""
 
-    model_config = ConfigDict(frozen=True)
     dtype: str
     questions: int
     tokens: int

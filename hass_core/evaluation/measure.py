@@ -25,7 +25,6 @@ from hass_core.progress import Progress, no_progress
 from hass_core.store.journal import Journal
 from hass_core.target_model.loader import Target
 
-PLAIN = "plain"
 WARM_UP_TOKENS = 32
 WARM_UP_STRIDE = 256  # tokens; no CUDA graph of a cycle is wider than another by less
 CHAT_MARKS = 16  # tokens that a template may put around a turn

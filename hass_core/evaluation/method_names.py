@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hass_core.errors import ConfigError
 
-HASS, EAGLE, EAGLE2, SPS, PLD = "hass", "eagle", "eagle2", "sps", "pld"
+PLAIN, HASS, EAGLE, EAGLE2, SPS, PLD = "plain", "hass", "eagle", "eagle2", "sps", "pld"
 TAKES_DRAFT = (HASS, EAGLE, EAGLE2, SPS)
 
 

@@ -15,8 +15,7 @@ from hass_core.decoding.rivals.lookup import PromptLookupDecoder
 from hass_core.decoding.rivals.speculative_sampling import SpeculativeSamplingDecoder, first_layers
 from hass_core.draft_model.checkpoint import load_draft
 from hass_core.errors import DraftMismatch
-from hass_core.evaluation.measure import PLAIN
-from hass_core.evaluation.method_names import EAGLE, PLD, SPS, draft_folder
+from hass_core.evaluation.method_names import EAGLE, PLAIN, PLD, SPS, draft_folder
 from hass_core.target_model.loader import Target, load_target
 from hass_core.target_model.runner import Runner, make_runner
 

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from hass_core.evaluation.statistics import Statistic, mean, quantile, ratio_of_rates, ratio_of_sums
 
 
-class Measurement(BaseModel):
+class Measurement(BaseModel, frozen=True):
     """One question answered by one method. Lists have one entry per cycle, over all turns of the question."""
 
-    model_config = ConfigDict(frozen=True)
     benchmark: str
     question: str
     category: str

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from hass_core.evaluation import figures
 from hass_core.evaluation.examples import Example
+from hass_core.evaluation.method_names import PLAIN
 from hass_core.evaluation.render import (
     Rows,
     acceptance_table,
@@ -30,7 +31,7 @@ from hass_core.evaluation.render import (
     served_table,
     speed_table,
 )
-from hass_core.evaluation.report import PLAIN, Report
+from hass_core.evaluation.report import Report
 
 TEMPLATE = "page.html.jinja"
 IN_ENGINE = (

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hass_core.evaluation.lossless import Certificate
-from hass_core.evaluation.report import ALL, PLAIN, Report, Score, Served
+from hass_core.evaluation.method_names import PLAIN
+from hass_core.evaluation.report import ALL, Report, Score, Served
 from hass_core.evaluation.statistics import Estimate
 
 LABELS = {"plain": "plain", "pld": "PLD", "sps": "SpS", "eagle": "EAGLE", "eagle2": "EAGLE-2", "hass": "HASS"}

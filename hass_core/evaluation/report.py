@@ -3,26 +3,20 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from hass_core.config import TreeConfig
 from hass_core.decoding.planner import Plan
 from hass_core.evaluation import metrics
 from hass_core.evaluation.lossless import Certificate
+from hass_core.evaluation.method_names import HASS, PLAIN
 from hass_core.evaluation.metrics import Measurement, Sample
 from hass_core.evaluation.statistics import Estimate, bootstrap
 
 ALL = "all"  # every benchmark together
-PLAIN = "plain"
 
 
-class Part(BaseModel):
-    """Base of the report's parts: immutable."""
-
-    model_config = ConfigDict(frozen=True)
-
-
-class Score(Part):
+class Score(BaseModel, frozen=True):
     """One method on one benchmark (or on all) at one temperature. The formulas are in `metrics`."""
 
     method: str
@@ -40,7 +34,7 @@ class Score(Part):
     acceptance_by_rank: list[Estimate]  # first entry: the draft's first choice
 
 
-class Comparison(Part):
+class Comparison(BaseModel, frozen=True):
     """One method against another on the same questions, all benchmarks together."""
 
     method: str
@@ -50,7 +44,7 @@ class Comparison(Part):
     tau_gain: Estimate  # macro τ less the other's
 
 
-class Served(Part):
+class Served(BaseModel, frozen=True):
     """A serving engine's rate and acceptance with so many requests at once, plain or with a draft."""
 
     engine: str
@@ -66,7 +60,7 @@ class Served(Part):
     acceptance_by_depth: list[Estimate]  # first entry: depth 1; empty where the engine counts no positions
 
 
-class Report(Part):
+class Report(BaseModel, frozen=True):
     """A whole evaluation."""
 
     target: str
@@ -104,7 +98,7 @@ class Report(Part):
     @property
     def main_method(self) -> str:
         """What the evaluation is about: hass, or the last method where hass was not measured."""
-        return "hass" if "hass" in self.methods else self.methods[-1]
+        return HASS if HASS in self.methods else self.methods[-1]
 
     def score(self, method: str, benchmark: str = ALL, temperature: float | None = None) -> Score:
         """One score; by default over all benchmarks, at the first temperature."""

@@ -23,7 +23,8 @@ from hass_core.data.templates import Message, decode
 from hass_core.errors import BadInput
 from hass_core.evaluation.benchmarks import Question
 from hass_core.evaluation.engine_metrics import VLLM_ENGINE, Acceptance, Reading
-from hass_core.evaluation.measure import PLAIN, encode, opening
+from hass_core.evaluation.measure import encode, opening
+from hass_core.evaluation.method_names import PLAIN
 from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.report import ALL, Served
 from hass_core.evaluation.server import Answer, Server

@@ -19,8 +19,8 @@ from hass_core.decoding.planner import LARGEST, Plan, make_plan
 from hass_core.draft_model.checkpoint import load_draft
 from hass_core.evaluation.benchmarks import Question
 from hass_core.evaluation.lossless import Certificate, Prompt, certify, dtype_name, in_float32
-from hass_core.evaluation.measure import PLAIN, Examiner, encode, opening
-from hass_core.evaluation.method_names import EAGLE, EAGLE2, HASS, draft_folder
+from hass_core.evaluation.measure import Examiner, encode, opening
+from hass_core.evaluation.method_names import EAGLE, EAGLE2, HASS, PLAIN, draft_folder
 from hass_core.evaluation.methods import build_decoders
 from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.report import Estimator

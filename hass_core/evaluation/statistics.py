@@ -10,7 +10,7 @@ from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 LEVEL = 0.95  # of all intervals
 ELEMENTS_PER_CHUNK = 1 << 22  # bounds the memory of one block of resamples
@@ -20,10 +20,9 @@ Statistic = Callable[..., np.ndarray]
 """Takes one or more arrays [..., Q] and reduces the last axis."""
 
 
-class Estimate(BaseModel):
+class Estimate(BaseModel, frozen=True):
     """A value and its interval. With a single question there is no spread: low = high = value."""
 
-    model_config = ConfigDict(frozen=True)
     value: float
     low: float
     high: float

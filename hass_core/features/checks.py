@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
 from hass_core.config import TargetConfig
@@ -32,26 +32,23 @@ LEAST_SUPERVISED, MOST_SUPERVISED = 0.01, 0.99  # shares outside of which a mask
 CUT = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
 
 
-class Piece(BaseModel):
+class Piece(BaseModel, frozen=True):
     """A run of tokens that are all supervised or all not."""
 
-    model_config = ConfigDict(frozen=True)
     text: str
     supervised: bool
 
 
-class Sample(BaseModel):
+class Sample(BaseModel, frozen=True):
     """One conversation as training sees it."""
 
-    model_config = ConfigDict(frozen=True)
     id: str
     pieces: tuple[Piece, ...]
 
 
-class Audit(BaseModel):
+class Audit(BaseModel, frozen=True):
     """What the masks of a features stage say."""
 
-    model_config = ConfigDict(frozen=True)
     conversations: int
     tokens: int
     supervised_tokens: int

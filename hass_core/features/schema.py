@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, Field
 from torch import Tensor
 
 from hass_core import __version__
@@ -43,10 +43,9 @@ SKIPPED = pa.schema([("id", pa.string()), ("reason", pa.string())])
 METADATA_KEY = b"hass"
 
 
-class FeatureInfo(BaseModel):
+class FeatureInfo(BaseModel, frozen=True):
     """What a shard's numbers mean; stands in the Parquet schema's metadata."""
 
-    model_config = ConfigDict(frozen=True)
     hidden_size: int
     encoding: Encoding
     target_identity: str = Field(validation_alias=AliasChoices("target_identity", "target_fingerprint"))  # its digest

@@ -4,13 +4,12 @@ import hashlib
 import json
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 
-class FileRecord(BaseModel):
+class FileRecord(BaseModel, frozen=True):
     """What is known of one finished file."""
 
-    model_config = ConfigDict(frozen=True)
     name: str
     bytes: int
     sha256: str
@@ -18,10 +17,9 @@ class FileRecord(BaseModel):
     notes: dict[str, Any] = {}
 
 
-class Manifest(BaseModel):
+class Manifest(BaseModel, frozen=True):
     """The content of one finished stage."""
 
-    model_config = ConfigDict(frozen=True)
     stage: str
     digest: str
     key: dict[str, Any]
@@ -30,10 +28,9 @@ class Manifest(BaseModel):
     provenance: dict[str, Any] = {}
 
 
-class Artifact(BaseModel):
+class Artifact(BaseModel, frozen=True):
     """A reference to one finished stage: small enough to hand from task to task."""
 
-    model_config = ConfigDict(frozen=True)
     stage: str
     digest: str
     root: str

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from hass_core.errors import StoreError
 from hass_core.store.artifacts import Artifact, Manifest
@@ -21,10 +21,9 @@ AT_WORK_SECONDS = 3600.0
 REMADE = "features"  # what is made again from the target when it is wanted
 
 
-class Registered(BaseModel):
+class Registered(BaseModel, frozen=True):
     """A note that the model registry holds a version made of these stages."""
 
-    model_config = ConfigDict(frozen=True)
     digests: list[str]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from hass_core.errors import CorruptFile
 from hass_core.store.file_cache import sha256_of
@@ -22,10 +22,9 @@ from hass_core.store.store import Store
 FOLDER, CURRENT = "releases", "current"
 
 
-class Release(BaseModel):
+class Release(BaseModel, frozen=True):
     """What `current` says."""
 
-    model_config = ConfigDict(frozen=True)
     name: str
     version: str
     engines: dict[str, str]  # engine → address of its folder

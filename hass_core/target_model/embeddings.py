@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -32,11 +32,10 @@ from hass_core.target_model.soundness import check_tokenizer
 from hass_core.target_model.source import check_source, target_name
 
 
-class MadeWith(BaseModel):
+class MadeWith(BaseModel, frozen=True):
     """Which target something was made with: its identity's parts, and its embedding and head by their content in
     bfloat16, which is the same whatever type they were loaded in."""
 
-    model_config = ConfigDict(frozen=True)
     identity: dict[str, str]
     embedding: str
     head: str

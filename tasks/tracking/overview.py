@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from mlflow import MlflowClient
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from hass_core.config import RunConfig
 from tasks.tracking.client import connect, experiment_id
@@ -13,20 +13,18 @@ from tasks.tracking.runs import FINISHED
 PAGE = 100
 
 
-class StageRecord(BaseModel):
+class StageRecord(BaseModel, frozen=True):
     """The run of a stage that finished last."""
 
-    model_config = ConfigDict(frozen=True)
     stage: str
     ended: float  # Unix time
     seconds: float
     numbers: dict[str, float]  # `draft/steps`, …
 
 
-class ChampionRecord(BaseModel):
+class ChampionRecord(BaseModel, frozen=True):
     """A draft in use."""
 
-    model_config = ConfigDict(frozen=True)
     model: str
     version: int
     registered: float  # Unix time

@@ -13,7 +13,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from hass_core.config import CHAMPION, LONGEST_NAME, NOT_IN_NAMES, RunConfig
 from hass_core.errors import TrackingError
@@ -35,10 +35,9 @@ NOTE = "mlflow.note.content"  # the description on a run's page
 VERDICT = "## Version "  # begins a verdict's text, behind the card in a version's description
 
 
-class DraftVersion(BaseModel):
+class DraftVersion(BaseModel, frozen=True):
     """One registered draft."""
 
-    model_config = ConfigDict(frozen=True)
     model: str
     version: str
     alias: str | None

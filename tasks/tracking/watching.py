@@ -5,7 +5,7 @@ import time
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from hass_core.evaluation.engine_metrics import Acceptance
 from tasks.tracking.registry import LOGGED_MODEL, DraftVersion, lineage
@@ -14,10 +14,9 @@ STATE = "hass.watch"  # tag of a version
 SECONDS_PER_DAY = 86_400
 
 
-class WatchState(BaseModel):
+class WatchState(BaseModel, frozen=True):
     """Between two readings of one version."""
 
-    model_config = ConfigDict(frozen=True)
     counts: dict[str, Acceptance] = {}  # by endpoint
     low_in_a_row: int = 0
     alarmed: dict[str, float] = {}  # Unix time of the last alarm, by event
