@@ -1,11 +1,12 @@
 """Tokens per cycle against the length of the context: how a draft fares beyond the lengths that it was trained on.
 
-    PYTHONPATH=. python infra/evidence/context.py DRAFT CONVERSATIONS [--device cuda]
+    PYTHONPATH=. python infra/evidence/context.py DRAFT CONVERSATIONS [--device cuda] [--last 512]
 
 CONVERSATIONS is a JSON Lines file (may be gzipped) in ShareGPT form. For each length, rounds of other conversations are
 put before a question until the prompt is about so long, the target answers greedily, and the draft's cycles are
-replayed over the answers (`hass_core.decoding.replay`), in a tree of 6/10/60 and a chain of 3. Prints JSON: τ with
-bootstrap intervals over answers.
+replayed over the answers (`hass_core.decoding.replay`), in a tree of 6/10/60 and a chain of 3. With `--last` the draft
+sees only so many of the prompt's tokens, the last ones, at positions from 0 on; their features are those of the whole
+prompt, and the answers stay the same. Prints JSON: τ with bootstrap intervals over answers.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from hass_core.config import SamplingConfig, TargetConfig
 from hass_core.data.templates import Message, encode_prompt
 from hass_core.decoding.answers import StopRule
 from hass_core.decoding.drafter import Drafter
+from hass_core.decoding.replay import Recording
 from hass_core.decoding.tree import TreeShape
 from hass_core.draft_model.checkpoint import load_draft
 from hass_core.store.provenance import provenance
@@ -54,6 +56,13 @@ def prompt_of(target: Target, rounds: list[list[Message]], length: int) -> list[
     return prompt
 
 
+def shortened(recording: Recording, last: int) -> Recording:
+    """With the last so many tokens of the prompt alone."""
+    dropped = max(0, recording.start - last)
+    states = None if recording.taps is None else recording.taps[dropped:]
+    return Recording(recording.token_ids[dropped:], recording.features[dropped:], recording.start - dropped, states)
+
+
 def main() -> None:
     """Parse the command line, measure, print the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,6 +72,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=48, help="of each length")
     parser.add_argument("--tokens", type=int, default=96, help="tokens of an answer")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--last", type=int, help="tokens of the prompt that the draft sees")
     options = parser.parse_args()
     target = load_target(TargetConfig(device=options.device))
     draft, runner = load_draft(options.draft, target), make_runner(target)
@@ -72,6 +82,8 @@ def main() -> None:
         groups = (rounds[i * step : i * step + step] for i in range(options.answers))
         asked: list[Asked] = [("", prompt_of(target, group, length)) for group in islice(groups, options.answers)]
         answers = recorded(runner, asked, SamplingConfig(), options.tokens, StopRule.of(target))
+        if options.last is not None:
+            answers = [(name, shortened(answer, options.last)) for name, answer in answers]
         found: dict[str, object] = {"prompt_tokens": sum(len(prompt) for _, prompt in asked) / len(asked)}
         for name in ("6/10/60", "chain 3"):
             drafter = Drafter(draft, TreeShape.of(TREES[name], draft.head.size))

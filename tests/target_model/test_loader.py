@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from hass_core.config import TargetConfig
 from hass_core.errors import TargetError, TemplateError
-from hass_core.target_model.loader import Target, choose_device, load_target
+from hass_core.target_model.loader import Target, attend_without_plans, choose_device, load_target
 from hass_core.target_model.source import target_name
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.loopback import Quiet, serving
@@ -319,3 +319,15 @@ def test_a_gguf_is_converted_once_for_its_content(tmp_path, monkeypatch):
 
 def _pretend_to_convert(gguf: Path, folder: Path) -> None:
     (folder / "config.json").write_text("{}")
+
+
+def test_a_gpu_s_attention_is_not_planned_anew_for_every_length():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        attend_without_plans(torch.device("cpu"))
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        attend_without_plans(torch.device("cuda"))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
