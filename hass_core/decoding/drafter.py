@@ -263,8 +263,8 @@ def last_of(rows: Tensor, counts: Tensor) -> Tensor:
 
 def calibration_of(info: Mapping[str, Any]) -> Calibration:
     """Sharpness and width by temperature from the `hass` section of a draft's config."""
-    told = info.get(CALIBRATION)
-    return {float(t): (float(s), float(w)) for t, (s, w) in told.items()} if told else USUAL
+    fitted = info.get(CALIBRATION)
+    return {float(t): (float(s), float(w)) for t, (s, w) in fitted.items()} if fitted else USUAL
 
 
 def at_temperature(calibration: Calibration, temperature: float) -> tuple[float, float]:

@@ -94,10 +94,10 @@ def among(winners: Tensor, token_ids: Tensor | None, vocab_size: int) -> tuple[T
     return found >= 0, found.clamp(min=0)
 
 
-def fresh_noise(places: int, vocab_size: int) -> Tensor:
+def fresh_noise(positions: int, vocab_size: int) -> Tensor:
     """[P, V], nothing to do with any answer's."""
     words, token_ids = stream(FRESH, 0), np.arange(vocab_size, dtype=np.uint32)
-    return torch.from_numpy(np.stack([gumbel(words, place, token_ids) for place in range(places)]))
+    return torch.from_numpy(np.stack([gumbel(words, position, token_ids) for position in range(positions)]))
 
 
 def fit(log_q: Tensor, noise: Tensor, winners: Tensor) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Drawing and guessing tokens with the noise of their places, for the B rows of a session.
+"""Drawing and guessing tokens with the noise of their positions, for the B rows of a session.
 
 A token is drawn as argmax (log p + g), p after all processors, g the noise of `hass_core.sampling`. Whatever
 decodes a text with the same seed draws the same tokens. A drafter wants the tokens whose log q + g are largest: with
@@ -6,7 +6,7 @@ the same g it has a share in the draw's luck. Given the noise, a candidate is no
 equal to p, the first one would be certain. What is uncertain is how far q is from p, so a candidate's score is its
 log-softmax of (sharpness · log q + g) / width, both fitted to the draft (`hass_core.decoding.races`).
 
-Shapes: B rows, n draws a row, N tree nodes, R tokens emitted, V vocabulary, D draft vocabulary, P places of paths.
+Shapes: B rows, n draws a row, N tree nodes, R tokens emitted, V vocabulary, D draft vocabulary, P tokens of paths.
 """
 
 from itertools import groupby
@@ -159,14 +159,14 @@ class Noise:
         """Tokens of x [B, n, D] from `lowest` on, with the noise of their positions [B, n or 1]; writes into x."""
         if lowest is not None:
             x = x.masked_fill_(x < lowest, NEVER)
-        for row, places in enumerate(positions.expand(-1, x.shape[1]).tolist()):
+        for row, asked in enumerate(positions.expand(-1, x.shape[1]).tolist()):
             start = 0
-            for position, run in groupby(places):
+            for position, run in groupby(asked):
                 stop = start + len(list(run))
                 noise = self._at(row, position).to(x.device)
                 x[row, start:stop] += noise if token_ids is None else noise[token_ids]
                 start = stop
-            known, first = self._known[row], min(places)  # texts only grow: what lies behind is not asked for again
+            known, first = self._known[row], min(asked)  # texts only grow: earlier positions do not come again
             for position in [position for position in known if position < first]:
                 del known[position]
         return x

@@ -25,8 +25,8 @@ class AnswerText:
         return new
 
     def _cut_at_stop(self, text: str) -> str:
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        return text[: min(places, default=len(text))]
+        starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
+        return text[: min(starts, default=len(text))]
 
     def _certain(self, text: str) -> str:
         """Without half a character at the end, and without what may turn out to begin a stop string."""

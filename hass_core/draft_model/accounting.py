@@ -92,17 +92,17 @@ def account(folder: Path, config: dict[str, Any], stored: dict[str, Tensor], tar
     if is_eagle3(config, tensors):
         sorted_out = eagle3_files(config, tensors, target)
         tensors, vocabulary = sorted_out.tensors, sorted_out.token_ids
-        claims, told = sorted_out.objections, {k: v for k, v in config.items() if k not in EAGLE3_FIELDS}
+        claims, fields = sorted_out.objections, {k: v for k, v in config.items() if k not in EAGLE3_FIELDS}
         architecture = Eagle3Architecture.from_config_json(config, tensors, sorted_out.taps)
     else:
-        vocabulary, claims, told = listed, [*_claims(config, tensors)], config
+        vocabulary, claims, fields = listed, [*_claims(config, tensors)], config
         tensors = _without_zero_biases(tensors)
         _compare_vocabularies(folder, record.draft_vocab_size, vocabulary, rows)
         architecture = DraftArchitecture.from_config_json(config, tensors)
     embedding = _own_embedding(folder, tensors.pop(EMBEDDING, None), target.embedding)
     objections = [
         *claims,
-        *_unknown(told, tensors, architecture, target),
+        *_unknown(fields, tensors, architecture, target),
         *_missing(tensors, architecture),
         *_wrong(tensors, architecture, embedding),
         *_structure(config),
@@ -148,12 +148,12 @@ def _token_ids(path: Path, rows: int) -> Tensor | None:
     return token_ids
 
 
-def _compare_vocabularies(folder: Path, told: int | None, vocabulary: Tensor | None, rows: int) -> None:
+def _compare_vocabularies(folder: Path, size: int | None, vocabulary: Tensor | None, rows: int) -> None:
     found = rows if vocabulary is None else len(vocabulary)
-    if told is not None and told != found:
+    if size is not None and size != found:
         there = f"{VOCABULARY} names {found}" if vocabulary is not None else f"there is no {VOCABULARY}"
         raise DraftMismatch(
-            f"the draft in {folder} drafts {told} tokens by its {CONFIG}, and {there}; take both from the same draft"
+            f"the draft in {folder} drafts {size} tokens by its {CONFIG}, and {there}; take both from the same draft"
         )
 
 

@@ -219,12 +219,12 @@ def contradicting_ropes(config: dict[str, Any]) -> str | None:
     new, scaling, theta = (config.get(name) for name in ("rope_parameters", "rope_scaling", "rope_theta"))
     if not new or not (scaling or theta):
         return None
-    told = rope_parameters(config)
+    newer = rope_parameters(config)
     elder = {name: value for name, value in config.items() if name != "rope_parameters"}
-    other = rope_parameters(elder | {"rope_theta": theta or told["rope_theta"]})
+    other = rope_parameters(elder | {"rope_theta": theta or newer["rope_theta"]})
     if not scaling:  # transformers 4 had the base beside it: one that is alone says nothing of the rest
-        other = told | {"rope_theta": other["rope_theta"]}
-    return None if other == told else f"rope_parameters tell {told}, rope_theta and rope_scaling {other}"
+        other = newer | {"rope_theta": other["rope_theta"]}
+    return None if other == newer else f"rope_parameters tell {newer}, rope_theta and rope_scaling {other}"
 
 
 def partial_rotary(config: dict[str, Any]) -> float:

@@ -174,9 +174,9 @@ def taps_told(config: dict[str, Any], layers: int) -> tuple[int, ...]:
 
 def _count(config: dict[str, Any], fusion: Tensor, taps: tuple[int, ...]) -> Iterator[str]:
     """What is wrong with the number of states."""
-    hidden, told = config.get("hidden_size"), config.get(TAP_COUNT)
-    if told is not None and told != len(taps):
-        yield f"{TAP_COUNT} is {told}, and {len(taps)} layers are named ({list(taps)})"
+    hidden, count = config.get("hidden_size"), config.get(TAP_COUNT)
+    if count is not None and count != len(taps):
+        yield f"{TAP_COUNT} is {count}, and {len(taps)} layers are named ({list(taps)})"
     if isinstance(hidden, int) and fusion.shape[1] != len(taps) * hidden:
         fused = fusion.shape[1] // max(1, hidden)
         yield f"{FUSION} fuses {fused} states, and {len(taps)} layers are named ({list(taps)})"

@@ -55,23 +55,23 @@ def read_token_ids(path: Path) -> Tensor | None:
 
 
 def _sharded(folder: Path, index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    places = read_object(index, CorruptFile, "it tells in which file each tensor is").get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+    weight_map = read_object(index, CorruptFile, "it tells in which file each tensor is").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CorruptFile(f"{index} has no weight_map that tells in which file each tensor is")
     single = folder / index.name.removesuffix(".index.json")
-    if single.is_file() and single.name not in places.values():
+    if single.is_file() and single.name not in weight_map.values():
         raise CorruptFile(f"{folder} holds both {single.name} and {index.name}; keep the one that is the draft")
     tensors: dict[str, Tensor] = {}
-    for file in sorted(set(places.values())):
+    for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
             raise CorruptFile(f"{index} names {file!r}, which is outside of its folder")
         found = read(folder / file)
-        if other := sorted(name for name in found if places.get(name) != file):
+        if other := sorted(name for name in found if weight_map.get(name) != file):
             raise CorruptFile(f"{folder / file} holds {', '.join(other)}, which {index.name} does not place there")
         tensors |= found
-    if missing := sorted(places.keys() - tensors.keys()):
+    if missing := sorted(weight_map.keys() - tensors.keys()):
         raise CorruptFile(f"{index} names {', '.join(missing)}, which its files do not hold")
-    _refuse_strays(folder, set(places.values()))
+    _refuse_strays(folder, set(weight_map.values()))
     return tensors
 
 

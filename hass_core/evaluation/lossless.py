@@ -101,6 +101,7 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
 
 
 def dtype_name(target: Target) -> str:
+    """`bfloat16` and the like."""
     return str(target.dtype).removeprefix("torch.")
 
 

@@ -178,11 +178,13 @@ def _reading(
 
 
 def engine_class(config: dict[str, Any]) -> str:
+    """The model class that config.json names; `none` where it names none."""
     named = config.get("architectures") or ("none",)
     return " ".join(map(str, named)) if isinstance(named, (list, tuple)) else str(named)
 
 
 def only_silu(config: dict[str, Any]) -> None:
+    """Raise EngineRefuses for any other activation."""
     if config.get("hidden_act", "silu") != "silu":
         raise EngineRefuses(f"it supports no activation {config['hidden_act']}")
 

@@ -47,13 +47,13 @@ class LiveFeatures:
     def many(self, indices: Sequence[int]) -> list[Conversation]:
         """Several conversations, their features computed together. Raises NonFinite naming one of them."""
         found = self._stored.many(indices)
-        for places in batches_for(self._target, [len(c.token_ids) for c in found], self._max_tokens):
-            batch = [found[place] for place in places]
+        for chosen in batches_for(self._target, [len(c.token_ids) for c in found], self._max_tokens):
+            batch = [found[index] for index in chosen]
             token_ids, names = [c.token_ids.tolist() for c in batch], [c.id for c in batch]
             rows = capture_features(self._target, token_ids, names, self._stored.info.taps)
-            for place, states in zip(places, rows, strict=True):
-                one, hidden = found[place], self._stored.info.hidden_size
-                found[place] = Conversation.of(one.id, one.token_ids, one.loss_mask, states, hidden)
+            for index, states in zip(chosen, rows, strict=True):
+                one, hidden = found[index], self._stored.info.hidden_size
+                found[index] = Conversation.of(one.id, one.token_ids, one.loss_mask, states, hidden)
         return found
 
 

@@ -98,13 +98,13 @@ class _Group:
 
     def features(self, row: int) -> pa.Buffer:
         """One row's bytes, as a view: a scalar of pyarrow's would be a copy."""
-        place = row
+        index = row
         for chunk in self.bytes.chunks:
-            if place < len(chunk):
+            if index < len(chunk):
                 _, offsets, data = chunk.buffers()
-                start, end = np.frombuffer(offsets, np.int64)[chunk.offset + place : chunk.offset + place + 2]
+                start, end = np.frombuffer(offsets, np.int64)[chunk.offset + index : chunk.offset + index + 2]
                 return data.slice(int(start), int(end - start))
-            place -= len(chunk)
+            index -= len(chunk)
         raise IndexError(row)
 
 
@@ -146,7 +146,7 @@ class FeatureDataset:
         self._remote = None if store.is_local else RemoteGroups(self._folder)
         self._footers = {} if store.is_local else {shard.name: shard.footer for shard in shards}
         rows = [row for shard in shards for row in shard.rows(split)]
-        self._addresses = [place for place, _ in rows]
+        self._addresses = [address for address, _ in rows]
         self.lengths = np.array([length for _, length in rows], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -165,13 +165,13 @@ class FeatureDataset:
         return self._conversation(index, self._group(*self._addresses[index][:2]))
 
     def _conversation(self, index: int, group: _Group) -> Conversation:
-        place = self._addresses[index]
-        row = place.row
-        where = f"{self._folder.url}/{place.file}, row group {place.row_group}, row {row} ({group.ids[row]})"
+        address = self._addresses[index]
+        row = address.row
+        where = f"{self._folder.url}/{address.file}, row group {address.row_group}, row {row} ({group.ids[row]})"
         data, unchecked = group.features(row), row not in group.checked
         if unchecked and checksum(data) != group.checksums[row]:
             if self._remote:  # perhaps only the local copy is bad
-                self._remote.forget(place.file, place.row_group)
+                self._remote.forget(address.file, address.row_group)
             raise CorruptFile(f"{where}: the checksum of the features differs; remove the stage and extract again")
         try:
             length, hidden, states = int(self.lengths[index]), self.info.hidden_size, self.info.states
@@ -202,7 +202,7 @@ class FeatureDataset:
     @property
     def blocks(self) -> np.ndarray:
         """The first conversation of each row group, ascending."""
-        groups = [place[:2] for place in self._addresses]
+        groups = [address[:2] for address in self._addresses]
         return np.array([i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]], dtype=np.int64)
 
     def stream(self) -> Iterator[Conversation]:
@@ -218,14 +218,14 @@ class FeatureDataset:
 
     def answers(self) -> Iterator[Answer]:
         """Tokens and masks of all conversations in order, without their features: those columns alone are read."""
-        for (file, number), run in groupby(self._addresses, key=lambda place: place[:2]):
+        for (file, number), run in groupby(self._addresses, key=lambda address: address[:2]):
             where = f"{self._folder.url}/{file}, row group {number}"
             with self._folder.open(file) as source, _parquet_named(where), pq.ParquetFile(source) as shard:
                 table = shard.read_row_group(number, columns=["token_ids", "loss_mask"])
             starts, token_ids = _flat(table["token_ids"])
             mask_starts, mask = _flat(table["loss_mask"])
-            for place in run:
-                rows = slice(*starts[place.row : place.row + 2]), slice(*mask_starts[place.row : place.row + 2])
+            for address in run:
+                rows = slice(*starts[address.row : address.row + 2]), slice(*mask_starts[address.row : address.row + 2])
                 yield Answer(torch.from_numpy(token_ids[rows[0]].copy()), torch.from_numpy(mask[rows[1]].astype(bool)))
 
     def _rows(self, indices: list[int]) -> list[Conversation]:
@@ -311,10 +311,10 @@ class _Survey:
 
     def rows(self, split: str | None) -> Iterator[tuple[_RowAddress, int]]:
         counts = (self.footer.row_group(i).num_rows for i in range(self.footer.num_row_groups))
-        places = (_RowAddress(self.name, g, i) for g, count in enumerate(counts) for i in range(count))
-        for place, own, length in zip(places, self.splits, self.lengths, strict=True):
+        addresses = (_RowAddress(self.name, g, i) for g, count in enumerate(counts) for i in range(count))
+        for address, own, length in zip(addresses, self.splits, self.lengths, strict=True):
             if split in (None, own):
-                yield place, length
+                yield address, length
 
 
 def _survey(folder: StageFolder, name: str) -> _Survey:

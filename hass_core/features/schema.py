@@ -4,7 +4,7 @@ One row is one conversation. `features` holds num_tokens × hidden_size numbers,
 final norm, in the encoding that the metadata names; `checksum` that of those bytes. bf16 is exact where the target
 computes in bfloat16; int8 halves the space: one bfloat16 scale per state, all of them written before the numbers.
 
-A draft that reads states inside the target has these stored behind the last one: a token is then S = 1 + n states of H
+A draft that reads states inside the target has these stored after the last one: a token is then S = 1 + n states of H
 numbers, first the last one, then those after the layers `taps` that the metadata names.
 
 Shapes: L tokens, H hidden size, S states a token, R = S·L rows.
@@ -50,7 +50,7 @@ class FeatureInfo(BaseModel, frozen=True):
     encoding: Encoding
     target_identity: str = Field(validation_alias=AliasChoices("target_identity", "target_fingerprint"))  # its digest
     code_version: str = __version__
-    taps: tuple[int, ...] = ()  # layers after which states are stored behind the last one, as vLLM counts
+    taps: tuple[int, ...] = ()  # layers after which states are stored after the last one, as vLLM counts
 
     @property
     def states(self) -> int:
@@ -59,8 +59,8 @@ class FeatureInfo(BaseModel, frozen=True):
 
     def schema(self) -> pa.Schema:
         """The columns with this information attached; taps are named where there are any."""
-        told = self.model_dump_json(exclude=None if self.taps else {"taps"})
-        return COLUMNS.with_metadata({METADATA_KEY: told.encode()})
+        metadata = self.model_dump_json(exclude=None if self.taps else {"taps"})
+        return COLUMNS.with_metadata({METADATA_KEY: metadata.encode()})
 
     @classmethod
     def of(cls, schema: pa.Schema) -> "FeatureInfo":
@@ -100,7 +100,7 @@ def checksum(data: bytes | memoryview | pa.Buffer) -> int:
     """32 bits that change when bytes change or move; several times faster than a CRC of all the data.
 
     It is the CRC-32 of the sums (of 64-bit words, wrapping) over each 4 KB block, the sums over each place in the
-    blocks, and the bytes behind the last whole block.
+    blocks, and the bytes after the last whole block.
     """
     whole = len(data) // (8 * BLOCK_WORDS)
     blocks = np.frombuffer(data, np.uint64, whole * BLOCK_WORDS).reshape(whole, BLOCK_WORDS)

@@ -2,9 +2,9 @@
 served once, and answers as well as gives features.
 
 A request of token ids makes the server write a safetensors file, `hidden_states` [L, n, H] and `token_ids` [L], into
-its `shared_storage_path`, which this machine sees as `features.server_folder`. The state behind the last layer is the
+its `shared_storage_path`, which this machine sees as `features.server_folder`. The state after the last layer is the
 last of the n and comes before the final norm, which is applied here; the others are those that the draft fuses. What a
-server runs cannot be seen from here, so every row is held against the token that the server drew behind it, and of
+server runs cannot be seen from here, so every row is held against the token that the server drew next, and of
 every batch one row of each server against the target's own pass: near it, and nearer than to the layers beside.
 """
 
@@ -106,19 +106,19 @@ class ServedStates:
             nearest = min(by_layer, key=lambda k: float((theirs[:, number] - by_layer[k]).norm()))
             if nearest != tap:
                 raise TargetError(
-                    f"conversation {name}: what {self._servers} gave as the states behind layer {tap} is nearer to "
-                    f"those behind layer {nearest} of {self._target.name}; serve those behind layers {self._layers}"
+                    f"conversation {name}: what {self._servers} gave as the states after layer {tap} is nearer to "
+                    f"those after layer {nearest} of {self._target.name}; serve those after layers {self._layers}"
                 )
         if float(apart.max()) > FARTHEST:
             raise TargetError(
                 f"conversation {name}: the features of {self._servers} are not those of {self._target.name}: they lie "
                 f"up to {float(apart.max()):.0%} apart, {FARTHEST:.0%} is taken for rounding; serve the same weights, "
-                f"and the states behind layers {self._layers} alone"
+                f"and the states after layers {self._layers} alone"
             )
 
     @property
     def _layers(self) -> list[int]:
-        """Behind which the servers shall write states."""
+        """After which the servers shall write states."""
         return [*self._taps, self._target.num_layers]
 
     async def _connect(self) -> None:
@@ -195,9 +195,9 @@ class ServedStates:
         short = float(logits.max() - logits[reply["token"]])
         if short > NEAR_TIE:
             raise TargetError(
-                f"conversation {name}: {self._servers} drew token {reply['token']} behind it, which the target's head "
+                f"conversation {name}: {self._servers} drew token {reply['token']} next, which the target's head "
                 f"gives {short:.1f} less than its best for the state that came back; the servers must run "
-                f"{self._target.name} and write the state behind its last layer, layer {self._target.num_layers}"
+                f"{self._target.name} and write the state after its last layer, layer {self._target.num_layers}"
             )
         return whole.to("cpu", torch.bfloat16)
 
@@ -246,7 +246,7 @@ def _parsed(reply: Any, server: Server) -> dict[str, Any]:
 
 
 def _final_norm(target: Target) -> nn.Module:
-    """The module that makes features of the states behind the last layer."""
+    """The module that makes features of the states after the last layer."""
     norm = getattr(cast(Any, target.model).base_model, "norm", None)
     if not isinstance(norm, nn.Module):
         raise TargetError(f'{target.name} has no final norm to be found; features.engine = "transformers" works')

@@ -1,6 +1,6 @@
 """Capture features: the target's hidden state after its final norm, for given token ids, without computing logits.
 
-With `taps` the states after those layers stand behind it in every row: H numbers become (1 + n)·H.
+With `taps` the states after those layers follow it in every row: H numbers become (1 + n)·H.
 """
 
 from collections.abc import Iterator, Sequence

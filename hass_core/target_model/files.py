@@ -76,8 +76,8 @@ def _refuse_second_set(folder: Path, name: str) -> None:
     index = folder / f"{name}.index.json"
     if not index.is_file():
         return
-    places = read_object(index, TargetError, "it tells in which file each tensor is").get("weight_map")
-    shards = set(places.values()) if isinstance(places, dict) else set()
+    weight_map = read_object(index, TargetError, "it tells in which file each tensor is").get("weight_map")
+    shards = set(weight_map.values()) if isinstance(weight_map, dict) else set()
     if any(shard != name and (folder / str(shard)).is_file() for shard in shards):
         raise TargetError(
             f"the target {folder} holds weights in {name} and in the files of {index.name}; remove one set"

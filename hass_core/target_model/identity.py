@@ -132,8 +132,8 @@ def _deciding(value: Any) -> Any:
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of all that decides which ids a text becomes, which text ids become, and which tokens are special."""
-    told = {*INERT_TOKENIZER, *tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
-    settings = {k: v for k, v in tokenizer.init_kwargs.items() if k not in told}
+    left_out = {*INERT_TOKENIZER, *tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+    settings = {k: v for k, v in tokenizer.init_kwargs.items() if k not in left_out}
     content = {
         "engine": _engine_content(tokenizer),
         "added": {i: repr(token) for i, token in sorted(tokenizer.added_tokens_decoder.items())},

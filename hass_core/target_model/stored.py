@@ -18,19 +18,19 @@ HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 def check_stored(files: Iterable[Path], name: str) -> None:
     """Raise TargetError for weights that are no plain numbers or stand in two files."""
-    places: dict[str, Path] = {}
+    file_of: dict[str, Path] = {}
     for file in files:
         for tensor, kind in _kinds_of(file).items():
-            if tensor in places:
+            if tensor in file_of:
                 raise TargetError(
-                    f"the target {name} holds {tensor} twice, in {places[tensor].name} and {file.name}; fetch it again"
+                    f"the target {name} holds {tensor} twice, in {file_of[tensor].name} and {file.name}; fetch it again"
                 )
             if kind not in PLAIN and tensor.endswith(".weight"):
                 raise TargetError(
                     f"the target {name} stores {tensor} as {kind.removeprefix('torch.')}, and its config.json says "
                     "nothing of a quantisation; give the model it was made from"
                 )
-            places[tensor] = file
+            file_of[tensor] = file
 
 
 def check_tied(tensors: Mapping[str, str], config: PretrainedConfig, name: str) -> None:

@@ -130,7 +130,7 @@ def collate(conversations: Sequence[Conversation], align_steps: int) -> Batch:
 def _laid_out(parts: Sequence[Tensor | None]) -> Tensor | None:
     if all(part is None for part in parts):
         return None
-    return torch.cat(cast(list[Tensor], parts))  # one without would shift all rows behind it: cat refuses it
+    return torch.cat(cast(list[Tensor], parts))  # one without would shift all rows after it: cat refuses it
 
 
 def add_noise(batch: Batch, half_width: float, seed: int, step: int, dtype: torch.dtype) -> Batch:

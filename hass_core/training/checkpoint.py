@@ -88,6 +88,7 @@ def load_checkpoint(
 
 
 def checkpoint_name(step: int) -> str:
+    """The file of the state after optimizer step `step`."""
     return f"{PREFIX}{step:07d}.safetensors"
 
 

@@ -121,8 +121,8 @@ def _pass_on(place: Path, progress: Progress) -> None:
 def _failure(place: Path, status: int) -> HassError:
     """What the first of the processes that met a user's mistake said, else the end of the log."""
     with suppress(FileNotFoundError):
-        told = json.loads((place / "problem.json").read_text())
-        return getattr(errors, told["kind"], HassError)(told["message"])
+        reported = json.loads((place / "problem.json").read_text())
+        return getattr(errors, reported["kind"], HassError)(reported["message"])
     return HassError(f"training by several processes ended with exit status {status}: {_end_of(place / 'log')}")
 
 

@@ -46,7 +46,7 @@ def train(run: Run, steps: Prefetcher[list[Batch]], at: Position, progress: Prog
     """Train from `at` to the end; the last state is saved. Raises NonFinite.
 
     A draft that it continues from is validated first: what no validation finds better is kept.
-    After a SIGTERM to any process all end behind the same step: the state is saved and SystemExit(143) raised.
+    After a SIGTERM to any process all end after the same step: the state is saved and SystemExit(143) raised.
     """
     config, total = run.trainer.config, run.total_steps
     at = _begun(run, at)

@@ -3,7 +3,7 @@
 `accelerate launch` says which, by the `distributed_type` of its configuration. accelerate wraps for DDP. Dividing is
 torch's own `fully_shard`, which works on CPUs too: a weight is then a DTensor, gathered while the alignment runs
 forward and backward, and a share of it everywhere else. A captured step cannot have DDP's exchange of gradients within;
-it has one of its own, behind the backward pass.
+it has one of its own, after the backward pass.
 """
 
 from collections.abc import Iterator, Sequence

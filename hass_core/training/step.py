@@ -140,9 +140,9 @@ def train_step(trainer: Trainer, batches: list[Batch], step: int, stop: bool = F
     else:
         parts = torch.as_tensor(accelerator.reduce(parts, "mean"))
     total_norm = whole(torch.nn.utils.get_total_norm(gradients))
-    # the one moment a step waits for the device: behind it the update runs while the next step is prepared
-    seen = torch.cat([total_norm.reshape(1).double(), totals.double(), parts.isfinite().all().reshape(1).double()])
-    norm, tokens, stops, sound = seen.tolist()
+    # the one moment a step waits for the device: after it the update runs while the next step is prepared
+    outcome = torch.cat([total_norm.reshape(1).double(), totals.double(), parts.isfinite().all().reshape(1).double()])
+    norm, tokens, stops, sound = outcome.tolist()
     if not (math.isfinite(norm) and sound):
         _refuse(batches, step, norm)
     _clip(trainer.config, parameters, total_norm)

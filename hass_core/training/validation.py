@@ -35,7 +35,7 @@ from hass_core.training.batch import Batch, Conversation, collate
 from hass_core.training.losses import PARTS, Objective, distill
 from hass_core.training.sharding import own_share, total
 
-DEPTH = 5  # of the chains behind tau, whatever the number of alignment steps
+DEPTH = 5  # of the chains that tau sums, whatever the number of alignment steps
 MAX_TOKENS = 65_536  # enough for an error of about 0.005 in tau
 ROWS_PER_CHUNK = 512
 

@@ -164,7 +164,7 @@ def test_states_that_a_draft_fuses_come_with_the_last_one(store, rows, folder):
 @pytest.mark.parametrize(
     ("taps", "says"),
     [
-        ((2, 3), "as the states behind layer 1 is nearer to those behind layer 2"),
+        ((2, 3), "as the states after layer 1 is nearer to those after layer 2"),
         ((), '"eagle_aux_hidden_state_layer_ids": [1, 3, 5]'),
     ],
 )
@@ -185,7 +185,7 @@ def test_states_of_the_next_layer_are_refused_where_a_layer_changes_little(store
     config = settings(folder, wrong.url).model_copy(
         update={"draft": parse_config({"draft": {"architecture": "eagle3", "taps": [1, 3]}}).draft}
     )
-    with serving(wrong), pytest.raises(TargetError, match="behind layer 1 is nearer to those behind layer 2"):
+    with serving(wrong), pytest.raises(TargetError, match="after layer 1 is nearer to those after layer 2"):
         extract_features(config, responses_artifact(store, rows), store, target)
 
 
