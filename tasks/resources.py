@@ -7,7 +7,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from hass_core.config import RunConfig, TargetConfig
-from hass_core.evaluation.evaluate import device_name
+from hass_core.evaluation.measure import device_name
 from hass_core.stages import STEP_VERSIONS
 from hass_core.store import Artifact, Store
 from hass_core.target_model.loader import Target, load_target

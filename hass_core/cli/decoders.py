@@ -17,7 +17,7 @@ def build_decoder(target: "Target", folder: Path | None, tree: TreeConfig | None
     from hass_core.decoding.decoder import PlainDecoder, SpeculativeDecoder
     from hass_core.decoding.planner import choose_decoder
     from hass_core.draft_model.checkpoint import load_draft
-    from hass_core.evaluation.session import planning_prompts
+    from hass_core.evaluation.steps import planning_prompts
     from hass_core.target_model.runner import make_runner
 
     runner = make_runner(target)

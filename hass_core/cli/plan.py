@@ -29,7 +29,7 @@ def plan(
     from hass_core.decoding.answers import StopRule
     from hass_core.decoding.planner import make_plan
     from hass_core.draft_model.checkpoint import load_draft
-    from hass_core.evaluation.session import planning_prompts
+    from hass_core.evaluation.steps import planning_prompts
     from hass_core.target_model.loader import load_target
     from hass_core.target_model.runner import make_runner
 

@@ -4,10 +4,8 @@ In: a trained draft. Out: report.json, report.html and per_question.parquet (a M
 Everything that can be wrong with the input is found before anything is measured; measured questions survive a crash.
 """
 
-import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +16,21 @@ import torch
 from hass_core.config import EvaluationConfig, RunConfig, TargetConfig, TreeConfig
 from hass_core.data.rendering import template_date
 from hass_core.draft_model.accounting import read_draft
-from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS, read_config
+from hass_core.draft_model.files import CONFIG, RANKS, VOCABULARY, WEIGHTS
 from hass_core.draft_model.identity import draft_identity
 from hass_core.evaluation.benchmarks import Question, assert_unseen, assert_unseen_by_folder, load_benchmarks
 from hass_core.evaluation.examples import Example, choose_examples
 from hass_core.evaluation.in_engine import InEngine
-from hass_core.evaluation.measure import check_lengths
+from hass_core.evaluation.measure import device_name
 from hass_core.evaluation.method_names import HASS, check_methods
 from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.page import Part, page
 from hass_core.evaluation.report import Report
-from hass_core.evaluation.session import Session
+from hass_core.evaluation.steps import Evaluation
 from hass_core.progress import Progress, no_progress
 from hass_core.sampling import DRAWS_VERSION
 from hass_core.store import Artifact, StageFolder, Store, digest_of
 from hass_core.store.content import content_of
-from hass_core.store.provenance import provenance
 from hass_core.target_model.loader import Target, load_target
 from hass_core.training.metrics import read_metrics
 
@@ -54,9 +51,12 @@ def evaluate_draft(
         return done
     seen = assert_unseen(questions, store, draft)
     source = store.open(draft)
-    work = Work(target, questions, {HASS: local_draft(source)}, config.evaluation, config.tree, seen)
-    report, measured = work.run(folder.scratch(), progress)
-    _publish(folder, work, report, measured, _training_metrics(source))
+    drafts = {HASS: local_draft(source)}
+    work = Evaluation(target, questions, drafts, config.evaluation, config.tree, seen, folder.scratch())
+    report, measured = work.run(progress)
+    for path in _write(work, report, measured, _training_metrics(source), folder.scratch() / "outputs"):
+        with folder.writing(path.name) as file:
+            file.path.write_bytes(path.read_bytes())
     return folder.finish(report.summary())
 
 
@@ -84,12 +84,14 @@ def evaluate_folder(
     target = load_target(target_config)
     if engine:
         engine.where.check(target, questions[0], settings.temperatures)
-    work = Work(target, questions, given, settings, tree_config, training_prompts_known=seen.get(HASS, False))
-    scratch = out_dir / "scratch"
-    report, measured = work.run(scratch / digest_of(work.identity()), progress)
+    scratch, contents = out_dir / "scratch", {name: _content(name, folder, target) for name, folder in given.items()}
+    identity = {"drafts": contents, **measured_by(settings, tree_config, target, questions)}
+    known = seen.get(HASS, False)
+    work = Evaluation(target, questions, given, settings, tree_config, known, scratch / digest_of(identity))
+    report, measured = work.run(progress)
     if engine:
         report = engine.added_to(report, measured, questions, target, draft_dir, settings, progress)
-    work.write(report, measured, [], out_dir)
+    _write(work, report, measured, [], out_dir)
     shutil.rmtree(scratch)
     return report
 
@@ -138,53 +140,17 @@ def local_draft(folder: StageFolder) -> Path:
     return paths[0].parent
 
 
-@dataclass(frozen=True)
-class Work:
-    """One evaluation, from questions to report."""
-
-    target: Target
-    questions: Sequence[Question]
-    drafts: Mapping[str, Path]  # by method
-    config: EvaluationConfig
-    tree: TreeConfig
-    training_prompts_known: bool
-
-    def run(self, scratch: Path, progress: Progress) -> tuple[Report, list[Measurement]]:
-        """Check, measure, and put the report together."""
-        check_methods(self.config.methods, self.drafts)
-        check_lengths(self.target, self.questions, self.config)
-        session = Session(self.target, self.questions, self.drafts, self.config, self.tree, scratch)
-        measured, findings = session.run(progress)
-        report = Report(
-            target=self.target.name,
-            target_fingerprint=self.target.fingerprint,
-            draft=_hass_section(self.drafts[HASS]) if HASS in self.drafts else {},
-            device=device_name(self.target.device),
-            max_new_tokens=self.config.max_new_tokens,
-            repeats=self.config.repeats,
-            leak_checked=self.training_prompts_known,
-            provenance=provenance(),
-            **findings,
-        )
-        return report, measured
-
-    def write(
-        self, report: Report, measured: list[Measurement], training: list[dict[str, Any]], folder: Path
-    ) -> list[Path]:
-        """All files of the evaluation, written into a local folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / name for name in (REPORT, PAGE, MEASURED)]
-        files[0].write_text(report.model_dump_json(indent=2), encoding="utf-8")
-        files[1].write_text(
-            page(report, _examples(report, measured, self.questions, self.target), training), encoding="utf-8"
-        )
-        pq.write_table(pa.Table.from_pylist([m.model_dump() for m in measured]), files[2])
-        return files
-
-    def identity(self) -> dict[str, Any]:
-        """All that determines the measurements of drafts that lie in folders."""
-        drafts = {name: _content(name, folder, self.target) for name, folder in self.drafts.items()}
-        return {"drafts": drafts, **measured_by(self.config, self.tree, self.target, self.questions)}
+def _write(
+    done: Evaluation, report: Report, measured: list[Measurement], training: list[dict[str, Any]], folder: Path
+) -> list[Path]:
+    """All files of an evaluation, written into a local folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / name for name in (REPORT, PAGE, MEASURED)]
+    examples = _examples(report, measured, done.questions, done.target)
+    files[0].write_text(report.model_dump_json(indent=2), encoding="utf-8")
+    files[1].write_text(page(report, examples, training), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist([m.model_dump() for m in measured]), files[2])
+    return files
 
 
 def _content(method: str, folder: Path, target: Target) -> str | list[str]:
@@ -192,25 +158,6 @@ def _content(method: str, folder: Path, target: Target) -> str | list[str]:
     if method == "sps":
         return [content_of(file) for file in (folder / CONFIG, folder / WEIGHTS) if file.is_file()]
     return draft_identity(read_draft(folder, target))
-
-
-def _hass_section(draft: Path) -> dict[str, Any]:
-    """What a draft's config says of its making; drafts from elsewhere say nothing."""
-    return read_config(draft).get("hass") or {}
-
-
-def device_name(device: torch.device) -> str:
-    """The hardware, as far as it decides speed."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _key(config: RunConfig, draft: Artifact, target: Target, questions: Sequence[Question]) -> dict[str, Any]:
@@ -241,11 +188,3 @@ def _training_metrics(draft: StageFolder) -> list[dict[str, Any]]:
     if manifest is None or "metrics.jsonl" not in manifest.files:
         return []
     return read_metrics(draft.read_text("metrics.jsonl"))
-
-
-def _publish(
-    folder: StageFolder, work: Work, report: Report, measured: list[Measurement], training: list[dict[str, Any]]
-) -> None:
-    for path in work.write(report, measured, training, folder.scratch() / "outputs"):
-        with folder.writing(path.name) as file:
-            file.path.write_bytes(path.read_bytes())

@@ -7,9 +7,13 @@ Nothing is compiled or captured while the clock runs: every method first answers
 during which something was compiled all the same is asked for again.
 """
 
+import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from hass_core.compilations import compilations
 from hass_core.config import EvaluationConfig, SamplingConfig
@@ -204,3 +208,17 @@ def measurement(question: Question, temperature: float, method: str, turns: Sequ
         offered=[number for cycle in cycles for number in cycle.offered],
         token_ids=[turn.generation.token_ids for turn in turns],
     )
+
+
+def device_name(device: torch.device) -> str:
+    """The hardware, as far as it decides speed."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

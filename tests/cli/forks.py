@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 HEAVY = ("torch", "transformers", "hass_core.stages", "hass_core.cli.decoders", "hass_core.decoding.planner",
-         "hass_core.export.exporter", "hass_core.export.importer", "hass_core.evaluation.session")  # fmt: skip
+         "hass_core.export.exporter", "hass_core.export.importer", "hass_core.evaluation.steps")  # fmt: skip
 
 
 def answer(arguments: list[str], stdin: str) -> dict[str, object]:

@@ -183,7 +183,7 @@ def test_hass_plan_prints_the_curve_and_writes_it(monkeypatch, tmp_path, tiny_ta
     draft = random_draft(tiny_target)
     save_draft(tmp_path / "draft", draft.model, draft.head, draft_info(tiny_target))
     monkeypatch.setattr("hass_core.target_model.loader.load_target", lambda config: tiny_target)
-    monkeypatch.setattr("hass_core.evaluation.session.planning_prompts", lambda target: [[5, 6, 7]])
+    monkeypatch.setattr("hass_core.evaluation.steps.planning_prompts", lambda target: [[5, 6, 7]])
     result = CliRunner().invoke(
         app, ["plan", str(tmp_path / "draft"), "--target", "tiny", "-o", str(tmp_path / "plan.json")]
     )

@@ -123,7 +123,7 @@ def test_a_planned_tree_is_measured_once_and_recorded(config, draft, store, tiny
     with pytest.raises(KeyboardInterrupt):
         evaluate_draft(planned, draft, store, tiny_target)
     monkeypatch.setattr(Examiner, "measure_all", measure_all)
-    monkeypatch.setattr("hass_core.evaluation.session.make_plan", None)  # a second plan would fail
+    monkeypatch.setattr("hass_core.evaluation.steps.make_plan", None)  # a second plan would fail
     artifact = evaluate_draft(planned, draft, store, tiny_target)
     report = read_report(store, artifact)
     assert report.plan is not None

@@ -5,7 +5,8 @@ plan ─► questions, all methods ─► chain drafting (n-α) ─► outputs c
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,19 @@ from hass_core.data.templates import encode_prompt
 from hass_core.decoding.answers import StopRule
 from hass_core.decoding.planner import LARGEST, Plan, make_plan
 from hass_core.draft_model.checkpoint import load_draft
+from hass_core.draft_model.files import read_config
 from hass_core.evaluation.benchmarks import Question
 from hass_core.evaluation.lossless import Certificate, Prompt, certify, dtype_name, in_float32
-from hass_core.evaluation.measure import Examiner, encode, opening
-from hass_core.evaluation.method_names import EAGLE, EAGLE2, HASS, PLAIN, draft_folder
+from hass_core.evaluation.measure import Examiner, check_lengths, device_name, encode, opening
+from hass_core.evaluation.method_names import EAGLE, EAGLE2, HASS, PLAIN, check_methods, draft_folder
 from hass_core.evaluation.methods import build_decoders
 from hass_core.evaluation.metrics import Measurement
-from hass_core.evaluation.report import Estimator
+from hass_core.evaluation.report import Estimator, Report
 from hass_core.memory import release_unused
 from hass_core.progress import Progress
 from hass_core.sampling import DRAWS_VERSION
 from hass_core.store.journal import Journal
+from hass_core.store.provenance import provenance
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import make_runner
 
@@ -36,48 +39,66 @@ CHAIN_DEPTH = 5
 PLANNING_PROMPTS, PLANNING_TOKENS = 6, 64
 
 
-class Session:
-    """Everything that is measured in one evaluation."""
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that is measured and told in one evaluation. Finished steps are kept in `scratch`."""
 
-    def __init__(
-        self,
-        target: Target,
-        questions: Sequence[Question],
-        drafts: Mapping[str, Path],
-        config: EvaluationConfig,
-        tree: TreeConfig,
-        scratch: Path,
-    ):
-        self._target, self._questions, self._drafts = target, questions, drafts
-        self._config, self._tree = config, tree
-        self._journal = Journal(scratch / "measured.jsonl", synced=True)
-        self._main = next((method for method in DRAFTED if method in config.methods), None)
-        self._few = questions[: config.lossless_questions]
+    target: Target
+    questions: Sequence[Question]
+    drafts: Mapping[str, Path]  # by method
+    config: EvaluationConfig
+    tree: TreeConfig
+    training_prompts_known: bool
+    scratch: Path
 
-    def run(self, progress: Progress) -> tuple[list[Measurement], dict[str, Any]]:
-        """All measurements, and the fields of the report that come from measuring."""
+    def run(self, progress: Progress) -> tuple[Report, list[Measurement]]:
+        """Check, measure, and put the report together. Raises ConfigError, BadInput or ContextTooLong before that."""
+        check_methods(self.config.methods, self.drafts)
+        check_lengths(self.target, self.questions, self.config)
         plan, tree = self._plan(progress)
-        decoders = build_decoders(self._target, self._config.methods, self._drafts, tree)
-        measured = Examiner(self._target, decoders, self._config).measure_all(self._questions, self._journal, progress)
+        decoders = build_decoders(self.target, self.config.methods, self.drafts, tree)
+        measured = Examiner(self.target, decoders, self.config).measure_all(self.questions, self._journal, progress)
         del decoders  # each holds the target's weights once more
-        estimator = Estimator(measured, self._config.bootstrap_resamples, self._config.seed)
+        estimator = Estimator(measured, self.config.bootstrap_resamples, self.config.seed)
         exact, same = self._certificates(tree, progress)
-        findings = {
-            "dtype": dtype_name(self._target),
-            "draws": DRAWS_VERSION,
-            "tree": tree,
-            "plan": plan,
-            "benchmarks": {name: len([q for q in self._questions if q.benchmark == name]) for name in self._names()},
-            "scores": estimator.scores(),
-            "comparisons": estimator.comparisons(self._main) if self._main else [],
-            "n_alpha": estimator.n_alpha(self._chain(progress)) if self._main else [],
-            "tree_use": estimator.tree_use(self._main) if self._main else [],
-            "lossless": exact,
-            "same_precision": same,
-            "compilations": sum(m.compilations for m in measured),
-            "generate_tokens_per_second": self._step("generate", self._generate),
-        }
-        return measured, findings
+        asked = [question.benchmark for question in self.questions]
+        report = Report(
+            target=self.target.name,
+            target_fingerprint=self.target.fingerprint,
+            draft=read_config(self.drafts[HASS]).get("hass") or {} if HASS in self.drafts else {},
+            device=device_name(self.target.device),
+            dtype=dtype_name(self.target),
+            tree=tree,
+            plan=plan,
+            max_new_tokens=self.config.max_new_tokens,
+            repeats=self.config.repeats,
+            benchmarks={name: asked.count(name) for name in dict.fromkeys(asked)},
+            scores=estimator.scores(),
+            comparisons=estimator.comparisons(self._main) if self._main else [],
+            n_alpha=estimator.n_alpha(self._chain(progress)) if self._main else [],
+            tree_use=estimator.tree_use(self._main) if self._main else [],
+            lossless=exact,
+            same_precision=same,
+            generate_tokens_per_second=self._step("generate", self._generate),
+            compilations=sum(m.compilations for m in measured),
+            leak_checked=self.training_prompts_known,
+            provenance=provenance(),
+            draws=DRAWS_VERSION,
+        )
+        return report, measured
+
+    @cached_property
+    def _journal(self) -> Journal:
+        return Journal(self.scratch / "measured.jsonl", synced=True)
+
+    @property
+    def _main(self) -> str | None:
+        """The method that is compared and chained; None where only rivals without a draft are measured."""
+        return next((method for method in DRAFTED if method in self.config.methods), None)
+
+    @property
+    def _few(self) -> Sequence[Question]:
+        return self.questions[: self.config.lossless_questions]
 
     def _step(self, name: str, work: Callable[[], Any]) -> Any:
         """The JSON-able result of one step, from the journal when it was finished before."""
@@ -86,20 +107,17 @@ class Session:
             release_unused()
         return self._journal[name]
 
-    def _names(self) -> list[str]:
-        return list(dict.fromkeys(question.benchmark for question in self._questions))
-
     def _plan(self, progress: Progress) -> tuple[Plan | None, TreeConfig]:
         """The tree to decode with: as set, or chosen by measuring this machine and draft on training prompts."""
-        if not self._tree.plan or self._main is None:
-            return None, self._tree
-        folder = draft_folder(self._main, self._drafts)
+        if not self.tree.plan or self._main is None:
+            return None, self.tree
+        folder = draft_folder(self._main, self.drafts)
 
         def work() -> dict[str, Any]:
             progress(0, 1, "choosing the tree")
-            prompts = planning_prompts(self._target)
-            draft = replace(load_draft(folder, self._target), eight_bits=self._tree.eight_bits)
-            runner, stop = make_runner(self._target), StopRule.of(self._target)
+            prompts = planning_prompts(self.target)
+            draft = replace(load_draft(folder, self.target), eight_bits=self.tree.eight_bits)
+            runner, stop = make_runner(self.target), StopRule.of(self.target)
             return make_plan(runner, draft, prompts, stop, max_new_tokens=PLANNING_TOKENS).model_dump()
 
         plan = Plan.model_validate(self._step("plan", work))
@@ -107,12 +125,12 @@ class Session:
 
     def _chain(self, progress: Progress) -> list[Measurement]:
         """The main draft as a chain on a few questions, greedily: what n-α is computed from."""
-        config = self._config.model_copy(update={"temperatures": (0.0,), "repeats": 1, "methods": (self._main,)})
+        config = self.config.model_copy(update={"temperatures": (0.0,), "repeats": 1, "methods": (self._main,)})
         tree = TreeConfig(kind="chain", depth=CHAIN_DEPTH, top_k=1, nodes=CHAIN_DEPTH + 1)
 
         def work() -> list[dict[str, Any]]:
-            decoders = build_decoders(self._target, config.methods, self._drafts, tree)
-            examiner = Examiner(self._target, decoders, config)
+            decoders = build_decoders(self.target, config.methods, self.drafts, tree)
+            examiner = Examiner(self.target, decoders, config)
             measured = []
             for done, question in enumerate(self._few):
                 progress(done, len(self._few), "chain drafting")
@@ -129,10 +147,10 @@ class Session:
             return None, None
 
         def work() -> list[dict[str, Any]]:
-            exact = in_float32(self._target)
+            exact = in_float32(self.target)
             return [
                 self._certificate(target, exact, tree, progress).model_dump()
-                for target in ([exact] if exact is self._target else [exact, self._target])
+                for target in ([exact] if exact is self.target else [exact, self.target])
             ]
 
         found = [Certificate.model_validate(row) for row in self._step("lossless", work)]
@@ -140,7 +158,7 @@ class Session:
 
     def _certificate(self, target: Target, exact: Target, tree: TreeConfig, progress: Progress) -> Certificate:
         assert self._main is not None
-        decoders = build_decoders(target, [self._main], self._drafts, tree)
+        decoders = build_decoders(target, [self._main], self.drafts, tree)
         prompts = [self._opening(question) for question in self._few]
         return certify(
             target,
@@ -148,23 +166,23 @@ class Session:
             decoders[PLAIN],
             decoders[self._main],
             prompts,
-            self._config.max_new_tokens,
-            tuple(dict.fromkeys((0.0, *self._config.temperatures))),
+            self.config.max_new_tokens,
+            tuple(dict.fromkeys((0.0, *self.config.temperatures))),
             progress,
         )
 
     def _opening(self, question: Question) -> Prompt:
         """A question's first turn."""
-        return question.id, encode(self._target, question, opening(question))
+        return question.id, encode(self.target, question, opening(question))
 
     def _generate(self) -> float:
         """Tokens per second of transformers' own greedy `generate` on the first question: a reference, no baseline."""
-        prompt = torch.tensor([self._opening(self._questions[0])[1]], device=self._target.device)
+        prompt = torch.tensor([self._opening(self.questions[0])[1]], device=self.target.device)
         options: dict[str, Any] = {"do_sample": False, "attention_mask": torch.ones_like(prompt)}
-        limit = self._config.max_new_tokens
-        self._target.model.generate(prompt, max_new_tokens=2, **options)  # pyright: ignore[reportCallIssue]
+        limit = self.config.max_new_tokens
+        self.target.model.generate(prompt, max_new_tokens=2, **options)  # pyright: ignore[reportCallIssue]
         started = time.perf_counter()
-        answer = self._target.model.generate(prompt, max_new_tokens=limit, **options)  # pyright: ignore[reportCallIssue]
+        answer = self.target.model.generate(prompt, max_new_tokens=limit, **options)  # pyright: ignore[reportCallIssue]
         return (answer.shape[1] - prompt.shape[1]) / (time.perf_counter() - started)
 
 
