@@ -133,8 +133,13 @@ async def restore(client: PrefectClient, before: DeploymentResponse) -> None:
         await client.pause_deployment(before.id)
     limit = before.global_concurrency_limit
     now = after.global_concurrency_limit
-    if limit and now and limit.limit != now.limit:
+    if limit and (not now or limit.limit != now.limit):
         await client.update_deployment(before.id, DeploymentUpdate(concurrency_limit=limit.limit))
+    if limit:
+        print(
+            f"deployment {before.name} ({before.entrypoint}) keeps its concurrency limit of {limit.limit}: with one, "
+            "Prefect ends runs whose server is away or restarted; a limit of the pool does not"
+        )
     kept = with_job_variables(before.job_variables or {}, after.job_variables or {})
     if kept != after.job_variables:
         await client.update_deployment(before.id, DeploymentUpdate(job_variables=kept))

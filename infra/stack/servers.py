@@ -15,6 +15,9 @@ PREFECT = [sys.executable, "-m", "prefect"]
 WITHOUT_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 """Eight processes and 1.3 GB for judges of answers, which the pipeline does not use."""
 
+KEPT_LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
+"""A server that forgets the leases of concurrency limits when it is restarted ends the runs that hold one."""
+
 
 def start_mlflow(processes: Processes, postgres: Postgres, environment: dict[str, str], port: int) -> dict[str, str]:
     """Start MLflow, its artifacts in the S3 store; the environment that names it. It may not be ready yet."""
@@ -31,6 +34,7 @@ def start_prefect(processes: Processes, postgres: Postgres, environment: dict[st
     own = {
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": postgres.address("prefect", "asyncpg"),
         "PREFECT_UI_API_URL": api,  # its pages would ask port 4200, whatever --port says
+        **KEPT_LEASES,
     }
     command = [*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     processes.start("prefect", command, environment | postgres.environment | own)

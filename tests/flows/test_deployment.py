@@ -135,10 +135,12 @@ def test_deploying_again_keeps_what_an_operator_set(stack):
         before = as_it_is()
         assert '"paused": true' in before
         ours = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
-        assert stack.deploy().splitlines() == [f"{len(ours)} deployments are up to date"]
+        limited, last = stack.deploy().splitlines()
+        assert "smollm2-cpu (flows/retrain.py:retrain) keeps its concurrency limit of 3" in limited
+        assert last == f"{len(ours)} deployments are up to date"
         assert as_it_is() == before
     finally:
-        stack.api_patch(f"deployments/{weekly['id']}", {"paused": False, "concurrency_limit": 1})
+        stack.api_patch(f"deployments/{weekly['id']}", {"paused": False, "concurrency_limit": None})
         stack.api_patch(f"deployments/{weekly['id']}", {"job_variables": {"env": heartbeat}})
 
 

@@ -245,6 +245,8 @@ def test_the_server_restarted_in_mid_run(stack, tiny_preset):
     run = start_run(stack, tiny_preset)
     wait_for(lambda: steps_trained(tiny_preset) > 30, "the training to begin", 180)
     stack.restart_server(seconds_away=15)
+    details = stack.api_get(f"flow_runs/{run}")["state"]["state_details"]
+    assert not details["deployment_concurrency_lease_id"], "renewed every 225 s, or the run is ended"
     wait_for(lambda: state(stack, run) == "COMPLETED", "the run to complete", 300)
     assert_once(tiny_preset)
     assert_no_step_twice(tiny_preset)
