@@ -114,9 +114,24 @@ def _commit() -> str:
     return done.stdout.strip()
 
 
-def deploy_all() -> None:
+def with_limits(definition: dict[str, Any], before: list[DeploymentResponse]) -> dict[str, Any]:
+    """prefect.yaml with the limits that an operator set: one left out would be deleted, with the leases of its runs."""
+    limits = {(known.name, known.entrypoint): known.global_concurrency_limit for known in before}
+    deployments = []
+    for deployment in definition["deployments"]:
+        if limit := limits.get((deployment["name"], deployment["entrypoint"])):
+            deployment = {**deployment, "concurrency_limit": limit.limit}
+            print(
+                f"{deployment['name']} ({deployment['entrypoint']}) keeps its concurrency limit of {limit.limit}: with "
+                "one, Prefect ends runs whose server is away or restarted; a limit of the pool does not"
+            )
+        deployments.append(deployment)
+    return {**definition, "deployments": deployments}
+
+
+def deploy_all(before: list[DeploymentResponse]) -> None:
     """`prefect deploy --all` with the pull step."""
-    definition = with_code(yaml.safe_load((ROOT / "prefect.yaml").read_text()))
+    definition = with_limits(with_code(yaml.safe_load((ROOT / "prefect.yaml").read_text())), before)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix="hass-") as file:
         yaml.safe_dump(definition, file, sort_keys=False)
         file.flush()
@@ -131,15 +146,6 @@ async def restore(client: PrefectClient, before: DeploymentResponse) -> None:
     after = await client.read_deployment(before.id)
     if before.paused and not after.paused:
         await client.pause_deployment(before.id)
-    limit = before.global_concurrency_limit
-    now = after.global_concurrency_limit
-    if limit and (not now or limit.limit != now.limit):
-        await client.update_deployment(before.id, DeploymentUpdate(concurrency_limit=limit.limit))
-    if limit:
-        print(
-            f"deployment {before.name} ({before.entrypoint}) keeps its concurrency limit of {limit.limit}: with one, "
-            "Prefect ends runs whose server is away or restarted; a limit of the pool does not"
-        )
     kept = with_job_variables(before.job_variables or {}, after.job_variables or {})
     if kept != after.job_variables:
         await client.update_deployment(before.id, DeploymentUpdate(job_variables=kept))
@@ -168,7 +174,7 @@ async def deploy() -> None:
     async with get_client() as client:
         await create_pools(client)
         before = await client.read_deployments()
-        await asyncio.to_thread(deploy_all)
+        await asyncio.to_thread(deploy_all, before)
         for deployment in before:
             await restore(client, deployment)
         await put_automations(client)

@@ -60,14 +60,16 @@ def state(stack: Stack, run_id: str) -> str:
 
 def steps_trained(preset: Path) -> int:
     """Steps in the record of the training under way."""
-    files = list((preset.parent / ".hass/store/draft").rglob("metrics.jsonl"))
+    # no rglob: it looks into every folder, and the training's temporary ones vanish under it
+    files = list((preset.parent / ".hass/store/draft").glob("*/scratch/metrics.jsonl"))
     lines = files[0].read_text().splitlines() if files else []
     return len(lines)
 
 
 def manifests(preset: Path) -> dict[str, int]:
     """Time of completion of every finished stage."""
-    return {path.parts[-3]: path.stat().st_mtime_ns for path in (preset.parent / ".hass/store").rglob("manifest.json")}
+    found = (preset.parent / ".hass/store").glob("*/*/manifest.json")
+    return {path.parts[-3]: path.stat().st_mtime_ns for path in found}
 
 
 def assert_once(preset: Path, uri: str | None = None) -> None:

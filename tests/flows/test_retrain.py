@@ -203,7 +203,7 @@ def test_ctrl_c_says_how_to_go_on(environment, tiny_preset, tmp_path):
         )
         try:
             drafts = tiny_preset.parent / ".hass/store/draft"
-            wait_for(lambda: list(drafts.rglob("metrics.jsonl")), "the training to begin", 300)
+            wait_for(lambda: list(drafts.glob("*/scratch/metrics.jsonl")), "the training to begin", 300)
             os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to the whole foreground group
             assert process.wait(60) == 130
         finally:
