@@ -24,7 +24,7 @@ from infra.stack.servers import WITHOUT_JOBS
 from tests.flows.stack import ROOT, Stack, answers, end, free_port, wait_for
 from tests.s3_server import ACCESS_KEY, SECRET_KEY
 
-pytestmark = [pytest.mark.recovery, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.recovery, pytest.mark.timeout(1800)]  # of a busy machine
 OUTAGE_SECONDS = 20
 OFTEN_SAVED = ("training.checkpoint_every_steps=20", "training.validate_every_steps=1000")
 ENOUGH = ("training.passes=40", *OFTEN_SAVED)  # for a kill once it has begun
