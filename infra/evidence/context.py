@@ -1,12 +1,12 @@
 """Tokens per cycle against the length of the context: how a draft fares beyond the lengths that it was trained on.
 
-    PYTHONPATH=. python infra/evidence/context.py DRAFT CONVERSATIONS [--device cuda] [--last 512]
+    PYTHONPATH=. python infra/evidence/context.py DRAFT CONVERSATIONS [--device cuda] [--last 256 512]
 
 CONVERSATIONS is a JSON Lines file (may be gzipped) in ShareGPT form. For each length, rounds of other conversations are
 put before a question until the prompt is about so long, the target answers greedily, and the draft's cycles are
 replayed over the answers (`hass_core.decoding.replay`), in a tree of 6/10/60 and a chain of 3. With `--last` the draft
-sees only so many of the prompt's tokens, the last ones, at positions from 0 on; their features are those of the whole
-prompt, and the answers stay the same. Prints JSON: τ with bootstrap intervals over answers.
+is also tried with only so many of the prompt's tokens, the last ones, at positions from 0 on; their features are those
+of the whole prompt, and the answers stay the same. Prints JSON: τ with bootstrap intervals over answers.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=48, help="of each length")
     parser.add_argument("--tokens", type=int, default=96, help="tokens of an answer")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--last", type=int, help="tokens of the prompt that the draft sees")
+    parser.add_argument("--last", type=int, nargs="+", default=[], help="tokens of the prompt that the draft sees")
     options = parser.parse_args()
     target = load_target(TargetConfig(device=options.device))
     draft, runner = load_draft(options.draft, target), make_runner(target)
@@ -82,12 +82,13 @@ def main() -> None:
         groups = (rounds[i * step : i * step + step] for i in range(options.answers))
         asked: list[Asked] = [("", prompt_of(target, group, length)) for group in islice(groups, options.answers)]
         answers = recorded(runner, asked, SamplingConfig(), options.tokens, StopRule.of(target))
-        if options.last is not None:
-            answers = [(name, shortened(answer, options.last)) for name, answer in answers]
         found: dict[str, object] = {"prompt_tokens": sum(len(prompt) for _, prompt in asked) / len(asked)}
-        for name in ("6/10/60", "chain 3"):
-            drafter = Drafter(draft, TreeShape.of(TREES[name], draft.head.size))
-            found[name] = replayed(drafter, answers, target.head, SamplingConfig()).record()["tau"]
+        for last in (None, *options.last):
+            seen = [(name, answer if last is None else shortened(answer, last)) for name, answer in answers]
+            for name in ("6/10/60", "chain 3"):
+                drafter = Drafter(draft, TreeShape.of(TREES[name], draft.head.size))
+                key = name if last is None else f"{name}, last {last}"
+                found[key] = replayed(drafter, seen, target.head, SamplingConfig()).record()["tau"]
         record[length] = found
         print(length, json.dumps(found), flush=True)
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"
