@@ -16,9 +16,9 @@ from hass_core.data.holdout import assert_no_leak, heldout_prompts, normalized_h
 from hass_core.data.prompts import read_prompts
 from hass_core.data.sources import Skipped, read_file
 from hass_core.data.templates import Message
-from hass_core.errors import BadInput
+from hass_core.errors import BadInput, StoreError
 from hass_core.evaluation.benchmark_names import HELDOUT, ON_HUB, benchmark_file
-from hass_core.store import MANIFEST, Artifact, Store, store_at
+from hass_core.store import Artifact, Store, origin_of, store_at
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,19 @@ def assert_unseen(questions: Iterable[Question], store: Store, draft: Artifact) 
 
 
 def assert_unseen_by_folder(questions: Iterable[Question], draft_dir: Path) -> bool:
-    """As `assert_unseen`, for a draft's folder: what it was trained on is known where that lies in a store on disk."""
-    folder = draft_dir.resolve()
-    if folder.parent.name != "draft" or not (folder / MANIFEST).is_file():
+    """As `assert_unseen`, for a draft's folder: what it was trained on is known where that lies in a store on disk, or
+    is the copy of a draft of a store elsewhere that still answers.
+    """
+    address = origin_of(draft_dir, "draft")
+    if address is None:
         return False
-    store, draft = store_at(str(folder), "draft")
-    return assert_unseen(questions, store, draft)
+    try:
+        store, draft = store_at(address, "draft")
+        return assert_unseen(questions, store, draft)
+    except StoreError:
+        if "://" in address:  # away, or removed since the copy was made
+            return False
+        raise
 
 
 def training_prompts(store: Store, draft: Artifact) -> list[Record] | None:

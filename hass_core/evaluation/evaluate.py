@@ -137,6 +137,7 @@ def local_draft(folder: StageFolder) -> Path:
     manifest = folder.manifest()
     assert manifest is not None
     paths = [folder.local_path(name) for name in (CONFIG, WEIGHTS, VOCABULARY, RANKS) if name in manifest.files]
+    folder.note_origin()
     return paths[0].parent
 
 

@@ -181,7 +181,6 @@ def measured_how(report: Report) -> list[str]:
     tree = report.tree
     shape = f"{tree.kind}, depth {tree.depth}, top_k {tree.top_k}, {tree.nodes} nodes"
     chosen = ", chosen by measuring this machine and draft" if report.plan else ""
-    known = "compared by hash: none was trained on" if report.leak_checked else "not known here, so not compared"
     return [
         f"machine: {report.device}, {report.dtype}; batch 1; times include the prefill",
         f"tree: {shape}{chosen}",
@@ -190,9 +189,15 @@ def measured_how(report: Report) -> list[str]:
         *([f"the engine: {report.served_how}; every turn a request of its own over HTTP"] if report.served else []),
         f"questions: {', '.join(f'{count} of {name}' for name, count in report.benchmarks.items())}",
         f"transformers' own `generate` on one question: {report.generate_tokens_per_second:.1f} tokens/s",
-        f"training prompts: {known}",
+        training_prompts(report),
         *_made_with(report.provenance),
     ]
+
+
+def training_prompts(report: Report) -> str:
+    """Whether the questions were held against what the draft was trained on."""
+    known = "compared by hash: none was trained on" if report.leak_checked else "not known here, so not compared"
+    return f"training prompts: {known}"
 
 
 def _made_with(provenance: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,15 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from hass_core.evaluation.render import Rows, acceptance_table, half_paper_table, headline, paper_table, served_table
+from hass_core.evaluation.render import (
+    Rows,
+    acceptance_table,
+    half_paper_table,
+    headline,
+    paper_table,
+    served_table,
+    training_prompts,
+)
 from hass_core.evaluation.report import Report
 
 
@@ -22,7 +30,7 @@ def terminal(report: Report) -> RenderableType:
         parts.append(_table("Here and in the engine", *served_table(report)))
     if report.score(report.main_method).acceptance_by_depth:
         parts.append(_table("Acceptance by depth", *acceptance_table(report)))
-    return Group(*parts)
+    return Group(*parts, escape(training_prompts(report)))
 
 
 def _table(title: str, columns: Sequence[str], rows: Rows) -> Table:

@@ -33,6 +33,7 @@ from hass_core.store.scratch import clear, finishing, publishing, remove_abandon
 
 MANIFEST = "manifest.json"
 RECORDS = "_records"
+ORIGIN = "origin.txt"  # beside cached copies: the address of the stage that they are of
 SCRATCH = "scratch"
 CACHE_GB = 50.0
 REMOTE_READ = {"block_size": 1 << 18, "cache_type": "readahead"}
@@ -130,6 +131,19 @@ def store_at(url: str, stage: str) -> tuple[Store, Artifact]:
     artifact = Artifact(stage=stage, digest=digest, root=store.root)
     store.open(artifact)
     return store, artifact
+
+
+def origin_of(folder: Path, stage: str) -> str | None:
+    """The address of the finished stage whose files `folder` holds: its own in a store on disk, another's in a cache.
+
+    None for a folder from elsewhere.
+    """
+    folder = folder.resolve()
+    if folder.parent.name != stage:
+        return None
+    if (folder / MANIFEST).is_file():
+        return str(folder)
+    return (folder / ORIGIN).read_text(encoding="utf-8") if (folder / ORIGIN).is_file() else None
 
 
 class StageFolder:
@@ -248,6 +262,12 @@ class StageFolder:
         if not rows_checked and sha256_of(path) != record.sha256:
             raise CorruptFile(self._corrupt(name, "the checksum differs"))
         return path
+
+    def note_origin(self) -> None:
+        """Have it told beside the cached copies of a remote stage's files where they came from; see `origin_of`."""
+        if not self.store.is_local:
+            url = self.url
+            self.store.files.put(f"{self.stage}/{self.digest}/{ORIGIN}", lambda path: _write_text(path, url))
 
     def problems(self) -> list[str]:
         """What the files of a finished stage lack, from one listing: none is opened. [] where nothing does."""
@@ -388,6 +408,10 @@ class Writing:
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name) or name in (MANIFEST, SCRATCH):
         raise StoreError(f"{name!r} is not a plain file name")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _sync(path: Path) -> None:

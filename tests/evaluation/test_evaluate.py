@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 
+from hass_core.cli.draft_address import find_draft
 from hass_core.config import RunConfig, TargetConfig
 from hass_core.data.prompts import PROMPTS_SCHEMA
 from hass_core.errors import BadInput, ConfigError, ContextTooLong, DraftMismatch, LeakedBenchmark, NonFinite
@@ -20,6 +22,7 @@ from hass_core.evaluation.evaluate import evaluate_draft, evaluate_folder, read_
 from hass_core.evaluation.measure import Examiner
 from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.report import Report
+from hass_core.evaluation.terminal import terminal
 from hass_core.store import Artifact, Store
 from hass_core.target_model.loader import freeze
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -180,7 +183,8 @@ def test_logits_that_are_not_numbers_name_method_and_question(config, draft, sto
         evaluate_draft(config, draft, store, target)
 
 
-def test_a_question_that_was_trained_on_is_refused(config, store, tiny_target, draft_dir, tmp_path):
+def trained_on_a_question(store: Store, draft_dir: Path) -> Artifact:
+    """A finished draft stage behind the stages that made it, whose prompts hold a question of `settings`."""
     prompts = store.stage("prompts", {"n": 1})
     row = {"id": "p/1", "category": "c", "source": "p", "sha256": "-"}
     row["messages"] = [{"role": "user", "content": "what is 2 + 3 ?!"}]
@@ -194,6 +198,11 @@ def test_a_question_that_was_trained_on_is_refused(config, store, tiny_target, d
                 with folder.writing(path.name) as file:
                     file.path.write_bytes(path.read_bytes())
         source = folder.finish({})
+    return source
+
+
+def test_a_question_that_was_trained_on_is_refused(config, store, tiny_target, draft_dir, tmp_path):
+    source = trained_on_a_question(store, draft_dir)
     with pytest.raises(LeakedBenchmark, match=r"training prompt 'what is 2 \+ 3 \?!'"):
         evaluate_draft(config, source, store, tiny_target)
     folder = Path(store.root) / "draft" / source.digest  # as `hass evaluate STORE/draft/DIGEST` finds it
@@ -211,18 +220,37 @@ def test_a_question_that_was_trained_on_is_refused(config, store, tiny_target, d
         )
 
 
+@pytest.mark.slow
+def test_a_question_that_was_trained_on_is_refused_for_a_draft_on_s3(
+    config, s3_store, s3_proxy, draft_dir, tmp_path, on_tiny, monkeypatch
+):
+    """As `hass evaluate s3://…/draft/DIGEST` finds it: its files come into the cache, its prompts stay where they are.
+    From elsewhere, or with a server that is away, they are not known, and the report says so."""
+    monkeypatch.setenv("HASS_CACHE", str(tmp_path / "cache"))
+    source = trained_on_a_question(s3_store, draft_dir)
+    folder = find_draft(source.url)
+    asked = TargetConfig(), config.evaluation, TREE, tmp_path / "out", ["plain", "hass"]
+    with pytest.raises(LeakedBenchmark, match=r"training prompt 'what is 2 \+ 3 \?!'"):
+        evaluate_folder(folder, *asked)
+    s3_proxy.fail("500")
+    report = evaluate_folder(folder, *asked)
+    assert not report.leak_checked
+    assert "training prompts: not known here, so not compared" in shown(report)
+
+
+def shown(report: Report) -> str:
+    """What the terminal shows of it."""
+    console = Console(width=160, record=True, force_terminal=False)
+    console.print(terminal(report))
+    return console.export_text()
+
+
 def test_names_with_markup_are_shown_as_they_are(config, draft, store, tiny_target):
-    from rich.console import Console
-
-    from hass_core.evaluation.terminal import terminal
-
     report = read_report(store, evaluate_draft(config, draft, store, tiny_target))
     name = "[bold]x|y[/]"
     scores = [s.model_copy(update={"benchmark": s.benchmark.replace("mine", name)}) for s in report.scores]
     odd = report.model_copy(update={"benchmarks": {name: 3}, "scores": scores})
-    console = Console(width=160, record=True, force_terminal=False)
-    console.print(terminal(odd))
-    assert "[bold]x|y[/]" in console.export_text()
+    assert "[bold]x|y[/]" in shown(odd)
 
 
 def test_a_broken_question_file_stops_the_stage_at_once(config, draft, store, tiny_target, questions_file):

@@ -126,7 +126,7 @@ def test_a_store_without_room_is_refused_with_the_missing_amount(store, monkeypa
     assert (expected.tokens, expected.seconds) == (200_000_000, 5000)
     assert 1.6e12 < expected.bytes < 1.7e12
     monkeypatch.setattr(store, "free_bytes", lambda: 10**12)
-    with pytest.raises(StoreError, match=r"1000\.00 GB free: 7\d\d\.\d\d GB too little"):
+    with pytest.raises(StoreError, match=r"only 1\.0 TB free: 7\d\d GB too little"):
         refuse_if_too_large(expected, store)
 
 
