@@ -1,5 +1,6 @@
 """The gate, people where they are asked, the alias: what a retraining and promote-draft have in common."""
 
+from functools import partial
 from typing import cast
 
 from prefect.flow_runs import suspend_flow_run
@@ -11,6 +12,7 @@ from pydantic import Field
 from hass_core.config import RunConfig
 from tasks.gate import Verdict
 from tasks.promotion import judge_draft, publish, reject, settle_promotion
+from tasks.stage_lines import told
 from tasks.tracking import DraftVersion
 
 
@@ -28,7 +30,7 @@ def decide(config: RunConfig, version: DraftVersion, *, again: bool = False, app
     was measured. In a terminal the draft is left to promote-draft and reject-draft.
     """
     while True:
-        verdict = judge_draft(config, version, again)
+        verdict = told("gate", partial(judge_draft, config, version, again), lambda verdict: verdict.outcome)
         if approval and verdict.promoted and verdict.champion != version.version:
             waiting = verdict.model_copy(update={"waits": True})
             if deployment.id is None:

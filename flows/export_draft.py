@@ -1,5 +1,6 @@
 """Export a draft: `python -m flows.export_draft [PRESET] [source=…] [engine=vllm] [section.key=value …]`."""
 
+from functools import partial
 from pathlib import Path
 
 from prefect import flow
@@ -12,6 +13,7 @@ from hass_core.config import RunConfig
 from tasks.export import Exported, find_draft
 from tasks.export import export_draft as export
 from tasks.retries import SHORT_SECONDS
+from tasks.stage_lines import told
 
 
 @flow(name="export-draft", flow_run_name="export-draft {run.preset} for {run.engine}", timeout_seconds=SHORT_SECONDS)
@@ -20,7 +22,8 @@ def export_draft(run: ExportParameters) -> Exported:
     config = run.config()
     source = find_draft(config, run.source)
     out = Path("exports", run.folder or f"{source.short_name}-{run.engine}").resolve()
-    return export(config, source, run.engine, out, run.served_as)
+    work = partial(export, config, source, run.engine, out, run.served_as)
+    return told("export", work, lambda done: f"{source} for {run.engine}, every check passed")
 
 
 def show(console: Console, config: RunConfig, done: Exported) -> None:

@@ -57,6 +57,10 @@ class Verdict(BaseModel, frozen=True):
     def __str__(self) -> str:
         return f"version {self.challenger}: {self.title} ({'; '.join(self.reasons)})"
 
+    def gain_words(self) -> str:
+        """The gain over the opponent with its interval."""
+        return _shown(self.gain) if self.gain else "nothing was compared"
+
     def refused(self, reason: str) -> "Verdict":
         """The same after a person said no."""
         return self.model_copy(update={"promoted": False, "waits": False, "reasons": (reason, *self.reasons)})
@@ -80,9 +84,12 @@ class Verdict(BaseModel, frozen=True):
 
 
 def all_of(verdicts: Sequence[Verdict]) -> Verdict:
-    """One verdict of several, all of which must promote; its table is of the one that refused, else of the last."""
+    """One verdict of several, all of which must promote; its table is of the one that refused, else of the last, and
+    what refuses comes first among its reasons.
+    """
     shown = next((verdict for verdict in verdicts if not verdict.promoted), verdicts[-1])
-    reasons = dict.fromkeys(reason for verdict in verdicts for reason in verdict.reasons)
+    ordered = sorted(verdicts, key=lambda verdict: verdict.promoted and not shown.promoted)
+    reasons = dict.fromkeys(reason for verdict in ordered for reason in verdict.reasons)
     return shown.model_copy(update={"reasons": tuple(reasons)})
 
 

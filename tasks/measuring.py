@@ -6,6 +6,7 @@ it is of another, or there is none  against plain decoding, and against the old 
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,6 +22,8 @@ from hass_core.store import Artifact
 from tasks.export import DraftSource, tree_of, write_export
 from tasks.gate import NOT_LOSSLESS, PLAIN_DECODING, Verdict, all_of, judge
 from tasks.resources import is_served, made_of, store_of, target_of
+from tasks.stage_lines import told
+from tasks.summary import stage_words
 from tasks.tracking import DraftVersion
 
 PLAIN_ROUNDS = 1  # against plain decoding gains are far larger than what a round adds
@@ -56,8 +59,12 @@ def _against(
     name = f"the champion (version {champion.version})" if champion else PLAIN_DECODING
     opponent, rounds = (champion.draft, rules.rounds) if champion else (None, PLAIN_ROUNDS)
     tree = read_report(store, evaluation).tree
-    found = duel.run_duel(config, challenger.draft, opponent, tree, rounds, store, target_of(config), progress)
-    return judge(duel.read_bouts(store, found), bool(evaluation.summary["lossless"]), rules, name)
+
+    def fought() -> Verdict:
+        found = duel.run_duel(config, challenger.draft, opponent, tree, rounds, store, target_of(config), progress)
+        return judge(duel.read_bouts(store, found), bool(evaluation.summary["lossless"]), rules, name)
+
+    return told("duel", fought, lambda verdict: f"against {name}, {verdict.gain_words()}")
 
 
 def _judged_by_servers(
@@ -67,11 +74,12 @@ def _judged_by_servers(
     rules, samplings = config.promotion, duel.duel_samplings(target_of(config))
     with _servers(config, challenger, champion) as (new, old):
         questions = load_benchmarks(config.evaluation)
-        found = contest(new, old, questions, samplings, rules.rounds, config.evaluation, progress)
+        asked = (new, old, questions, samplings, rules.rounds, config.evaluation, progress)
+        found = told("duel", partial(contest, *asked), lambda found: f"{len(found.bouts)} answers of either server")
     verdict = judge(found.bouts, lossless, rules, f"the champion (version {champion.version})")
     counted = f"{found.challenger.tau:.2f} and {found.champion.tau:.2f}"
-    told = f"{verdict.measured} Measured in the servers {new.url} and {old.url}, which counted τ {counted}."
-    return verdict.model_copy(update={"measured": told})
+    how = f"{verdict.measured} Measured in the servers {new.url} and {old.url}, which counted τ {counted}."
+    return verdict.model_copy(update={"measured": how})
 
 
 @contextmanager
@@ -97,5 +105,7 @@ def _servers(config: RunConfig, challenger: DraftVersion, champion: DraftVersion
 
 def _evaluated(config: RunConfig, version: DraftVersion, progress: Progress) -> Artifact:
     """The evaluation that the version was registered with; one made here where the store does not hold it."""
-    found = made_of(config, version, "evaluation")
-    return found or evaluate_draft(config, version.draft, store_of(config), target_of(config), progress)
+    if found := made_of(config, version, "evaluation"):
+        return found
+    work = partial(evaluate_draft, config, version.draft, store_of(config), target_of(config), progress)
+    return told("evaluation", work, stage_words)

@@ -19,6 +19,7 @@ from tasks.measuring import measured_verdict
 from tasks.progress import reporting
 from tasks.resources import target_of
 from tasks.retries import LONG, SHORT
+from tasks.stage_lines import told
 from tasks.tracking import DraftVersion
 
 
@@ -113,11 +114,23 @@ def _verdict(config: RunConfig, challenger: DraftVersion, champion: DraftVersion
     if challenger.withdrawn and not again:
         reason = f"it was withdrawn; promote-draft with version = {challenger.version} brings it back"
         return Verdict(promoted=False, reasons=(reason,), **names)
-    if objections := export_objections(config, challenger):
+    if objections := _exported(config, challenger):
         return Verdict(promoted=False, reasons=objections, **names)
     with reporting("promotion") as progress:
         verdict = measured_verdict(config, challenger, champion, progress)
     return verdict.model_copy(update=names)
+
+
+def _exported(config: RunConfig, challenger: DraftVersion) -> tuple[str, ...]:
+    """Why the draft could not serve; a check that has nothing to look at says nothing."""
+    if not config.promotion.engines:
+        return ()
+    engines = ", ".join(config.promotion.engines)
+    return told(
+        "exports",
+        lambda: export_objections(config, challenger),
+        lambda objections: "; ".join(objections) or f"{engines} would build it",
+    )
 
 
 def _record(config: RunConfig, challenger: DraftVersion, verdict: Verdict) -> None:

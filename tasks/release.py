@@ -3,6 +3,7 @@
 import os
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -17,6 +18,7 @@ from tasks import tracking
 from tasks.export import DraftSource, tree_of, write_export
 from tasks.resources import is_served, store_of
 from tasks.retries import SHORT, SHORT_SECONDS
+from tasks.stage_lines import told
 from tasks.tracking import DraftVersion
 
 WEBHOOK_SECONDS = 30
@@ -48,12 +50,16 @@ def release_champion(config: RunConfig) -> Released | None:
     in_place = current and current.version == champion.version and set(current.engines) == set(config.promotion.release)
     if current and in_place and tracking.is_released(client, champion):
         return None
-    release = current if current and in_place else put_release(config, champion)
-    told = notify_servers(config, release)
+    release = current if current and in_place else told("release", partial(put_release, config, champion), _engines)
+    notified = notify_servers(config, release)
     tracking.record_release(client, champion, release.engines)
-    done = Released(release=release, told=told)
+    done = Released(release=release, told=notified)
     create_markdown_artifact(str(done), key="release", description="What the engines load now")
     return done
+
+
+def _engines(release: Release) -> str:
+    return f"version {release.version} for {', '.join(release.engines)}"
 
 
 @task(name="put-release", **SHORT)

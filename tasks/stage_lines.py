@@ -3,12 +3,24 @@
 import time
 from collections.abc import Callable
 from datetime import datetime
+from typing import TypeVar
 
 from hass_core.config import RunConfig
 from hass_core.store import Artifact
 from tasks.progress import say
 from tasks.resources import store_of
 from tasks.summary import stage_words
+
+Made = TypeVar("Made")
+
+
+def told(name: str, work: Callable[[], Made], words: Callable[[Made], str] = str) -> Made:
+    """Do work between two lines on the terminal; `words` says what came of it. Of work that fails the first remains."""
+    say.get()(f"{name:<12}started {time.strftime('%H:%M:%S')}")
+    started = time.monotonic()
+    made = work()
+    say.get()(f"{name:<12}done in {time.monotonic() - started:.0f} s: {words(made)}")
+    return made
 
 
 def between_lines(config: RunConfig, stage: str, work: Callable[[], Artifact], seconds: dict[str, float]) -> Artifact:

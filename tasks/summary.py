@@ -32,23 +32,31 @@ def stage_words(artifact: Artifact) -> str:
     """What a stage made, in a few words."""
     found = artifact.summary
     words = {
-        "prompts": "{prompts:,} prompts, {skipped:,} left out" + _reasons(found),
+        "prompts": "{prompts:,} prompts, {skipped:,} left out",
         "responses": "{conversations:,} answers, {response_tokens:,} tokens",
         "features": "{tokens:,} tokens of {conversations:,} conversations",
         "draft": "{steps:,} steps, {tokens_seen:,} tokens seen",
         "evaluation": "speed-up {speedup:.2f} ×, τ {tau_macro:.2f}",
     }
+    reasons = _reasons(found)
+    if reasons and artifact.stage == "responses":
+        reasons = f"; {found['skipped']:,} left out{reasons}"
     try:
-        return words[artifact.stage].format(**found)
+        return words[artifact.stage].format(**found) + reasons + _unused(found)
     except KeyError:  # a stage of an earlier version
         return artifact.digest
 
 
 def _reasons(summary: Mapping[str, Any]) -> str:
-    """Why prompts were left out, the commonest reason first."""
+    """Why prompts or answers were left out, the commonest reason first."""
     counts = Counter({name.removeprefix("skipped/"): n for name, n in summary.items() if name.startswith("skipped/")})
     told = ", ".join(f"{n:,} × {reason}" for reason, n in counts.most_common())
     return f": {told}" if told else ""
+
+
+def _unused(summary: Mapping[str, Any]) -> str:
+    """Which of the user's own sources gave no prompt."""
+    return f"; nothing of {summary['unused']}" if "unused" in summary else ""
 
 
 def report_tables(config: RunConfig, evaluation: Artifact) -> RenderableType:
@@ -60,7 +68,10 @@ def version_lines(version: DraftVersion, verdict: Verdict | None) -> str:
     """The registered version, and what the gate said."""
     lines = [f"registered  {version.model} version {version.version}"]
     if verdict:
-        lines += [f"{verdict.outcome}: {reason}" for reason in verdict.reasons]
+        first, *more = (f"{verdict.outcome}: {reason}" for reason in verdict.reasons)
+        if not verdict.promoted:  # behind what refuses stands what is only so besides
+            more = [f"    {reason}" for reason in verdict.reasons[1:]]
+        lines += [first, *more]
     if verdict is None or verdict.waits:
         lines += ["it waits for promote-draft or reject-draft"]
     return "\n".join(lines)

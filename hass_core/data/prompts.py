@@ -83,7 +83,11 @@ def collect_prompts(config: RunConfig, store: Store, target: Target, progress: P
         raise BadInput(f"no prompt is left: {_counted(selection.reasons())}; add prompts.files or prompts.self_written")
     assert_no_leak((text for record in selection.kept for text in user_turns(record)), forbidden.hashes)
     _write(folder, selection)
-    return folder.finish(_summary(selection, given, wanted) | _resolved(sources, window))
+    return folder.finish(
+        _summary(selection, given, wanted)
+        | _unused(selection, sources, config.prompts.max_prompts)
+        | _resolved(sources, window)
+    )
 
 
 def read_prompts(store: Store, artifact: Artifact) -> list[Record]:
@@ -143,6 +147,18 @@ def _wanted(config: RunConfig, given: int) -> int:
     """How many prompts the target writes, beside those given."""
     share = config.prompts.self_written_share
     return config.prompts.self_written or round(given * share / (1 - share))
+
+
+def _unused(selection: Selection, sources: Sources, limit: int | None) -> dict[str, str]:
+    """The user's own files and data sets of which nothing was taken, each with what became of its conversations."""
+    own = dict.fromkeys([*(file.source for file in sources.files), *(dataset.source for dataset in sources.datasets)])
+    taken = {record.source for record in selection.kept}
+    told = []
+    for name in own.keys() - taken if own else ():
+        reasons = Counter(item.reason for item in selection.skipped if item.source == name)
+        unread = f"prompts.max_prompts = {limit} was reached before it was read" if selection.full else "it holds none"
+        told.append(f"{name} ({_counted(reasons) if reasons else unread})")
+    return {"unused": ", ".join(sorted(told))} if told else {}
 
 
 def _resolved(sources: Sources, window: list[Record | Skipped] | None) -> dict[str, Any]:

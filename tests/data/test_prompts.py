@@ -89,11 +89,28 @@ def test_two_files_of_one_name_do_not_collide(tmp_path, store, tiny_target):
     assert [record.id for record in read_prompts(store, artifact)] == ["chat-1/1", "chat-2/1"]
 
 
+def test_own_files_that_gave_nothing_are_told_with_the_reasons(tmp_path, store, tiny_target):
+    """Beside the project's own prompts their loss would not be seen in any count."""
+    write(tmp_path / "mine.jsonl", [{"prompt": "x" * 900}, {"prompt": "y" * 900}, {"messages": []}])
+    write(tmp_path / "good.jsonl", [{"prompt": QUESTIONS[0]}])
+    write(tmp_path / "empty.jsonl", [])
+    files = tuple(str(tmp_path / f"{name}.jsonl") for name in ("mine", "good", "empty"))
+    summary = collect_prompts(config(files=files, builtin=True), store, tiny_target).summary
+    assert (
+        summary["unused"] == "empty (it holds none), mine (2 × longer than prompts.max_prompt_tokens, 1 × no user turn)"
+    )
+    summary = collect_prompts(config(files=files, builtin=True, max_prompts=5), store, tiny_target).summary
+    before = "(prompts.max_prompts = 5 was reached before it was read)"
+    assert summary["unused"] == f"empty {before}, good {before}, mine {before}"
+    summary = collect_prompts(config(files=files[1:2]), store, tiny_target).summary
+    assert "unused" not in summary
+
+
 def test_a_broken_line_stops_before_the_target_writes_anything(tmp_path, store, tiny_target, monkeypatch):
     monkeypatch.setattr("hass_core.data.prompts.LocalEngine", None)  # any use of it would fail otherwise
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "One two three four?"}\n{"prompt": \n')
-    with pytest.raises(BadInput, match=r"rows\.jsonl, line 2, column 12: not valid JSON"):
+    with pytest.raises(BadInput, match=r"rows\.jsonl, line 2, column 11: not valid JSON at the end of the line"):
         collect_prompts(config(files=(str(path),), self_written=10), store, tiny_target)
 
 

@@ -83,7 +83,8 @@ def test_a_retraining_ends_with_report_and_version_a_repeat_as_nothing_new_and_t
     assert "mlflow ui --host 127.0.0.1" in first.stdout
     made = ("prompts", "responses", "features", "draft", "evaluation")
     told = re.findall(r"^(\w+) +(started|done in \d+ s: .*\d)", first.stdout, re.MULTILINE)  # it is no terminal
-    assert [name for name, _ in told] == [name for name in made for _ in range(2)]
+    assert [name for name, _ in told] == [*(name for name in made for _ in range(2)), "gate", "exports"]
+    assert re.search(r"^gate +done in \d+ s: promoted$", first.stdout, re.MULTILINE)
     assert re.search(r"^  \S*hass chat \S+/store/draft/\w{16}$", first.stdout, re.MULTILINE)
     page = report_of(first)
     assert "There was no champion to compare with: it is the first." in page
@@ -103,6 +104,8 @@ def test_a_retraining_ends_with_report_and_version_a_repeat_as_nothing_new_and_t
     assert second.returncode == 0, second.stdout + second.stderr
     assert "version 2" in second.stdout
     assert len(re.findall(r"^\w+ +found finished,", second.stdout, re.MULTILINE)) == 3
+    gain = r"^duel +done in \d+ s: against the champion \(version 1\), [+-]\d.*%"
+    assert re.search(gain, second.stdout, re.MULTILINE)
     page = report_of(second)
     assert "What changed since the champion, version 1" in page
     assert "<td>training.passes</td><td>4.0</td><td>5.0</td>" in page
@@ -112,6 +115,15 @@ def test_a_retraining_ends_with_report_and_version_a_repeat_as_nothing_new_and_t
     after = finished_stages(tiny_preset)
     assert {path: after[path] for path in before} == before
     assert stages(after.keys() - before.keys()) == ["draft", "duel", "evaluation"]
+
+    program = [sys.executable, "-m", "flows.promote_draft", str(tiny_preset), "version=2"]
+    asked = subprocess.run(program, cwd=ROOT, env=with_server, capture_output=True, text=True, check=False)
+    assert asked.returncode == 0, asked.stdout + asked.stderr
+    lines = [line.split()[:2] for line in asked.stdout.splitlines() if re.match(r"(gate|duel) ", line)]
+    if "the champion already" not in asked.stdout:  # as the first duel went
+        assert lines == [["gate", "started"], ["duel", "started"], ["duel", "done"], ["gate", "done"]]
+    else:
+        assert lines == [["gate", "started"], ["gate", "done"]]
 
     client = MlflowClient(database)
     experiment = client.get_experiment_by_name("hass")
