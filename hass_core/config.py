@@ -313,6 +313,11 @@ class TreeConfig(Settings):
     eight_bits: bool = Field(
         default=False, description="Draft with weights in fp8: half the reading on a GPU, the output stays exact"
     )
+    prompt_tokens: int | None = Field(
+        default=None,
+        ge=16,
+        description="Draft from the last so many tokens of a prompt; helps beyond the lengths that it was trained on",
+    )
     plan: bool = Field(default=False, description="Choose all of these by measuring this machine and draft")
 
 

@@ -137,6 +137,7 @@ TABLE: dict[str, tuple[Any, str]] = {
     "tree.nodes": (9, "draft"),
     "tree.vocabulary": (99, "evaluation"),
     "tree.eight_bits": (True, "evaluation"),
+    "tree.prompt_tokens": (99, "evaluation"),
     "tree.plan": (True, "evaluation"),
     "evaluation.benchmarks": (("MINE/others.jsonl",), "prompts"),  # no prompt may be one of its questions
     "evaluation.methods": (("plain",), "evaluation"),

@@ -7,7 +7,6 @@ answers the packaged held-out prompts and prints one JSON line last.
 
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -192,7 +191,7 @@ def run(
     measured, others = _prompts(target, max(questions, rows))
     draft = load_draft(draft_folder, target) if draft_folder else None
     if draft and plan:
-        found = make_plan(make_runner(target), replace(draft, eight_bits=tree.eight_bits), others, StopRule(), rows)
+        found = make_plan(make_runner(target), draft.set_by(tree), others, StopRule(), rows)
         print(found.model_dump_json(indent=1))
         draft, tree = (draft, found.tree()) if found.pays else (None, tree)
     print(bench_decode(target, measured, draft, tree, max_new_tokens, rows).model_dump_json())

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from hass_core.cli.common import console
 from hass_core.cli.draft_address import default_draft, target_of
-from hass_core.cli.options import DraftDefault, TargetSource
+from hass_core.cli.options import DraftDefault, PromptTokens, TargetSource
 from hass_core.config import SamplingConfig, TreeConfig
 from hass_core.errors import ConfigError
 from hass_core.settings import validated
@@ -33,6 +33,7 @@ def chat(
     depth: Annotated[int, typer.Option(help="Levels of the draft tree")] = 3,
     top_k: Annotated[int, typer.Option(help="Children of a node")] = 4,
     nodes: Annotated[int, typer.Option(help="Tokens verified at once")] = 12,
+    prompt_tokens: PromptTokens = None,
     plan: Annotated[bool, typer.Option(help="Choose the tree by measuring this machine first")] = False,
 ) -> None:
     """Chat with the target: accepted draft tokens in green, the target's own ones plain.
@@ -53,7 +54,7 @@ def chat(
 
     loaded = load_target(source)
     plain = build_decoder(loaded, None, None)
-    drafting = build_decoder(loaded, chosen, None if plan else tree) if chosen else plain
+    drafting = build_decoder(loaded, chosen, None if plan else tree, prompt_tokens) if chosen else plain
     console.print(f"[dim]{HELP}[/]", highlight=False)
     talk = Talk(loaded, plain, drafting, sampling, StopRule.of(loaded), max_new_tokens)
     while said := _question():

@@ -1,5 +1,6 @@
 """The decoder of `hass chat` and `hass serve`: plain, with a given tree, or with the best one for this machine."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,11 @@ if TYPE_CHECKING:
     from hass_core.target_model.loader import Target
 
 
-def build_decoder(target: "Target", folder: Path | None, tree: TreeConfig | None) -> "Decoder":
-    """Plain without a draft; speculative with `tree`; measured and chosen when `tree` is None."""
+def build_decoder(
+    target: "Target", folder: Path | None, tree: TreeConfig | None, prompt_tokens: int | None = None
+) -> "Decoder":
+    """Plain without a draft; speculative with `tree`; measured and chosen when `tree` is None. `prompt_tokens` is
+    that setting of a tree for either."""
     from hass_core.decoding.answers import StopRule
     from hass_core.decoding.decoder import PlainDecoder, SpeculativeDecoder
     from hass_core.decoding.planner import choose_decoder
@@ -23,9 +27,9 @@ def build_decoder(target: "Target", folder: Path | None, tree: TreeConfig | None
     runner = make_runner(target)
     if folder is None:
         return PlainDecoder(runner)
-    draft = load_draft(folder, target)
+    draft = replace(load_draft(folder, target), prompt_tokens=prompt_tokens)
     if tree is not None:
-        return SpeculativeDecoder(runner, draft, tree)
+        return SpeculativeDecoder(runner, draft, tree.model_copy(update={"prompt_tokens": prompt_tokens}))
     with notes.status("measuring this machine and the draft"):
         decoder, plans = choose_decoder(runner, draft, planning_prompts(target), StopRule.of(target))
     for plan in plans:

@@ -73,3 +73,6 @@ TargetSource = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write", callback=_if_given(out_folder))]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout")]
+PromptTokens = Annotated[
+    int | None, typer.Option(min=16, help="Draft from the last so many tokens of a prompt; 512 helps in long ones")
+]

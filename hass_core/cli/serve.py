@@ -9,7 +9,7 @@ import typer
 
 from hass_core.cli.common import show
 from hass_core.cli.draft_address import default_draft, target_of
-from hass_core.cli.options import DraftDefault, TargetSource
+from hass_core.cli.options import DraftDefault, PromptTokens, TargetSource
 from hass_core.config import TreeConfig
 from hass_core.errors import ConfigError
 
@@ -32,6 +32,7 @@ def serve(
     max_body_seconds: Annotated[
         float, typer.Option(min=0.1, help="Seconds a request's body may take to arrive")
     ] = 30.0,
+    prompt_tokens: PromptTokens = None,
     plan: Annotated[bool, typer.Option(help="Choose the tree by measuring this machine first")] = True,
 ) -> None:
     """Serve the target through a draft at http://HOST:PORT/v1, as OpenAI's clients expect it.
@@ -53,7 +54,8 @@ def serve(
 
     chosen = default_draft(draft, target)
     loaded = load_target(target_of(chosen, target))
-    decoder = build_decoder(loaded, chosen, None if plan else TreeConfig(depth=3, top_k=4, nodes=12))
+    tree = None if plan else TreeConfig(depth=3, top_k=4, nodes=12)
+    decoder = build_decoder(loaded, chosen, tree, prompt_tokens)
     limits = Limits(max_new_tokens, max_running, max_waiting, max_body_kb * 1024, max_body_seconds, max_wait)
     service = Service(loaded, decoder, loaded.name, limits)
     hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else None

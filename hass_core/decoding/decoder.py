@@ -5,7 +5,6 @@ Same target, sampling and seed: the same tokens, whichever decoder.
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 from hass_core.config import SamplingConfig, TreeConfig
@@ -123,7 +122,7 @@ class SpeculativeDecoder(TreeDecoder):
 
     def __init__(self, runner: Runner, draft: Draft, tree: TreeConfig, name: str = "hass"):
         _check_sizes(runner, draft)
-        draft = replace(draft.narrowed(tree.vocabulary), eight_bits=tree.eight_bits)
+        draft = draft.narrowed(tree.vocabulary).set_by(tree)
         super().__init__(runner, Drafter(draft, TreeShape.of(tree, draft.head.size)), name)
 
 

@@ -36,14 +36,16 @@ class TreeDrafter(Protocol):
     shape: TreeShape
     capturable: bool  # `extend` and `grow` can go into a CUDA graph
     scratch_slots: int  # cache slots needed after the live rows
+    prompt_tokens: int | None  # it reads no more of a prompt than so many tokens at its end
     taps: tuple[int, ...]  # layers after which it reads the target's states, in place of the last one; mostly none
 
     def new_cache(self, batch_size: int, max_tokens: int) -> Any:
         """What the drafter remembers of the rows; handed back to it in every call."""
         ...
 
-    def start(self, cache: Any, first: Tensor) -> None:
-        """Forget the rows; new ones begin with tokens [B] that no `extend` hands over."""
+    def start(self, cache: Any, first: Tensor, skipped: Tensor) -> None:
+        """Forget the rows; new ones begin with tokens [B] that no `extend` hands over. Before them `skipped` [B] tokens
+        of each row are left out."""
         ...
 
     def extend(
@@ -72,12 +74,13 @@ class NoDraft:
     shape = TreeShape(depth=0, top_k=0, nodes=1, static=True)
     capturable = True
     scratch_slots = 1
+    prompt_tokens: int | None = None
     taps = ()
 
     def new_cache(self, batch_size: int, max_tokens: int) -> Any:
         return self
 
-    def start(self, cache: Any, first: Tensor) -> None:
+    def start(self, cache: Any, first: Tensor, skipped: Tensor) -> None:
         pass
 
     def extend(
@@ -133,7 +136,7 @@ class Drafter:
 
     def __init__(self, draft: Draft, shape: TreeShape, runner: DraftRunner | None = None):
         self._runner = runner or DraftRunner(draft.model, draft.eight_bits)
-        self.taps = draft.model.taps
+        self.taps, self.prompt_tokens = draft.model.taps, draft.prompt_tokens
         self._head, self._product = draft.head, Linear(draft.head.weight, None, draft.eight_bits)
         self.shape = shape
         self._by_rank = static_scores(shape.top_k).to(draft.head.weight.device) if shape.static else None
@@ -145,8 +148,9 @@ class Drafter:
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         return self._runner.new_cache(batch_size, max_tokens)
 
-    def start(self, cache: KVCache, first: Tensor) -> None:
+    def start(self, cache: KVCache, first: Tensor, skipped: Tensor) -> None:
         cache.clear()
+        cache.skipped.copy_(skipped)
 
     def extend(
         self, cache: KVCache, features: Tensor, token_ids: Tensor, counts: Tensor, fixed: FixedShapes | None = None
@@ -171,7 +175,7 @@ class Drafter:
         root."""
         shape, runner = self.shape, self._runner
         begin, finish = (self._begin, self._finish) if fixed and fixed.lasting else (first_frontier, tree_of)
-        children = partial(self._children, cache.lengths, sampler)
+        children = partial(self._children, cache.lengths + cache.skipped, sampler)
         first, levels = children(estimate[:, None], 1), []
         rotations = self._rotations(cache)
         features = estimate

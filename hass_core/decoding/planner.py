@@ -64,6 +64,7 @@ class Plan(BaseModel, frozen=True):
     temperature: float = 0.0
     plain_tokens_per_second: float
     eight_bits: bool = False  # of the draft's weights
+    prompt_tokens: int | None = None  # of a prompt that the draft reads
     best: Choice
     curve: list[Choice]
 
@@ -82,6 +83,7 @@ class Plan(BaseModel, frozen=True):
             nodes=best.nodes,
             vocabulary=best.vocabulary,
             eight_bits=self.eight_bits,
+            prompt_tokens=self.prompt_tokens,
         )
 
 
@@ -159,6 +161,7 @@ def make_plan(
         temperature=sampling.temperature,
         plain_tokens_per_second=rows / costs.plain,
         eight_bits=draft.eight_bits,
+        prompt_tokens=draft.prompt_tokens,
         best=max(choices, key=_speed),
         curve=list(by_size.values()),
     )
@@ -204,6 +207,7 @@ class Observer:
         self._drafter, self.shape, self.scratch_slots = drafter, drafter.shape, drafter.scratch_slots
         self.new_cache, self.start, self.extend = drafter.new_cache, drafter.start, drafter.extend
         self.taps, self.features_from = drafter.taps, drafter.features_from
+        self.prompt_tokens = drafter.prompt_tokens
         self.trees: list[Tree] = []
 
     def grow(

@@ -80,19 +80,30 @@ class Session:
         self._under_way = None
         lengths = [len(prompt) for prompt in prompts]
         token_ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
-        self._drafter.start(self._draft_cache, token_ids[:, 0])
         features, drafted_from = prefill(self._runner, token_ids, lengths, cache, self._drafter)
         self._sampler.start(token_ids, cache.lengths, seed)
-        for start, stop, live in pieces([length - 1 for length in lengths]):
-            counts = torch.tensor(live, device=device)
-            rows, following = drafted_from[:, start:stop], token_ids[:, start + 1 : stop + 1]
-            self._drafter.extend(self._draft_cache, rows, following, counts)
+        self._read_prompts(token_ids, drafted_from, lengths)
         last = last_of(features, cache.lengths)
         root, sound = self._sampler.draw(self._runner.logits(last[:, None]), cache.lengths[:, None])
         self._features[:, 0], self._token_ids[:, 0] = last_of(drafted_from, cache.lengths), root[:, 0]
         self._counts.fill_(1)
         self._sampler.remember(root, self._counts)
         return [RowReport([token], ok, (), ()) for (token,), (ok,) in zip(root.tolist(), sound.tolist(), strict=True)]
+
+    def _read_prompts(self, token_ids: Tensor, features: Tensor, lengths: list[int]) -> None:
+        """Hand the drafter prompts [B, L] of these lengths with their features [B, L, H], or the ends that it reads."""
+        most = self._drafter.prompt_tokens or max(lengths)
+        left_out = [max(0, length - most) for length in lengths]
+        skipped = torch.tensor(left_out, device=token_ids.device)
+        if any(left_out):
+            kept = (skipped[:, None] + torch.arange(most, device=token_ids.device)).clamp(max=max(lengths) - 1)
+            token_ids = token_ids.gather(1, kept)
+            features = features.gather(1, kept[:, :, None].expand(-1, -1, features.shape[2]))
+        self._drafter.start(self._draft_cache, token_ids[:, 0], skipped)
+        for start, stop, live in pieces([min(length, most) - 1 for length in lengths]):
+            counts = torch.tensor(live, device=token_ids.device)
+            rows, following = features[:, start:stop], token_ids[:, start + 1 : stop + 1]
+            self._drafter.extend(self._draft_cache, rows, following, counts)
 
     @torch.inference_mode()
     def step(self, open_rows: list[bool]) -> list[RowReport]:

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hass_core.config import TreeConfig
 from hass_core.draft_config import DraftConfig
 from hass_core.draft_model.accounting import EMBEDDING, StoredDraft, read_draft
 from hass_core.draft_model.architecture import O_BIAS, QK_NORMS, QKV_BIASES
@@ -28,13 +29,18 @@ from hass_core.errors import DraftMismatch, HassError
 class Draft:
     """A draft ready to decode with: model and head on the target's device, `info` the config's `hass` section, `ranks`
     the tokens that the target's answers use most, best first, where the draft knows them; `eight_bits`: decode with
-    its weights rounded to fp8."""
+    its weights rounded to fp8; `prompt_tokens`: read no more of a prompt than so many tokens at its end."""
 
     model: DraftModel
     head: DraftHead
     info: dict[str, Any]
     ranks: Tensor | None = None
     eight_bits: bool = False
+    prompt_tokens: int | None = None
+
+    def set_by(self, tree: TreeConfig) -> "Draft":
+        """As a tree's settings want it to decode, but for their choice of tokens (`narrowed`)."""
+        return replace(self, eight_bits=tree.eight_bits, prompt_tokens=tree.prompt_tokens)
 
     def narrowed(self, size: int | None) -> "Draft":
         """The draft that proposes no more than the `size` most frequent tokens; itself where it knows no ranks."""

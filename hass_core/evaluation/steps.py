@@ -5,7 +5,7 @@ plan ─► questions, all methods ─► chain drafting (n-α) ─► outputs c
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ class Evaluation:
         def work() -> dict[str, Any]:
             progress(0, 1, "choosing the tree")
             prompts = planning_prompts(self.target)
-            draft = replace(load_draft(folder, self.target), eight_bits=self.tree.eight_bits)
+            draft = load_draft(folder, self.target).set_by(self.tree)
             runner, stop = make_runner(self.target), StopRule.of(self.target)
             return make_plan(runner, draft, prompts, stop, max_new_tokens=PLANNING_TOKENS).model_dump()
 

@@ -38,6 +38,7 @@ class KVCache:
     """`blocks` hold the layers in order, each block [layers, 2, B, KV, S, d]. Layers of one shape share a block.
 
     `lengths` [B] is the live length on the device, `host_lengths` its copy for Python; on the CPU they are one memory.
+    `skipped` [B] tokens of each row came before slot 0 and are not held.
     """
 
     def __init__(self, blocks: list[Tensor], lengths: Tensor, host_lengths: np.ndarray):
@@ -46,6 +47,7 @@ class KVCache:
         self.layers = [(layer[0], layer[1]) for block in blocks for layer in block.unbind(0)]
         self.lengths = lengths
         self.host_lengths = host_lengths
+        self.skipped = torch.zeros_like(lengths)
 
     @classmethod
     def allocate(
@@ -91,6 +93,7 @@ class KVCache:
     def clear(self) -> None:
         """Forget all tokens."""
         self.lengths.zero_()
+        self.skipped.zero_()
         self.host_lengths[:] = 0
 
     def advance(self, counts: int | list[int]) -> None:

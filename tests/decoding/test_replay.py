@@ -64,6 +64,25 @@ def test_with_exact_features_every_cycle_is_the_same(tiny_target, prompts):
     assert [cycles[:-1] for cycles in replayed] == [cycles[:-1] for cycles in decoded]  # the limit cuts the last
 
 
+def test_a_draft_set_to_the_end_of_a_prompt_decodes_as_if_it_began_there(tiny_target, prompts):
+    prompts = prompts[:3]
+    runner, draft, last = make_runner(tiny_target), helpful_draft(tiny_target), min(map(len, prompts)) - 2
+    assert len(set(map(len, prompts))) > 1
+    tree = TREES["dynamic"].model_copy(update={"prompt_tokens": last})
+    generations = SpeculativeDecoder(runner, draft, tree).generate(prompts, SamplingConfig(), 60, ENDLESS)
+    answers = []
+    for prompt, generation in zip(prompts, generations, strict=True):
+        ids = torch.tensor([prompt + generation.token_ids])
+        exact = tiny_target.model.model(input_ids=ids).last_hidden_state[0].detach()
+        answers.append(Recording(ids[0, len(prompt) - last :], exact[len(prompt) - last :], last))
+    replayed = replay(Drafter(draft, TreeShape.of(tree, draft.head.size)), answers, tiny_target.head)
+    decoded = [[cycle.accepted for cycle in g.cycles] for g in generations]
+    assert [cycles[:-1] for cycles in replayed] == [cycles[:-1] for cycles in decoded]
+    whole = SpeculativeDecoder(runner, draft, TREES["dynamic"]).generate(prompts, SamplingConfig(), 60, ENDLESS)
+    assert [g.token_ids for g in whole] == [g.token_ids for g in generations]
+    assert [[cycle.accepted for cycle in g.cycles] for g in whole] != decoded
+
+
 def test_the_last_answer_is_found_with_its_context():
     ids, features = torch.arange(9), torch.zeros(9, 4)
     mask = torch.tensor([0, 1, 1, 0, 0, 1, 1, 1, 0])

@@ -13,6 +13,7 @@ from hass_core.decoding import session as session_module
 from hass_core.decoding.answers import StopRule
 from hass_core.decoding.decoder import PlainDecoder, SpeculativeDecoder
 from hass_core.decoding.drafter import Drafter, NoDraft
+from hass_core.decoding.sampler import Sampler
 from hass_core.decoding.session import Session
 from hass_core.decoding.tree import TreeShape
 from hass_core.draft_model.architecture import DraftArchitecture
@@ -61,6 +62,29 @@ def test_cycles_of_fixed_width_give_the_same_tokens(monkeypatch, tiny_target, pr
     for decoder in (PlainDecoder(runner), SpeculativeDecoder(runner, random_draft(tiny_target), TREE)):
         assert [g.token_ids for g in decoder.generate(prompts, sampling, 60, ENDLESS)] == expected
     assert len(graphs.widths) >= 2 - ahead
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), WARM])
+def test_a_draft_that_skips_the_begin_of_prompts_guesses_at_the_same_places(
+    monkeypatch, tiny_target, prompts, sampling
+):
+    runner, draft, guess = make_runner(tiny_target), random_draft(tiny_target), Sampler.guess
+    places: dict[int | None, list[list[int]]] = {}
+
+    def answered(last: int | None) -> list[list[int]]:
+        def noting(self, proposal):
+            places.setdefault(last, []).append(proposal.positions.tolist())
+            return guess(self, proposal)
+
+        monkeypatch.setattr(Sampler, "guess", noting)
+        tree = TREE.model_copy(update={"prompt_tokens": last})
+        return [g.token_ids for g in SpeculativeDecoder(runner, draft, tree).generate(prompts, sampling, 20, ENDLESS)]
+
+    expected = [g.token_ids for g in PlainDecoder(runner).generate(prompts, sampling, 20, ENDLESS)]
+    assert answered(None) == answered(max(map(len, prompts)) - 1) == answered(2) == expected
+    first = {last: of_calls[0] for last, of_calls in places.items()}
+    assert len(first) == 3
+    assert all(found == [len(prompt) for prompt in prompts] for found in first.values())
 
 
 class RowNoise(NamedTuple):

@@ -40,7 +40,7 @@ class LookupDrafter(NoDraft):
     def new_cache(self, batch_size: int, max_tokens: int) -> Contexts:
         return [[] for _ in range(batch_size)]
 
-    def start(self, cache: Contexts, first: Tensor) -> None:
+    def start(self, cache: Contexts, first: Tensor, skipped: Tensor) -> None:
         for context in cache:
             context.clear()
 

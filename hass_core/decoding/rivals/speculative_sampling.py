@@ -47,7 +47,7 @@ class SmallModelDrafter(NoDraft):
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         return self._small.new_cache(batch_size, max_tokens)
 
-    def start(self, cache: KVCache, first: Tensor) -> None:
+    def start(self, cache: KVCache, first: Tensor, skipped: Tensor) -> None:
         cache.clear()
         self._read(cache, first[:, None])
         cache.lengthen(torch.ones_like(first))
