@@ -41,7 +41,7 @@ test-quick: $(VENV)/.installed  ## a fast part of the tests and one whole retrai
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(FILES_AT_ONCE) --dist loadfile $(QUICK)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k ends_with_report tests/flows/test_retrain.py
 
-test-recovery: $(VENV)/.installed  ## kill workers, servers and stores under real runs (15 minutes)
+test-recovery: $(VENV)/.installed  ## kill workers, servers and stores under real runs (15 to 30 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m recovery -k '$(RECOVERY)' \
 		--numprocesses $(FILES_AT_ONCE) --dist load --maxschedchunk 1 tests/flows
 
