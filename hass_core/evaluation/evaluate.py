@@ -172,7 +172,8 @@ def measured_by(
     are half of a speed. Other versions are recorded only (see store/provenance.py)."""
     return {
         "evaluation": config.model_dump(mode="json", exclude={"benchmarks"}),
-        "tree": tree.model_dump(),
+        # where it is not set, results from before there was such a setting are found again
+        "tree": tree.model_dump(exclude={"prompt_tokens"} if tree.prompt_tokens is None else None),
         "questions": digest_of([[q.benchmark, q.id, q.category, q.messages] for q in questions]),
         "target": target.identity.parts(),
         "device": device_name(target.device),

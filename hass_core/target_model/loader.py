@@ -190,8 +190,9 @@ def freeze(
 def attend_without_plans(device: torch.device) -> None:
     """Keep a GPU's process from cuDNN's attention.
 
-    PyTorch prefers it on Hopper and Blackwell where attention has a mask, and it plans anew for every shape: the first
-    prompt of each length beyond the kernels' (`FEW_TOKENS` of `kv_cache`) took a tenth of a second more.
+    PyTorch prefers it on Hopper and Blackwell, and it plans anew for every shape (PyTorch's `sdp_utils.cpp` and
+    `cudnn/MHA.cpp`). The first prompt of a length beyond the kernels' (`FEW_TOKENS` of `kv_cache`) took a tenth of a
+    second more; that this was the cause is concluded, not profiled.
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)

@@ -18,7 +18,7 @@ from hass_core.config import RunConfig, TargetConfig
 from hass_core.data.prompts import PROMPTS_SCHEMA
 from hass_core.errors import BadInput, ConfigError, ContextTooLong, DraftMismatch, LeakedBenchmark, NonFinite
 from hass_core.evaluation import evaluate
-from hass_core.evaluation.evaluate import evaluate_draft, evaluate_folder, read_report
+from hass_core.evaluation.evaluate import evaluate_draft, evaluate_folder, measured_by, read_report
 from hass_core.evaluation.measure import Examiner
 from hass_core.evaluation.metrics import Measurement
 from hass_core.evaluation.report import Report
@@ -279,3 +279,10 @@ def test_a_killed_process_leaves_its_finished_questions_to_the_next(config, draf
     monkeypatch.setattr(Examiner, "measure", lambda self, q, t: (asked.append(q.id), measure(self, q, t))[1])
     evaluate_draft(config, draft, store, tiny_target)
     assert asked[:2] == ["mine/2", "mine/3"]
+
+
+def test_results_from_before_drafts_could_skip_the_begin_of_prompts_are_found_again(tiny_target, settings):
+    now = measured_by(settings, TREE, tiny_target, [])
+    assert now["tree"] == TREE.model_dump(exclude={"prompt_tokens"})
+    ends = measured_by(settings, TREE.model_copy(update={"prompt_tokens": 64}), tiny_target, [])
+    assert ends["tree"]["prompt_tokens"] == 64
