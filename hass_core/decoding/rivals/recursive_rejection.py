@@ -23,7 +23,7 @@ class RecursiveRejectionDecoder(TreeDecoder):
 
     def __init__(self, runner: Runner, draft: Draft, tree: TreeConfig):
         shape = replace(TreeShape.of(tree, draft.head.size), static=True)
-        super().__init__(runner, RankedDrafter(draft, shape), name="rsd", sampler=RejectionSampler)
+        super().__init__(runner, RankedDrafter(draft.set_by(tree), shape), name="rsd", sampler=RejectionSampler)
 
 
 class RankedDrafter(Drafter):
