@@ -20,6 +20,7 @@ from hass_core.draft_model.layers import Eagle3Model
 from hass_core.errors import ConfigError, DraftMismatch, TargetError
 from hass_core.features.extract import extract_features
 from hass_core.features.reader import FeatureDataset
+from hass_core.store import Artifact
 from hass_core.target_model.generic import HFRunner
 from hass_core.target_model.loader import Target
 from hass_core.target_model.runner import make_runner
@@ -158,6 +159,12 @@ def answers(store):
     return responses_artifact(store, [conversation(f"c{i}", answer="word " * (i % 7 + 1) + "end") for i in range(30)])
 
 
+def losses_of(store, draft: Artifact) -> list[float]:
+    """Each logged step's loss of a trained draft."""
+    rows = map(json.loads, store.open(draft).read_text("metrics.jsonl").splitlines())
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 def test_a_draft_over_three_states_goes_from_answers_to_lossless_decoding(store, family):
     target, config = target_of(family), parse_config(settings())
@@ -172,10 +179,7 @@ def test_a_draft_over_three_states_goes_from_answers_to_lossless_decoding(store,
     torch.testing.assert_close(row.features.float(), states[-1][0], rtol=0.02, atol=0.02)
 
     artifact = train_draft(config, features, store, target)
-    files = store.open(artifact)
-    losses = [
-        r["train/loss"] for r in map(json.loads, files.read_text("metrics.jsonl").splitlines()) if "train/loss" in r
-    ]
+    files, losses = store.open(artifact), losses_of(store, artifact)
     assert losses[-1] < 0.9 * losses[0]
     assert artifact.summary["val/tree_tau"] >= 1
     folder = Path(files.local_path("config.json")).parent
@@ -194,14 +198,17 @@ def test_a_draft_over_three_states_goes_from_answers_to_lossless_decoding(store,
                 assert alone[0].token_ids == plain[0].token_ids
 
 
-def test_features_made_while_training_give_the_same_draft_as_stored_ones(store):
-    target, source, made = target_of("llama"), answers(store), {}
+def test_features_made_while_training_give_the_same_losses_as_stored_ones(store):
+    target, source, curves = target_of("llama"), answers(store), []
     for encoding in ("bf16", "none"):
-        config = parse_config(settings(), [f"features.encoding={encoding}", "training.max_steps=4"])
+        config = parse_config(settings(), [f"features.encoding={encoding}", "training.log_every_steps=1"])
         features = extract_features(config, source, store, target)
-        folder = store.open(train_draft(config, features, store, target))
-        made[encoding] = read_draft(Path(folder.local_path("config.json")).parent, target).weights
-    assert all(torch.equal(made["none"][name], weight) for name, weight in made["bf16"].items())
+        curves.append(losses_of(store, train_draft(config, features, store, target)))
+    stored, live = curves
+    assert len(stored) > 5
+    # a row's states may round differently to bfloat16 beside other rows
+    assert live[0] == pytest.approx(stored[0], rel=1e-3)
+    assert live == pytest.approx(stored, rel=1e-2)
 
 
 def test_eight_bits_round_each_state_by_a_scale_of_its_own(store):
