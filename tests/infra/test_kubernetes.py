@@ -11,6 +11,7 @@ import pytest
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.server.schemas.actions import WorkPoolCreate
+from prefect.utilities.schema_tools.validation import is_valid
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 TEMPLATE = Path(__file__).parents[2] / "infra" / "kubernetes" / "gpu-job.json"
@@ -81,6 +82,34 @@ def test_what_a_deployment_sets_reaches_the_job(template):
     assert cache["persistentVolumeClaim"] == {"claimName": "hass-cache"}
     assert shared["emptyDir"]["sizeLimit"] == "32Gi"
     assert {"EXTRA", "HF_HOME"} <= {entry["name"] for entry in container["env"]}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"gpus": 0, "image": "hass-pipeline:cpu", "tolerations": []},  # of the pool cpu
+        {"cache_volume": {"name": "cache", "hostPath": {"path": "/data/hass"}}},
+        {"image_pull_secrets": [{"name": "registry"}], "node_selector": {}},
+    ],
+)
+def test_what_an_operator_may_set_the_server_takes_and_so_does_kubernetes(template, values):
+    assert is_valid(values, template["variables"])
+    check(manifest(template, **values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"cache_volume": {}},
+        {"cache_volume": {"name": "models", "persistentVolumeClaim": {"claimName": "hass-cache"}}},  # mounted as cache
+        {"gpus": -1},
+        {"image_pull_secrets": ["registry"]},
+        {"image_pull_policy": "Sometimes"},
+        {"memory": 64},
+    ],
+)
+def test_what_no_job_could_start_with_the_server_refuses(template, values):
+    assert not is_valid(values, template["variables"])
 
 
 def test_prefects_own_check_would_see_a_template_without_its_counts(template):
