@@ -12,14 +12,14 @@ NOT_IN_NAMES = re.compile(r"""[/:'"?#%*\[\]\\\x00-\x1f\x7f]""")
 folder of a release would read it as something else."""
 LONGEST_NAME = 250
 """Characters; MLflow's databases have room for 256, which our lock's name `NAME.lock` needs too. PostgreSQL would say
-so only when the trained draft is registered."""
+so of a model only when the trained draft is registered."""
 
 
 class TrackingConfig(Settings):
     """Where runs are recorded."""
 
     uri: str | None = Field(default=None, description="MLflow tracking server; None = SQLite beside the store")
-    experiment: str = Field(default="hass", min_length=1, description="MLflow experiment")
+    experiment: str = Field(default="hass", min_length=1, max_length=LONGEST_NAME, description="MLflow experiment")
     registered_model: str | None = Field(
         default=None,
         min_length=1,

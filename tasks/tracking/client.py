@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import LifecycleStage
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import read_mlflow_creds
 
@@ -86,7 +87,8 @@ def _check_trust(uri: str) -> None:
 
 
 def experiment_id(client: MlflowClient, config: RunConfig) -> str:
-    """The experiment's id; created on first use."""
+    """The experiment's id; created on first use. Raises TrackingError for one that was deleted: MLflow keeps those for
+    a while, with their names."""
     name = config.tracking.experiment
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
@@ -98,6 +100,11 @@ def experiment_id(client: MlflowClient, config: RunConfig) -> str:
             experiment = client.get_experiment_by_name(name)
             if experiment is None:
                 raise
+    if experiment.lifecycle_stage == LifecycleStage.DELETED:
+        raise TrackingError(
+            f"the experiment {name} was deleted in MLflow: restore it with `mlflow experiments restore "
+            f"--experiment-id {experiment.experiment_id}`, or name another one in tracking.experiment"
+        )
     add_view(client, experiment)
     return experiment.experiment_id
 

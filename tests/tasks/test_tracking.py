@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from hass_core.config import parse_config
-from hass_core.errors import TrackingError
+from hass_core.errors import ConfigError, TrackingError
 from hass_core.store import Artifact
 from hass_core.training.metrics import read_metrics
 from tasks.tracking import client as client_module
@@ -281,6 +281,22 @@ def test_a_run_has_a_page_where_there_is_a_server(config, monkeypatch):
     page = "#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=retrainings"
     assert client_module.ui_command(server) == f"https://host/ml/{page}"
     assert client_module.ui_command(config).endswith(f"/mlflow.db, then http://127.0.0.1:5000/{page}")
+
+
+def test_an_experiment_that_was_deleted_is_told_before_any_work(config):
+    client = connect(config)
+    deleted = experiment_id(client, config)
+    client.delete_experiment(deleted)
+    with pytest.raises(TrackingError, match=f"was deleted in MLflow: restore it with .* --experiment-id {deleted}`"):
+        connect(config)
+    client.restore_experiment(deleted)
+    assert experiment_id(connect(config), config) == deleted
+
+
+@pytest.mark.parametrize("name", ["", "x" * 251])
+def test_an_experiment_s_name_that_no_database_takes_is_refused_with_the_settings(name):
+    with pytest.raises(ConfigError, match=r"tracking\.experiment"):
+        parse_config({"tracking": {"experiment": name}})
 
 
 def test_the_experiment_has_a_saved_view_also_one_that_was_there_before(config):
