@@ -307,7 +307,7 @@ def test_a_worker_stops_within_30_seconds_of_sigterm_and_training_goes_on_from_i
     family = psutil.Process(stack.worker.pid).children(recursive=True)
     stack.worker.send_signal(signal.SIGTERM)
     stack.worker.wait(30)
-    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not any(is_alive(process) for process in family)
     checkpoints = list((tiny_preset.parent / ".hass/store/draft").rglob("checkpoint-*.safetensors"))
     assert checkpoints
     stack.worker = stack.start_worker()
@@ -316,6 +316,29 @@ def test_a_worker_stops_within_30_seconds_of_sigterm_and_training_goes_on_from_i
     wait_for(lambda: state(stack, again) == "COMPLETED", "the next run to complete", 300)
     assert_once(tiny_preset)
     assert_no_step_twice(tiny_preset)
+
+
+def test_a_cancelled_run_ends_every_process_of_its_training_and_the_next_run_goes_on(stack, tiny_preset):
+    twice = (*LONG, "execution.gpus=2")
+    run = start_run(stack, tiny_preset, twice)
+    wait_for(lambda: steps_trained(tiny_preset) > 30, "the training to begin", 300)
+    flow = stack.flow_process()
+    assert flow is not None
+    family = [flow, *flow.children(recursive=True)]
+    trainers = [process for process in family if "hass_core.training" in process.cmdline()]
+    assert len(trainers) >= 2, "a process for each of execution.gpus"
+    stack.set_state(run, "CANCELLING")
+    wait_for(lambda: state(stack, run) == "CANCELLED", "the worker to end the run", 120)
+    wait_for(lambda: not any(is_alive(process) for process in family), "its processes to end", 60)
+    assert list((tiny_preset.parent / ".hass/store/draft").rglob("checkpoint-*.safetensors"))
+    again = start_run(stack, tiny_preset, twice)
+    wait_for(lambda: state(stack, again) == "COMPLETED", "the next run to complete", 400)
+    assert_once(tiny_preset)
+    assert_no_step_twice(tiny_preset)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def trained_steps(preset: Path) -> list[int]:
