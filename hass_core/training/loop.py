@@ -142,10 +142,8 @@ class Window:
 
     def note(self, trainer: Trainer) -> str:
         """What the progress line tells: loss, speed, and on a GPU the most memory that tensors took on it."""
-        note, device = (
-            f"loss {self.loss(trainer.objective):.3f}, {self.rate():,.0f} tokens/s",
-            trainer.head.weight.device,
-        )
+        note = f"loss {self.loss(trainer.objective):.3f}, {self.rate():,.0f} tokens/s"
+        device = trainer.head.weight.device
         if device.type == "cuda":
             note += f", {size_words(torch.cuda.max_memory_allocated(device))}"
         return note
