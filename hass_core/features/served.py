@@ -96,10 +96,8 @@ class ServedStates:
         with self._own_pass:  # writers wait for several batches at once
             (own,) = capture_features(self._target, [token_ids], [name], layers)
         last, *inside = own.float().unflatten(1, (1 + len(layers), -1)).unbind(1)
-        by_layer, theirs = (
-            dict(zip(layers, inside, strict=True)),
-            served.float().unflatten(1, (1 + len(self._taps), -1)),
-        )
+        by_layer = dict(zip(layers, inside, strict=True))
+        theirs = served.float().unflatten(1, (1 + len(self._taps), -1))
         ours = torch.stack([last, *(by_layer[tap] for tap in self._taps)], 1)
         apart = (theirs - ours).norm(dim=-1) / ours.norm(dim=-1)
         for number, tap in enumerate(self._taps, 1):  # of a deep target two layers' states may lie within the rounding
@@ -217,10 +215,8 @@ class ServedStates:
             ) from None
         path.unlink()
         lock.unlink(missing_ok=True)
-        states, wanted = (
-            found.get("hidden_states"),
-            [len(token_ids), len(self._layers), self._target.embedding.shape[1]],
-        )
+        states = found.get("hidden_states")
+        wanted = [len(token_ids), len(self._layers), self._target.embedding.shape[1]]
         if states is None or list(states.shape) != wanted:
             shape = "nothing" if states is None else list(states.shape)
             raise TargetError(
