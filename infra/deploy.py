@@ -15,6 +15,7 @@ With HASS_NOTIFY_BLOCK=TYPE/NAME, a notification block such as slack-webhook/tea
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,8 @@ INFRA = Path(__file__).parent
 ROOT = INFRA.parent
 POOLS = {"cpu": 1, "gpu": 1}
 """Runs that a new pool allows at once: two on one machine would spoil each other's timings and memory."""
+GIT_SECONDS = 60
+WHOLE_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # a shorter one no server looks up
 
 
 async def create_pools(client: PrefectClient) -> None:
@@ -101,17 +104,53 @@ def with_code(definition: dict[str, Any]) -> dict[str, Any]:
     """prefect.yaml with the step that brings the code to a worker."""
     repository, folder = os.environ.get("HASS_CODE_REPOSITORY"), os.environ.get("HASS_CODE_DIRECTORY")
     if repository:
-        step = {"git_clone": {"repository": repository, "commit_sha": os.environ.get("HASS_CODE_COMMIT") or _commit()}}
+        commit = os.environ.get("HASS_CODE_COMMIT") or _commit()
+        check_commit(repository, commit)
+        step = {"git_clone": {"repository": repository, "commit_sha": commit}}
     else:
         step = {"set_working_directory": {"directory": folder or str(ROOT)}}
     return {**definition, "pull": [{f"prefect.deployments.steps.{name}": what} for name, what in step.items()]}
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
-    if done.returncode:
+    """This checkout's; that it has changes which no clone will have is told."""
+    head = _git("-C", str(ROOT), "rev-parse", "HEAD")
+    if head is None:
         raise ConfigError("HASS_CODE_COMMIT is not set, and this folder is no git checkout that could name one")
-    return done.stdout.strip()
+    if _git("-C", str(ROOT), "status", "--porcelain", "-uno"):
+        print(f"{ROOT} has changes that are in no commit: runs clone {head} without them")
+    return head
+
+
+def check_commit(repository: str, commit: str) -> None:
+    """Raise ConfigError where the repository answers and a worker could not fetch this commit from it: its runs would
+    crash without a reason. One that does not answer here may answer workers. So too for an address with a key."""
+    if re.match(r"https?://[^/]*@", repository):
+        raise ConfigError(
+            "HASS_CODE_REPOSITORY holds a user or a key, and deployments are recorded; leave it out, and let git on the "
+            "workers know it (a credential helper)"
+        )
+    if _git("ls-remote", repository, "HEAD") is None:
+        print(f"HASS_CODE_REPOSITORY = {repository} does not answer here: whether it has {commit} is not known")
+        return
+    with tempfile.TemporaryDirectory(prefix="hass-") as folder:
+        _git("init", "--quiet", folder)
+        fetch = ("fetch", "--quiet", "--depth=1", "--filter=tree:0", repository, commit)  # as Prefect's step does
+        if not WHOLE_COMMIT.fullmatch(commit) or _git("-C", folder, *fetch) is None:
+            raise ConfigError(
+                f"{repository} has no commit {commit}, so no worker could clone it: push it first, or name another "
+                "one in HASS_CODE_COMMIT, whole"
+            )
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints; None where it fails, or waits for a password that nobody gives."""
+    environment = os.environ | {"GIT_TERMINAL_PROMPT": "0"}
+    try:
+        done = subprocess.run(["git", *arguments], env=environment, capture_output=True, text=True, timeout=GIT_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if done.returncode else done.stdout.strip()
 
 
 def with_limits(definition: dict[str, Any], before: list[DeploymentResponse]) -> dict[str, Any]:

@@ -7,16 +7,23 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from hass_core.config import RunConfig, TargetConfig
+from hass_core.errors import StoreError
 from hass_core.evaluation.measure import device_name
 from hass_core.stages import STEP_VERSIONS
 from hass_core.store import Artifact, Store
 from hass_core.target_model.loader import Target, load_target
 from tasks import tracking
+from tasks.clone import is_of_one_run
 
 
 def store_of(config: RunConfig) -> Store:
-    """The store. Raises StoreError unless it can be written."""
+    """The store. Raises StoreError unless it can be written, and outlives this run."""
     store = Store(config.store)
+    if store.is_local and is_of_one_run(store.root):
+        raise StoreError(
+            f"the store {config.store} lies in the clone of the code that this run alone has, and would be gone with "
+            "it: set HASS_STORE on the worker, or store in the preset, to a whole path or s3://BUCKET/PREFIX"
+        )
     store.check_writable()
     return store
 

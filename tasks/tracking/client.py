@@ -25,6 +25,7 @@ from hass_core.config import RunConfig
 from hass_core.errors import TrackingError
 from hass_core.store.scratch import locked
 from hass_core.trusted_hosts import VARIABLE, is_trusted
+from tasks.clone import is_of_one_run
 from tasks.tracking.in_place import follow_the_folder
 from tasks.tracking.outage import log_outages, outage_in, refusal_in
 from tasks.tracking.view import MODEL_TRAINING, VIEW, add_view, experiment_tags
@@ -52,10 +53,15 @@ def local_folder(config: RunConfig) -> Path:
 
 
 def connect(config: RunConfig) -> MlflowClient:
-    """A client whose experiment exists. Raises TrackingError when MLflow cannot be reached, or would be given the
-    credentials of another server."""
+    """A client whose experiment exists. Raises TrackingError when MLflow cannot be reached, would be given the
+    credentials of another server, or would be gone with this run."""
     uri = tracking_uri(config)
     _check_trust(uri)
+    if uri.startswith("sqlite:") and is_of_one_run(urlsplit(uri).path.removeprefix("/")):
+        raise TrackingError(
+            f"runs and drafts would be recorded in {uri}, in the clone of the code that this run alone has, and be gone "
+            "with it: set MLFLOW_TRACKING_URI on the worker, or HASS_STORE to a whole path"
+        )
     try:
         client = _client(uri, local_folder(config))
         experiment_id(client, config)

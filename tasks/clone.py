@@ -1,0 +1,14 @@
+"""The folder that a worker clones the code into, for one run: what a run writes there is gone with it."""
+
+import tempfile
+from pathlib import Path
+
+ENDING = "prefect"  # of the name that Prefect's process worker gives it
+
+
+def is_of_one_run(folder: str | Path) -> bool:
+    """Whether a folder lies in one that a worker has made for this run alone, and removes after it."""
+    parts = Path(folder).resolve().parts
+    temporary = Path(tempfile.gettempdir()).resolve().parts
+    made = parts[len(temporary) : len(temporary) + 1]
+    return parts[: len(temporary)] == temporary and bool(made) and made[0].endswith(ENDING)
