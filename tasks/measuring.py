@@ -14,6 +14,7 @@ from hass_core.config import RunConfig
 from hass_core.evaluation import duel
 from hass_core.evaluation.benchmarks import load_benchmarks
 from hass_core.evaluation.evaluate import evaluate_draft, read_report
+from hass_core.evaluation.served import check_served
 from hass_core.evaluation.server import Server
 from hass_core.evaluation.server_duel import contest
 from hass_core.evaluation.server_process import serving
@@ -74,6 +75,8 @@ def _judged_by_servers(
     rules, samplings = config.promotion, duel.duel_samplings(target_of(config))
     with _servers(config, challenger, champion) as (new, old):
         questions = load_benchmarks(config.evaluation)
+        for server in (new, old):  # which draft it holds cannot be seen from here, which target can
+            check_served(server, target_of(config), questions[0], drafts=True)
         asked = (new, old, questions, samplings, rules.rounds, config.evaluation, progress)
         found = told("duel", partial(contest, *asked), lambda found: f"{len(found.bouts)} answers of either server")
     verdict = judge(found.bouts, lossless, rules, f"the champion (version {champion.version})")

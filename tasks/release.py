@@ -47,7 +47,7 @@ def release_champion(config: RunConfig) -> Released | None:
     if champion is None or not config.promotion.release or not is_served(config, champion):
         return None
     current = Releases(store_of(config), name).current()
-    in_place = current and current.version == champion.version and set(current.engines) == set(config.promotion.release)
+    in_place = current and _holds(current, champion) and set(current.engines) == set(config.promotion.release)
     if current and in_place and tracking.is_released(client, champion):
         return None
     release = current if current and in_place else told("release", partial(put_release, config, champion), _engines)
@@ -56,6 +56,11 @@ def release_champion(config: RunConfig) -> Released | None:
     done = Released(release=release, told=notified)
     create_markdown_artifact(str(done), key="release", description="What the engines load now")
     return done
+
+
+def _holds(release: Release, version: DraftVersion) -> bool:
+    """Whether a release is of this version; where it says so, of this draft too."""
+    return release.version == version.version and release.draft in ("", version.draft.digest)
 
 
 def _engines(release: Release) -> str:
@@ -71,7 +76,7 @@ def put_release(config: RunConfig, version: DraftVersion) -> Release:
         folders = {engine: Path(scratch) / engine for engine in config.promotion.release}
         for engine in config.promotion.release:
             write_export(config, DraftSource(version=version), engine, folders[engine], tree_of(config, version), None)
-        return Releases(store_of(config), version.model).publish(version.version, folders)
+        return Releases(store_of(config), version.model).publish(version.version, folders, version.draft.digest)
 
 
 @task(name="notify-servers", retries=3, retry_delay_seconds=[5, 30, 120], timeout_seconds=SHORT_SECONDS)
@@ -95,14 +100,23 @@ def notify_servers(config: RunConfig, release: Release) -> bool:
 
 
 def _post(variable: str, text: str, version: str) -> None:
-    address = os.environ.get(variable)
+    address = os.environ.get(variable, "").strip()
     if not address:
         raise ConfigError(f"promotion.release_webhook names the environment variable {variable}, which is not set")
     headers = {"Content-Type": "application/json"}
     try:
         httpx.post(address, content=text, headers=headers, timeout=WEBHOOK_SECONDS).raise_for_status()
-    except httpx.HTTPError as error:
-        reason = str(error).replace(address, f"${variable}")
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise HassError(
-            f"the release is in place, but its webhook failed: {reason}; it is called again next time"
+            f"version {version} is released, but the webhook that {variable} names {_failure(error)}; it is called "
+            "again next time"
         ) from None
+
+
+def _failure(error: Exception) -> str:
+    """What became of a call, without its address, which httpx writes into its errors in a spelling of its own."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"answered {error.response.status_code} {error.response.reason_phrase}"
+    if isinstance(error, httpx.ConnectError):
+        return f"cannot be reached: {error}"
+    return f"failed: {type(error).__name__}"

@@ -81,8 +81,10 @@ def _changes(config: RunConfig, version: DraftVersion, verdict: Verdict | None) 
     before = _before(config, version, verdict)
     if before is None:
         return Part("What changed", "There was no champion to compare with: it is the first.")
-    settings, results = tracking.differences(client, before, version)
     title = f"What changed since the champion, version {before.version}"
+    if (found := tracking.differences(client, before, version)) is None:
+        return Part(title, "That is unknown: MLflow no longer has the run of one of them.")
+    settings, results = found
     told = "" if settings else "No setting differs; the prompts, the answers, the target or the machine do."
     return Part(title, told, ("", f"version {before.version}", f"version {version.version}"), [*results, *settings])
 

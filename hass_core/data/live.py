@@ -37,6 +37,7 @@ from hass_core.errors import BadInput
 from hass_core.store import digest_of, sha256_of
 
 PATTERN = set("*?[")
+CONTENT_TAGS = ("ETag", "md5Hash")  # what S3 and Google's store say of an object's content, whenever it was put there
 BUILTIN = "builtin"  # the source of the project's own prompts
 SECONDS_A_DAY = 86_400.0
 FRACTIONS_FROM = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))  # numbers above count ns, µs and ms: as the next larger
@@ -256,7 +257,8 @@ def _nothing(entry: str) -> BadInput:
 
 
 def _listed(fs: Any, path: str) -> dict[str, dict[str, Any]]:
-    """Files below a folder or matching a pattern; a pattern that matches folders stands for what they hold."""
+    """Files below a folder or matching a pattern, but empty ones; a pattern that matches folders stands for what they
+    hold."""
     folder = {path: {"type": "directory"}} if fs.isdir(path) else {}
     matched = fs.glob(path.rstrip("/"), detail=True) if PATTERN & set(path) else folder
     found = {place: info for place, info in matched.items() if info["type"] == "file"}
@@ -264,7 +266,7 @@ def _listed(fs: Any, path: str) -> dict[str, dict[str, Any]]:
         if info["type"] == "directory":
             inside = fs.find(place.rstrip("/"), detail=True)
             found |= {name: info for name, info in inside.items() if is_readable(name.removeprefix(place.rstrip("/")))}
-    return found
+    return {place: info for place, info in found.items() if info["size"] != 0}  # a quiet day's log is nothing new
 
 
 def _file(fs: Any, path: str, info: dict[str, Any], source: str, prefix: str) -> File:
@@ -272,12 +274,13 @@ def _file(fs: Any, path: str, info: dict[str, Any], source: str, prefix: str) ->
     if isinstance(fs, LocalFileSystem):
         return File(path, source, prefix, seconds_of(modified) or 0.0, sha256_of(Path(path)))
     url = fs.unstrip_protocol(path)
-    return File(url, source, prefix, seconds_of(modified) or 0.0, _remote_content(fs, path, url))
+    return File(url, source, prefix, seconds_of(modified) or 0.0, _remote_content(fs, path, url, info))
 
 
-def _remote_content(fs: Any, path: str, url: str) -> str:
+def _remote_content(fs: Any, path: str, url: str, info: dict[str, Any]) -> str:
     if not url.startswith(("http://", "https://")):
-        return fs.ukey(path)
+        tag = next((info[key] for key in CONTENT_TAGS if info.get(key)), None)
+        return str(tag).strip('"') if tag else fs.ukey(path)  # the latter also changes with time and storage class
     with fs.open(path, "rb", block_size=0) as file:  # whose tag is no more than the address: read it
         return hashlib.sha256(file.read()).hexdigest()
 

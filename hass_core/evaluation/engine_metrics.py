@@ -6,7 +6,9 @@ SGLang   sglang:spec_verify_calls, with sglang:num_requests and sglang:generatio
 hass     hass_cycles, hass_accepted{depth}                                                             counters
 """
 
+import math
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import Any
 
 import httpx
@@ -18,9 +20,10 @@ from hass_core.errors import BadInput, Unreachable
 from hass_core.evaluation.report import Report
 
 PATIENCE_SECONDS = 10
-VLLM, PER_POSITION = "vllm:spec_decode_num_{}_total", "accepted_tokens_per_pos"
+VLLM_COUNTERS = ("vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_per_pos_total")
 HASS_COUNTERS = ("hass_cycles_total", "hass_accepted_total")
 SGLANG, SGLANG_CYCLES = "sglang:spec_accept_length", "sglang:spec_verify_calls_total"
+COUNTED = (*VLLM_COUNTERS, *HASS_COUNTERS, SGLANG)
 VLLM_ENGINE, SGLANG_ENGINE, HASS_ENGINE = "vLLM", "SGLang", "hass serve"
 TRAFFIC = {  # requests that ended, and tokens generated
     VLLM_ENGINE: ("vllm:request_success_total", "vllm:generation_tokens_total"),
@@ -51,13 +54,18 @@ class Acceptance(BaseModel, frozen=True):
         return 1 + self.accepted / self.drafts if self.drafts else None
 
     def since(self, before: "Acceptance | None") -> "Acceptance":
-        """What came after an earlier reading; all of it where the engine was started again meanwhile."""
-        if before is None or self.gauge is not None or before.drafts > self.drafts:
+        """What came after an earlier reading; all of it where the engine was started again meanwhile: a count fell."""
+        if before is None or self.gauge is not None or self._fell_from(before):
             return self
         earlier = before.by_position + (0.0,) * (len(self.by_position) - len(before.by_position))
         positions = tuple(new - old for new, old in zip(self.by_position, earlier, strict=False))
         total = None if self.total is None else self.total - (before.total or 0)
         return Acceptance(drafts=self.drafts - before.drafts, by_position=positions, total=total)
+
+    def _fell_from(self, before: "Acceptance") -> bool:
+        """Whether any count is smaller: one alone may have outgrown the earlier reading since a restart."""
+        ours, theirs = ((read.drafts, read.accepted, *read.by_position) for read in (self, before))
+        return any(new < old for new, old in zip_longest(ours, theirs, fillvalue=0.0))
 
 
 class Reading(BaseModel, frozen=True):
@@ -85,7 +93,7 @@ def read_engine(url: str) -> Reading:
             "--enable-metrics)"
         )
     requests, tokens = (_sum(samples, name) or 0.0 for name in TRAFFIC[engine])
-    return Reading(engine=engine, requests=requests, tokens=tokens, acceptance=_of_samples(samples))
+    return Reading(engine=engine, requests=requests, tokens=tokens, acceptance=_of_samples(samples, url))
 
 
 def _fetched(url: str) -> str:
@@ -102,7 +110,7 @@ def _fetched(url: str) -> str:
 def read_prometheus(server: str, selector: str = "") -> dict[str, Acceptance]:
     """Ask a Prometheus server what the engines that `selector` picks (label matchers, such as model_name="org/model")
     count now; by instance. Raises BadInput where it is none, or knows no engine that drafts."""
-    names = "|".join((*(VLLM.format(name) for name in ("drafts", PER_POSITION)), *HASS_COUNTERS, SGLANG))
+    names = "|".join(COUNTED)
     matchers = ", ".join(part for part in (f'__name__=~"{names}"', selector) if part)
     try:
         answer = httpx.get(
@@ -110,6 +118,7 @@ def read_prometheus(server: str, selector: str = "") -> dict[str, Acceptance]:
         )
         answer.raise_for_status()
         series = answer.json()["data"]["result"]
+        samples = [Sample(one["metric"]["__name__"], one["metric"], float(one["value"][1])) for one in series]
     except (
         httpx.HTTPStatusError,
         httpx.InvalidURL,
@@ -119,19 +128,20 @@ def read_prometheus(server: str, selector: str = "") -> dict[str, Acceptance]:
         TypeError,
     ) as error:
         raise BadInput(f"{server} does not answer as a Prometheus server, asked for {{{matchers}}}: {error}") from error
-    by_instance: dict[str, list[Sample]] = {}
-    for one in series:
-        labels = one["metric"]
-        sample = Sample(labels["__name__"], labels, float(one["value"][1]))
-        by_instance.setdefault(labels.get("instance", ""), []).append(sample)
-    if not by_instance:
+    except httpx.TransportError as error:
+        raise Unreachable(f"{server} cannot be read: {error!r}; check that Prometheus runs") from error
+    if not samples:
         raise BadInput(f"{server} knows no engine that drafts: no series of {{{matchers}}}; check watch.selector")
-    return {instance: _of_samples(samples) or Acceptance() for instance, samples in sorted(by_instance.items())}
+    _check_one_model(samples, server)
+    by_instance: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_instance.setdefault(sample.labels.get("instance", ""), []).append(sample)
+    return {name: _of_samples(own, f"{name} at {server}") or Acceptance() for name, own in sorted(by_instance.items())}
 
 
 def parse_acceptance(text: str, where: str) -> Acceptance:
     """Read a page. Raises BadInput naming `where` when no engine counts drafts in it."""
-    if found := _of_samples(_samples(text, where)):
+    if found := _of_samples(_samples(text, where), where):
         return found
     raise BadInput(
         f"{where} counts no speculative decoding: neither vLLM's, SGLang's nor hass serve's; start the engine with the "
@@ -160,15 +170,39 @@ def _samples(text: str, where: str) -> list[Sample]:
         raise BadInput(f"{where} is no Prometheus page: {error}") from error
 
 
-def _of_samples(samples: Iterable[Any]) -> Acceptance | None:
-    """What one engine counts; None where these are no samples of an engine that drafts."""
-    return next((found for engine in (_vllm, _hass, _sglang) if (found := engine(samples)) is not None), None)
+def _of_samples(samples: Iterable[Any], where: str) -> Acceptance | None:
+    """What one engine counts; None where these are no samples of an engine that drafts.
+
+    Raises BadInput for several models, and for counts that τ cannot be made of.
+    """
+    _check_one_model(samples, where)
+    found = next((found for engine in (_vllm, _hass, _sglang) if (found := engine(samples)) is not None), None)
+    if found is None:
+        return None
+    if found.drafts and not found.by_position and _sum(samples, VLLM_COUNTERS[0]):
+        raise BadInput(f"{where} counts drafts, but not {VLLM_COUNTERS[1]}; have whatever stands between pass it on")
+    if not all(math.isfinite(count) for count in (found.drafts, found.accepted)):
+        raise BadInput(f"{where} counts {found.drafts:g} drafts and {found.accepted:g} accepted tokens: no numbers")
+    return found
+
+
+def _check_one_model(samples: Iterable[Any], where: str) -> None:
+    """Raise BadInput where engines of several models are counted: their sum says nothing of one draft."""
+    models = {
+        sample.labels["model_name"] for sample in samples if sample.name in COUNTED and "model_name" in sample.labels
+    }
+    if len(models) > 1:
+        named = ", ".join(sorted(models))
+        raise BadInput(
+            f"{where} counts drafts of several models ({named}): pick one by watch.selector of a Prometheus server, "
+            f'such as model_name="{min(models)}"'
+        )
 
 
 def _vllm(samples: Iterable[Any]) -> Acceptance | None:
-    if not (drafts := _sum(samples, VLLM.format("drafts"))):
+    if not (drafts := _sum(samples, VLLM_COUNTERS[0])):
         return None if drafts is None else Acceptance()
-    positions = _by_label(samples, VLLM.format(PER_POSITION), "position")
+    positions = _by_label(samples, VLLM_COUNTERS[1], "position")
     return Acceptance(drafts=drafts, by_position=positions)
 
 
@@ -200,7 +234,6 @@ def _sum(samples: Iterable[Any], name: str) -> float | None:
 def _by_label(samples: Iterable[Any], name: str, label: str) -> tuple[float, ...]:
     totals: dict[int, float] = {}
     for sample in samples:
-        if sample.name == name:
-            place = int(sample.labels[label])
-            totals[place] = totals.get(place, 0.0) + sample.value
+        if sample.name == name and (place := sample.labels.get(label, "")).isdecimal():
+            totals[int(place)] = totals.get(int(place), 0.0) + sample.value
     return tuple(totals[place] for place in sorted(totals))

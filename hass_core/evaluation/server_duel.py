@@ -71,6 +71,8 @@ def _bouts(
 def _measured(server: Server, question: Question, sampling: SamplingConfig, seed: int, max_tokens: int) -> Measurement:
     """The first turn, answered and timed."""
     answer = server.answer(opening(question), sampling, max_tokens, seed)
+    if not answer.new_tokens:
+        raise BadInput(f"{server.url} answered question {question.id} with no token: see what it says of itself")
     return Measurement(
         benchmark=question.benchmark, question=question.id, category=question.category,
         temperature=sampling.temperature, method="server", prompt_tokens=answer.prompt_tokens,

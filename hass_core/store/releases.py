@@ -28,6 +28,7 @@ class Release(BaseModel, frozen=True):
     name: str
     version: str
     engines: dict[str, str]  # engine → address of its folder
+    draft: str = ""  # digest of what was exported; a registry that was lost begins its numbers anew
 
 
 class _Files(BaseModel):
@@ -52,7 +53,7 @@ class Releases:
         except ValidationError as error:
             raise CorruptFile(f"{self.url}/{CURRENT} is not a release; remove it and release again") from error
 
-    def publish(self, version: str, folders: Mapping[str, Path]) -> Release:
+    def publish(self, version: str, folders: Mapping[str, Path], draft: str = "") -> Release:
         """Put local folders by engine in place, check what arrived, and point `current` at them.
 
         Until the last moment the former release is the current one, whatever fails. Raises StoreError, or CorruptFile
@@ -61,7 +62,7 @@ class Releases:
         for engine, folder in folders.items():
             self._put_folder(f"{version}/{engine}", folder)
         engines = {engine: f"{self.url}/{version}/{engine}" for engine in folders}
-        release = Release(name=self._name, version=version, engines=engines)
+        release = Release(name=self._name, version=version, engines=engines, draft=draft)
         self._write(CURRENT, release.model_dump_json(indent=2).encode())
         return release
 

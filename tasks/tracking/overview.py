@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from hass_core.config import RunConfig
 from tasks.tracking.client import connect, experiment_id
-from tasks.tracking.registry import CHAMPION
+from tasks.tracking.registry import CHAMPION, found_run
 from tasks.tracking.runs import FINISHED
 
 PAGE = 100
@@ -58,12 +58,12 @@ def _champions(client: MlflowClient) -> Iterator[ChampionRecord]:
             if CHAMPION in model.aliases:
                 version = client.get_model_version(model.name, model.aliases[CHAMPION])
                 if "hass.digest.draft" in version.tags:
-                    numbers = client.get_run(version.run_id).data.metrics if version.run_id else {}
+                    run = found_run(client, version.run_id)
                     yield ChampionRecord(
                         model=model.name,
                         version=int(version.version),
                         registered=version.creation_timestamp / 1000,
-                        numbers=dict(numbers),
+                        numbers=dict(run.data.metrics) if run else {},
                     )
         token = page.token
         if not token:

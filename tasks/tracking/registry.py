@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
+from mlflow.entities import LifecycleStage, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from pydantic import BaseModel
@@ -243,20 +244,21 @@ def record_verdict(
     card = (version.description or "").partition(VERDICT)[0].rstrip()
     description = f"{card}\n\n{text}".lstrip()
     client.update_model_version(challenger.model, challenger.version, description=description)
-    if version.run_id:
-        client.set_tag(version.run_id, NOTE, description)
-        client.set_tag(version.run_id, PROMOTED, str(promoted).lower())
-        client.log_text(version.run_id, text, "promotion/verdict.md")
+    if run := living_run(client, version.run_id):
+        run_id = run.info.run_id
+        client.set_tag(run_id, NOTE, description)
+        client.set_tag(run_id, PROMOTED, str(promoted).lower())
+        client.log_text(run_id, text, "promotion/verdict.md")
         for figure in figures:
-            client.log_artifact(version.run_id, str(figure), "promotion")
+            client.log_artifact(run_id, str(figure), "promotion")
 
 
 def record_export(client: MlflowClient, version: DraftVersion, engine: str, folder: Path) -> None:
     """Note an export that passed its check: a tag of the version, card and config.json in the run that made it."""
     client.set_model_version_tag(version.model, version.version, f"hass.export.{engine}", "passed")
-    if run_id := client.get_model_version(version.model, version.version).run_id:
+    if run := living_run(client, client.get_model_version(version.model, version.version).run_id):
         for name in ("README.md", "config.json"):
-            client.log_artifact(run_id, str(folder / name), f"export/{engine}")
+            client.log_artifact(run.info.run_id, str(folder / name), f"export/{engine}")
 
 
 def record_failed_export(client: MlflowClient, version: DraftVersion, engine: str, reason: str) -> None:
@@ -312,8 +314,8 @@ def restore(client: MlflowClient, name: str, target: str) -> dict[str, Any]:
         before, passed_over = _former(client, present, target)
         client.set_registered_model_alias(name, CHAMPION, before.version)
         client.set_model_version_tag(name, present.version, WITHDRAWN, str(int(time.time())))
-        if run_id := client.get_model_version(name, present.version).run_id:
-            client.set_tag(run_id, PROMOTED, "withdrawn")
+        if run := living_run(client, client.get_model_version(name, present.version).run_id):
+            client.set_tag(run.info.run_id, PROMOTED, "withdrawn")
     restored, withdrawn = (describe(client, name, version.version) for version in (before, present))
     return {"restored": restored, "withdrawn": withdrawn, "passed_over": passed_over}
 
@@ -324,7 +326,7 @@ def _former(client: MlflowClient, present: DraftVersion, target: str) -> tuple[D
     seen, version = {present.version}, present
     while (number := lineage(client, version).get("hass.replaced")) and number not in seen:
         seen.add(number)
-        version = describe(client, present.model, number)
+        version = find_version(client, present.model, int(number))
         if version.target == target and not version.withdrawn:
             return version, tuple(others)
         others += [] if version.target == target else [number]
@@ -334,7 +336,24 @@ def _former(client: MlflowClient, present: DraftVersion, target: str) -> tuple[D
             f"the versions of {present.model} before version {present.version} ({named}) are drafts of another version "
             "of the target: nothing to go back to; name a version to promote-draft instead"
         )
-    raise TrackingError(f"version {present.version} of {present.model} replaced no other: nothing to go back to")
+    what = "replaced only versions that were withdrawn since" if len(seen) > 1 else "replaced no other"
+    raise TrackingError(f"version {present.version} of {present.model} {what}: nothing to go back to")
+
+
+def found_run(client: MlflowClient, run_id: str | None) -> Run | None:
+    """The run that made a version, deleted or not; None where `mlflow gc` has left nothing of it."""
+    try:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def living_run(client: MlflowClient, run_id: str | None) -> Run | None:
+    """The same; None where somebody has deleted it, for MLflow then refuses what is written there."""
+    run = found_run(client, run_id)
+    return run if run and run.info.lifecycle_stage == LifecycleStage.ACTIVE else None
 
 
 def _create_model(client: MlflowClient, name: str, target: Target) -> None:

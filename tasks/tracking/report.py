@@ -7,7 +7,7 @@ from mlflow.entities import Run
 
 from hass_core.config import RunConfig
 from tasks.tracking.client import connect, run_url
-from tasks.tracking.registry import DraftVersion
+from tasks.tracking.registry import DraftVersion, found_run
 
 PAGE = "report.html"
 RESULTS = ("evaluation/speedup", "evaluation/tau_macro", "draft/best_tau", "draft/tokens_seen", "prompts/prompts")
@@ -33,11 +33,16 @@ def is_published(config: RunConfig, run_id: str) -> bool:
     return any(file.path == PAGE for file in connect(config).list_artifacts(run_id))
 
 
-def differences(client: MlflowClient, before: DraftVersion, after: DraftVersion) -> tuple[Differences, Differences]:
-    """Settings that differ between the runs that made two versions, and their results side by side."""
+def differences(
+    client: MlflowClient, before: DraftVersion, after: DraftVersion
+) -> tuple[Differences, Differences] | None:
+    """Settings that differ between the runs that made two versions, and their results side by side.
+
+    None where one of the runs is gone.
+    """
     old, new = (_run_of(client, version) for version in (before, after))
     if old is None or new is None:
-        return [], []
+        return None
     names = sorted(old.data.params.keys() | new.data.params.keys())
     settings = [(name, old.data.params.get(name, ""), new.data.params.get(name, "")) for name in names]
     figures = ((name, old.data.metrics.get(name), new.data.metrics.get(name)) for name in RESULTS)
@@ -46,8 +51,7 @@ def differences(client: MlflowClient, before: DraftVersion, after: DraftVersion)
 
 
 def _run_of(client: MlflowClient, version: DraftVersion) -> Run | None:
-    run_id = client.get_model_version(version.model, version.version).run_id
-    return client.get_run(run_id) if run_id else None
+    return found_run(client, client.get_model_version(version.model, version.version).run_id)
 
 
 def _shown(value: float | None) -> str:

@@ -4,11 +4,10 @@ import time
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
-from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ValidationError
 
 from hass_core.evaluation.engine_metrics import Acceptance
-from tasks.tracking.registry import LOGGED_MODEL, DraftVersion, lineage
+from tasks.tracking.registry import LOGGED_MODEL, DraftVersion, lineage, living_run
 
 STATE = "hass.watch"  # tag of a version
 SECONDS_PER_DAY = 86_400
@@ -34,15 +33,11 @@ def record_watch(client: MlflowClient, version: DraftVersion, state: WatchState,
     """Keep the state, and the numbers as metrics `watch/…` of the version's model, a step a day."""
     client.set_model_version_tag(version.model, version.version, STATE, state.model_dump_json())
     found = client.get_model_version(version.model, version.version)
-    run_id, model_id = found.run_id, found.tags.get(LOGGED_MODEL)
+    run, model_id = living_run(client, found.run_id), found.tags.get(LOGGED_MODEL)
     now = time.time()
     values = [
         Metric(f"watch/{name}", value, int(1000 * now), int(now // SECONDS_PER_DAY), model_id=model_id)
         for name, value in numbers.items()
     ]
-    if run_id and values:
-        try:
-            client.log_batch(run_id, metrics=values)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # the run was deleted; the tag still tells
-                raise
+    if run and values:  # else the tag still tells
+        client.log_batch(run.info.run_id, metrics=values)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import time
 from datetime import UTC, datetime
 
 import pytest
@@ -75,6 +76,9 @@ def test_a_folder_and_patterns_are_all_files_of_conversations_in_them(traffic, s
 def test_a_new_file_is_something_new_and_an_equal_folder_is_not(traffic, store, tiny_target):
     first = collect_prompts(run(str(traffic)), store, tiny_target)
     os.utime(traffic / "2026-11-01" / "part-0.jsonl")  # touched, not changed
+    assert collect_prompts(run(str(traffic)), store, tiny_target).digest == first.digest
+    (traffic / "2026-11-28").mkdir()
+    (traffic / "2026-11-28" / "part-0.jsonl").touch()  # nobody asked anything yet
     assert collect_prompts(run(str(traffic)), store, tiny_target).digest == first.digest
     log(traffic / "2026-11-28" / "part-0.jsonl", [7])
     grown = collect_prompts(run(str(traffic)), store, tiny_target)
@@ -189,6 +193,9 @@ def test_a_prefix_of_s3_is_listed_anew_at_every_run(s3_store, store, tiny_target
     first = collect_prompts(config, store, tiny_target)
     assert asked(store, first) == [0, 1]
     assert collect_prompts(config, store, tiny_target).digest == first.digest
+    time.sleep(1)  # S3 tells whole seconds
+    s3_store.fs.put_file(str(tmp_path / "part.jsonl"), f"{root}/2026-11-02/part-0.jsonl")  # by a nightly copy
+    assert collect_prompts(config, store, tiny_target).digest == first.digest, "put there again, not changed"
     log(tmp_path / "part.jsonl", [2])
     s3_store.fs.put_file(str(tmp_path / "part.jsonl"), f"{root}/2026-11-03/part-0.jsonl")
     assert asked(store, collect_prompts(config, store, tiny_target)) == [0, 1, 2]

@@ -12,6 +12,7 @@ from hass_core.serving.metrics import Metrics
 
 from .engine_server import Engine, running
 
+DRAFTED, ACCEPTED = "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_per_pos_total"
 QUESTIONS = [Question("b", f"q{n}", "any", ({"role": "user", "content": "Why?"},)) for n in range(3)]
 
 
@@ -34,6 +35,35 @@ def test_a_reading_counts_from_the_one_before_and_from_zero_after_a_restart():
     again = Engine((0.1, 0.0))
     again.serve(50)
     assert parse_acceptance(again.page(), "here").since(later).tau == pytest.approx(1.1)
+
+
+def test_a_restart_is_seen_although_more_was_drafted_since():
+    good, bad = Engine((0.7, 0.3)), Engine((0.1, 0.0))
+    good.serve(1000)
+    bad.serve(1100)
+    before = parse_acceptance(good.page(), "here")
+    assert parse_acceptance(bad.page(), "here").since(before).tau == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("value", ["NaN", "+Inf"])
+def test_counts_that_are_no_numbers_are_refused(value):
+    with pytest.raises(BadInput, match=r"here counts (nan|inf) drafts and 5 accepted tokens: no numbers"):
+        parse_acceptance(f'{DRAFTED} {value}\n{ACCEPTED}{{position="0"}} 5\n', "here")
+
+
+@pytest.mark.parametrize("labels", [None, "", '{position="first"}'])
+def test_drafts_without_what_was_accepted_of_them_are_refused(labels):
+    accepted = "" if labels is None else f"{ACCEPTED}{labels} 5\n"
+    with pytest.raises(BadInput, match=f"here counts drafts, but not {ACCEPTED}"):
+        parse_acceptance(f"{DRAFTED} 9\n{accepted}", "here")
+
+
+def test_two_models_on_one_page_are_refused():
+    engine = Engine((0.6, 0.3))
+    engine.serve(100)
+    other = engine.page().replace('"tiny"', '"other"')
+    with pytest.raises(BadInput, match=r"here counts drafts of several models \(other, tiny\): pick one"):
+        parse_acceptance(engine.page() + other, "here")
 
 
 def test_sglangs_gauge_is_tau():
@@ -78,3 +108,9 @@ def test_a_server_without_a_draft_is_no_side():
         pytest.raises(BadInput, match=r"the champion's server .* drafted nothing"),
     ):
         contest(Server(drafted.url), Server(bare.url), QUESTIONS, (SamplingConfig(),), 2, EvaluationConfig())
+
+
+def test_a_server_that_answers_with_no_token_is_no_side():
+    refused = pytest.raises(BadInput, match="answered question q0 with no token")
+    with running(Engine((0.7, 0.4), answering=lambda asked: (5, []))) as mute, refused:
+        contest(Server(mute.url), Server(mute.url), QUESTIONS, (SamplingConfig(),), 2, EvaluationConfig())

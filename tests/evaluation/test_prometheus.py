@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hass_core.errors import BadInput
+from hass_core.errors import BadInput, Unreachable
 from hass_core.evaluation.engine_metrics import read_prometheus
 from tests.evaluation.engine_server import Engine, running
 from tests.flows.stack import answers, end, free_port, wait_for
@@ -72,10 +72,12 @@ def test_a_prometheus_server_tells_what_each_engine_counts(server, engines):
         read_prometheus(server, "job=")
 
 
-def test_its_answer_is_read_by_instance():
-    def one(name: str, value: int, **labels: str) -> dict:
-        return {"metric": {"__name__": name, "instance": "a:8000", **labels}, "value": [1764000000.1, str(value)]}
+def one(name: str, value: int, **labels: str) -> dict:
+    """A series with its newest value."""
+    return {"metric": {"__name__": name, "instance": "a:8000", **labels}, "value": [1764000000.1, str(value)]}
 
+
+def test_its_answer_is_read_by_instance():
     accepted = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
     series = [one(accepted, 600, position="0"), one(accepted, 300, position="1")]
     series += [one("vllm:spec_decode_num_drafts_total", 1000), one("hass_cycles_total", 0, instance="b:8001")]
@@ -89,3 +91,16 @@ def test_its_answer_is_read_by_instance():
 def test_a_server_that_is_none_is_named():
     with running(Engine((0, 0))) as engine, pytest.raises(BadInput, match="does not answer as a Prometheus server"):
         read_prometheus(engine.url)
+
+
+def test_engines_of_two_models_are_not_added_up():
+    drafts = "vllm:spec_decode_num_drafts_total"
+    series = [one(drafts, 9, model_name="ours"), one(drafts, 5, model_name="theirs", instance="b:8000")]
+    refused = pytest.raises(BadInput, match=r"several models \(ours, theirs\): pick one by watch.selector")
+    with answering(200, json.dumps({"data": {"result": series}})) as address, refused:
+        read_prometheus(address)
+
+
+def test_a_server_that_is_away_is_named():
+    with pytest.raises(Unreachable, match=r"http://127.0.0.1:\d+ cannot be read: .*; check that Prometheus runs"):
+        read_prometheus(f"http://127.0.0.1:{free_port()}")

@@ -96,6 +96,10 @@ def test_times_with_a_compilation_in_them_decide_nothing():
     assert verdict.reasons[0].startswith("1 compilations ran while the clock did")
 
 
+def test_a_gain_that_is_no_number_promotes_nobody():
+    assert not judge(fought({"a": [float("nan")] * 12}), True, RULES).promoted
+
+
 def test_no_bouts_promote_nobody():
     assert judge([], True, RULES).reasons == ("no question was answered by both sides",)
 

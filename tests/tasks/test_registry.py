@@ -175,10 +175,37 @@ def test_a_rollback_is_told(register, client, config, monkeypatch, tiny_target):
     assert told == [text]
 
 
+def test_runs_that_were_deleted_by_hand_are_missed_by_nobody(register, client, config, tmp_path):
+    first, second = register(0), register(1)
+    client.delete_run(client.get_model_version(first.model, "1").run_id)  # of both: the settings are the same
+    assert tracking.crown(client, second, first)
+    tracking.record_verdict(client, second, True, "## Version 2: promoted")
+    (tmp_path / "README.md").touch()
+    (tmp_path / "config.json").touch()
+    tracking.record_export(client, second, "vllm", tmp_path)
+    tracking.record_watch(client, second, tracking.WatchState(low_in_a_row=1), {"tau": 1.5})
+    assert tracking.watch_state(client, second).low_in_a_row == 1
+    assert tracking.champion_records(config)
+    assert tracking.restore(client, first.model, first.target)["restored"].version == "1"
+    assert tracking.find_version(client, first.model, 2).withdrawn
+
+
 def test_a_rollback_with_nothing_before_says_so(register, client):
     version = register(0)
     with pytest.raises(TrackingError, match=r"version 1 of draft-\w+ replaced no other: nothing to go back to"):
         tracking.restore(client, version.model, version.target)
+
+
+def test_a_rollback_to_what_was_deleted_or_withdrawn_says_so(register, client):
+    first, second = register(0), register(1)
+    tracking.crown(client, second, first)
+    tracking.crown(client, first, second)
+    restored = tracking.restore(client, first.model, first.target)["restored"]
+    with pytest.raises(TrackingError, match=r"version 2 of .* replaced only versions that were withdrawn since"):
+        tracking.restore(client, first.model, first.target)
+    client.delete_model_version(first.model, "1")
+    with pytest.raises(TrackingError, match=f"{first.model} has no version 1"):
+        tracking.restore(client, restored.model, restored.target)
 
 
 def test_a_rollback_without_a_champion_says_what_to_run(client):

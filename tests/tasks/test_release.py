@@ -68,6 +68,17 @@ def test_a_challenger_is_not_released_and_a_rollback_releases_the_former_again(s
     assert current().version == "1"
 
 
+def test_another_draft_with_the_number_of_the_release_is_released(served, register, store):
+    version = register(0)
+    release.release_champion(served)
+    tracking.connect(served).delete_registered_model(version.model)  # as when a database is lost
+    register(1)
+    done = release.release_champion(served)
+    assert done.release.version == "1"
+    assert done.release.draft == tracking.champion(tracking.connect(served), version.model).draft.digest
+    assert Releases(store, version.model).current() == done.release
+
+
 def test_a_command_gets_the_release_and_its_failure_is_told_and_made_good_next_time(served, register, store, tmp_path):
     version = register(0)
     failing = with_rules(served, release_command=f"cat /nowhere-{tmp_path.name}")
@@ -99,14 +110,23 @@ def test_a_webhook_is_posted_to_and_its_address_stays_secret(served, register, m
     config = with_rules(served, release_webhook="RELEASE_HOOK")
     with pytest.raises(HassError, match="RELEASE_HOOK, which is not set"):
         release.release_champion(config)
-    monkeypatch.setenv("RELEASE_HOOK", f"http://127.0.0.1:{server.server_port}/secret-4711")
-    with pytest.raises(HassError, match="its webhook failed") as failure:
+    monkeypatch.setenv("RELEASE_HOOK", f"HTTP://127.0.0.1:{server.server_port}/secret-4711?team=a b\n")
+    with pytest.raises(HassError, match="the webhook that RELEASE_HOOK names answered 500") as failure:
         release.release_champion(config)
     assert "secret-4711" not in str(failure.value)
     release.release_champion(config)
     assert [post["version"] for post in got] == ["1", "1"]
     server.shutdown()
     server.server_close()
+
+
+@pytest.mark.parametrize("address", ["http://secret-4711:port/", "secret-4711", "ftp://secret-4711/"])
+def test_a_webhook_that_is_no_address_is_told_without_it(served, register, monkeypatch, address):
+    register(0)
+    monkeypatch.setenv("RELEASE_HOOK", address)
+    with pytest.raises(HassError, match="version 1 is released, but the webhook that RELEASE_HOOK names") as failure:
+        release.release_champion(with_rules(served, release_webhook="RELEASE_HOOK"))
+    assert "secret-4711" not in str(failure.value)
 
 
 def test_a_person_can_refuse_a_challenger_but_not_the_champion(served, register, told):
