@@ -127,8 +127,8 @@ def check_commit(repository: str, commit: str) -> None:
     crash without a reason. One that does not answer here may answer workers. So too for an address with a key."""
     if re.match(r"https?://[^/]*@", repository):
         raise ConfigError(
-            "HASS_CODE_REPOSITORY holds a user or a key, and deployments are recorded; leave it out, and let git on the "
-            "workers know it (a credential helper)"
+            "HASS_CODE_REPOSITORY holds a user or a key, and deployments are recorded; leave it out, and let git on "
+            "the workers know it (a credential helper)"
         )
     if _git("ls-remote", repository, "HEAD") is None:
         print(f"HASS_CODE_REPOSITORY = {repository} does not answer here: whether it has {commit} is not known")

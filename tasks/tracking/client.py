@@ -59,8 +59,8 @@ def connect(config: RunConfig) -> MlflowClient:
     _check_trust(uri)
     if uri.startswith("sqlite:") and is_of_one_run(urlsplit(uri).path.removeprefix("/")):
         raise TrackingError(
-            f"runs and drafts would be recorded in {uri}, in the clone of the code that this run alone has, and be gone "
-            "with it: set MLFLOW_TRACKING_URI on the worker, or HASS_STORE to a whole path"
+            f"runs and drafts would be recorded in {uri}, in the clone of the code that this run alone has, and be "
+            "gone with it: set MLFLOW_TRACKING_URI on the worker, or HASS_STORE to a whole path"
         )
     try:
         client = _client(uri, local_folder(config))
