@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hass_core.config import load_config
+from hass_core.forecast.forecast import Forecast, forecast
 from infra.settings_page import page
 
 ROOT = Path(__file__).parents[1]
@@ -45,3 +47,33 @@ def test_no_sentence_is_said_twice():
                 assert seen.setdefault(sentence, file.name) == file.name, (
                     f"{file.name} and {seen[sentence]}: {sentence}"
                 )
+
+
+def forecasts(document: str) -> list[tuple[list[str], Forecast]]:
+    """The cells of a table's rows that name a preset, with its forecast on one to four H100s."""
+    rows = [re.split(r" *\| *", line)[1:-1] for line in (ROOT / document).read_text().splitlines() if "|" in line]
+    named = [(row, found[1]) for row in rows if (found := re.search(r"`([\w.-]+)`$", row[0]))]
+    gpus = ["h100x1", "h100x2", "h100x4"]
+    conversations = {"llama-2-7b-paper": 68_000}
+    return [(row, forecast(load_config(name), gpus, conversations.get(name))) for row, name in named]
+
+
+def test_the_readme_tells_todays_forecasts():
+    told = forecasts("README.md")
+    assert len(told) == 3
+    for (_, gpus, hours, memory, disk), found in told:
+        total = next(each.total for each in found.hours if each.gpus.startswith(gpus))
+        assert total
+        assert hours == f"{total:.1f}"
+        assert memory == f"{found.memory_bytes['training'] / 1e9:.0f} GB"
+        assert disk == f"{found.disk_bytes / 1e9:.0f} GB"
+
+
+def test_the_page_of_sizes_tells_todays_forecasts():
+    told = forecasts("docs/sizes.md")
+    assert len(told) == 9
+    for (_, _, parameters, features, hours), found in told:
+        assert parameters == f"{found.draft_parameters / 1e6:.0f} M"
+        assert features == f"{found.feature_bytes['bf16'] / 1e9:.0f} GB"
+        first = next(each.total for each in found.hours if each.total)
+        assert hours.split()[-1] == f"{first:.1f}"
