@@ -1,6 +1,6 @@
 """Measure decoding: plain and speculative, beside transformers' own generate and the limit the memory sets.
 
-    python -m hass_core.bench.decoding --draft DIR --plan
+    python -m hass_core.bench.decoding DIR --plan
 
 answers the packaged held-out prompts and prints one JSON line last.
 """

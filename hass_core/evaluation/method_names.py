@@ -18,7 +18,7 @@ def check_methods(methods: Sequence[str], drafts: Mapping[str, Path]) -> None:
         raise ConfigError(
             "the method eagle2 needs a draft of its own, trained on the same data with training.align_steps = 1 and "
             "training.top_k_weight = 0; train one with `hass run draft -s training.align_steps=1 "
-            "-s training.top_k_weight=0` and name its folder with --draft eagle2=DIR, or leave the method out"
+            "-s training.top_k_weight=0` and name its folder as eagle2=DIR, or leave the method out"
         )
     for method in {HASS, EAGLE}.intersection(methods):
         draft_folder(method, drafts)
@@ -29,4 +29,4 @@ def draft_folder(method: str, drafts: Mapping[str, Path]) -> Path:
     for name in (method, EAGLE2, HASS):
         if name in drafts:
             return drafts[name]
-    raise ConfigError(f"the method {method} needs a draft; name its folder with --draft {method}=DIR")
+    raise ConfigError(f"the method {method} needs a draft; name its folder as {method}=DIR")

@@ -90,7 +90,7 @@ def first_layers(target: Target) -> Target:
     if layers is None:
         raise TargetError(
             f"{target.name} does not keep its layers in one list, so its first ones cannot draft; "
-            "name a small model with --draft sps=DIR"
+            "name a small model as sps=DIR"
         )
     count = max(1, len(layers) // SHARE_OF_LAYERS)
     weights = {id(tensor): tensor for tensor in (*target.model.parameters(), *target.model.buffers())}
