@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 from rich.table import Table
 
-from hass_core.cli.common import console, settings, show, show_json
+from hass_core.cli.common import console, show, show_json
 from hass_core.cli.options import AsJson, ConfigName, Overrides
-from hass_core.config import Stage
+from hass_core.config import Stage, load_config
 from hass_core.errors import FINDINGS, StoreError
 from hass_core.units import size_words
 
@@ -74,6 +74,7 @@ def prune(
     overrides: Overrides = None,
     keep: Annotated[int, typer.Option(min=0, help="Newest drafts kept with all they came from")] = 3,
     yes: Annotated[bool, typer.Option("--yes", help="Remove; without it, only say what would go")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Remove what no registered draft, no recent run and nothing under way needs.
 
@@ -83,21 +84,24 @@ def prune(
 
     store, held = _open(config, overrides)
     going = removable(store, held, keep)
+    for entry in going if yes else []:
+        remove(store, entry)
+    if as_json:
+        return show_json([vars(entry) for entry in going])
     _table(going)
     total = size_words(sum(entry.bytes for entry in going))
-    if not yes:
-        show(f"{len(going)} stages with {total} would go; --yes removes them")
-        return
-    for entry in going:
-        remove(store, entry)
-    show(f"{len(going)} stages removed, {total}")
+    show(
+        f"{len(going)} stages removed, {total}"
+        if yes
+        else f"{len(going)} stages with {total} would go; --yes removes them"
+    )
 
 
 def _open(config: str, overrides: list[str] | None) -> "tuple[Store, list[Entry]]":
     from hass_core.store import Store
     from hass_core.store.housekeeping import entries
 
-    store = Store(settings(config, overrides).store)
+    store = Store(load_config(config, overrides or []).store)  # its target need not be here
     if store.is_local and not Path(store.root).is_dir():
         raise StoreError(f"there is no store at {store.root}; name it with HASS_STORE or -s store=FOLDER")
     return store, entries(store, STAGES)

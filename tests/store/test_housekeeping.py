@@ -1,5 +1,6 @@
 """Pruning a store: what champions, their ancestors and the newest runs need stays."""
 
+import json
 import os
 import re
 import time
@@ -103,3 +104,12 @@ def test_the_command_says_what_would_go_before_anything_goes(store):
     assert store.artifact("draft", old[3].digest) is None
     assert "evaluation      1" in run.invoke(app, ["store", "size", *options]).output
     assert run.invoke(app, ["store", "ls", *options]).output.count("evaluation") == 1
+
+
+def test_the_commands_answer_programs_and_need_no_target(store):
+    old = chain(store, 0, 30)
+    run, options = CliRunner(), ["--json", "-s", f"store={store.root}", "-s", "target.source=/no/such/model"]
+    for yes in ([], ["--yes"]):
+        told = run.invoke(app, ["store", "prune", "--keep", "0", *yes, *options])
+        assert {entry["digest"] for entry in json.loads(told.stdout)} == {made.digest for made in old}
+    assert json.loads(run.invoke(app, ["store", "ls", *options]).stdout) == []
