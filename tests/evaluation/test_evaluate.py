@@ -150,7 +150,7 @@ def test_all_six_methods_stand_in_one_table(on_tiny, tiny_target, settings, draf
 
 
 def test_eagle2_without_a_draft_says_how_to_get_one(on_tiny, settings, draft_dir, tmp_path):
-    with pytest.raises(ConfigError, match=r"eagle2 needs a draft of its own.*align_steps=1.*name its folder as eagle2=DIR"):
+    with pytest.raises(ConfigError, match=r"eagle2 needs a draft of its own.*align_steps=1.*folder as eagle2=DIR"):
         evaluate_folder(draft_dir, TargetConfig(), settings, TREE, tmp_path / "out", ["plain", "eagle2"])
 
 

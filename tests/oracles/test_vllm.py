@@ -1,9 +1,9 @@
 """vLLM serves a target with an exported draft: the same tokens as plain decoding, the same acceptance as our own chain.
 
-Of SmolLM2 (Llama), of a tiny Qwen2 (its biases by `qkv_bias`), and of a tiny Qwen3, whose draft is a Llama layer with
-a head_dim of its own; and eagle3 drafts, over half of the tokens, of SmolLM2, a tiny Llama and a tiny Qwen3, of the last
-state and of three fused ones. Greedy and float32 only: there both sides compute the same argmax. vLLM lives in an environment
-of its own; see CONTRIBUTING.md. Without HASS_VLLM_PYTHON these tests are skipped.
+Of SmolLM2 (Llama), of a tiny Qwen2 (its biases by `qkv_bias`), and of a tiny Qwen3, whose draft is a Llama layer with a
+head_dim of its own; and eagle3 drafts, over half of the tokens, of SmolLM2, a tiny Llama and a tiny Qwen3, of the last
+state and of three fused ones. Greedy and float32 only: there both sides compute the same argmax. vLLM lives in an
+environment of its own; see CONTRIBUTING.md. Without HASS_VLLM_PYTHON these tests are skipped.
 """
 
 import json
