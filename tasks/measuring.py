@@ -2,6 +2,7 @@
 
 the champion is of this target      challenger against champion
 it is of another, or there is none  against plain decoding, and against the old draft where that loads
+the store no longer holds it        against plain decoding
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from hass_core.progress import Progress
 from hass_core.store import Artifact
 from tasks.export import DraftSource, tree_of, write_export
 from tasks.gate import NOT_LOSSLESS, PLAIN_DECODING, Verdict, all_of, judge
-from tasks.resources import is_served, made_of, store_of, target_of
+from tasks.resources import is_held, is_served, made_of, store_of, target_of
 from tasks.stage_lines import told
 from tasks.summary import stage_words
 from tasks.tracking import DraftVersion
@@ -36,18 +37,21 @@ def measured_verdict(
     """The gate's word after the duels."""
     evaluation = _evaluated(config, challenger, progress)
     lossless = bool(evaluation.summary["lossless"])
-    if champion and is_served(config, champion):
+    held = champion is not None and is_held(config, champion)
+    if champion and held and is_served(config, champion):
         if config.promotion.judge == "server":
             return _judged_by_servers(config, challenger, champion, lossless, progress)
         return _against(config, challenger, evaluation, champion, progress)
     reason = "there is no champion"
-    if champion:
+    if champion and held:
         name = target_of(config).name
         reason = f"version {champion.version} is no draft of {name} as it is now: it counts as none"
+    elif champion:
+        reason = f"the store {config.store} does not hold the draft of version {champion.version}: it counts as none"
     found = [Verdict(promoted=lossless, reasons=(reason,) if lossless else (reason, NOT_LOSSLESS))]
     if config.promotion.beat_plain:
         found.append(_against(config, challenger, evaluation, None, progress))
-    if champion and duel.loads(store_of(config).open(champion.draft), target_of(config)):
+    if champion and held and duel.loads(store_of(config).open(champion.draft), target_of(config)):
         found.append(_against(config, challenger, evaluation, champion, progress))
     return all_of(found)
 

@@ -53,6 +53,11 @@ def is_served(config: RunConfig, version: tracking.DraftVersion) -> bool:
     return not target.differing(record)
 
 
+def is_held(config: RunConfig, version: tracking.DraftVersion) -> bool:
+    """Whether the store holds a version's draft: somebody may have removed it, or the store is another by now."""
+    return store_of(config).artifact("draft", version.draft.digest) is not None
+
+
 def made_of(config: RunConfig, version: tracking.DraftVersion, stage: str) -> Artifact | None:
     """A stage that a version came from; None where the store does not hold it."""
     digest = tracking.lineage(tracking.connect(config), version).get(f"hass.digest.{stage}")

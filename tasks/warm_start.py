@@ -9,7 +9,7 @@ from hass_core.draft_model.files import read_config
 from hass_core.evaluation.evaluate import local_draft
 from hass_core.store import Artifact
 from tasks import resources, tracking
-from tasks.resources import is_served, made_by, store_of
+from tasks.resources import is_held, is_served, made_by, store_of
 from tasks.retries import SHORT
 
 NONE = "none"
@@ -36,7 +36,7 @@ def resolve_warm_start(config: RunConfig, prompts: Artifact, continues: str | No
 def _present(config: RunConfig) -> str:
     """The champion's draft, or none."""
     champion = tracking.champion(tracking.connect(config), tracking.registered_name(config))
-    if champion is None or not is_served(config, champion):
+    if champion is None or not is_held(config, champion) or not is_served(config, champion):
         return NONE
     folder = local_draft(store_of(config).open(champion.draft))
     told, wanted = read_config(folder), config.draft
