@@ -1,20 +1,22 @@
 """Training by several processes of this host: `accelerate launch` as a child, watched and ended by this process.
 
-    launch/settings.json   what the children train by; in the stage's scratch, as the rest
-    launch/progress.json   done, total and note, by the first of them
-    launch/problem.json    a mistake of the user's that one of them met
-    launch/log             what they print
+    launch-…/settings.json   what the children train by; in the stage's scratch, as the rest
+    launch-…/progress.json   done, total and note, by the first of them
+    launch-…/problem.json    a mistake of the user's that one of them met
+    launch-…/log             what they print
+
+Hosts that train together may share the stage's scratch: each has a folder of its own.
 
 Checkpoints and curves are where one process has them, so that it makes no difference who goes on.
 """
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -52,9 +54,7 @@ def train_on_all(
     if done := folder.artifact():
         return done
     Division(config.training.packs_per_step, config.training.packs_per_micro_batch, execution.gpus)
-    place = folder.scratch() / "launch"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
+    place = Path(tempfile.mkdtemp(prefix="launch-", dir=folder.scratch()))
     (place / "settings.json").write_text(config.model_dump_json())
     command = [*launcher(config), str(place / "settings.json"), "--features", features.url, "--reports", str(place)]
     with (place / "log").open("wb") as log, _children(command, log, target.device.type == "cpu") as process:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -69,6 +70,34 @@ def test_two_launched_processes_train_the_draft_of_one(prepared, tmp_path):
     store.fs.rm(f"{store.root}/draft", recursive=True)
     one = train_draft(config, features, store, load_target(config.target))
     assert one.digest == two.digest
+    assert_equal(load_file(store.open(one).local_path("model.safetensors")), weights)
+
+
+@pytest.mark.slow
+def test_two_hosts_that_share_a_store_train_the_draft_of_one_process(prepared, tmp_path):
+    """Each host runs the stage with its own configuration of accelerate, which names its rank."""
+    config, features, store = prepared
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    hosts = []
+    for rank in range(2):
+        (tmp_path / f"host{rank}.yaml").write_text(
+            "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 2\nnum_processes: 2\n"
+            f"machine_rank: {rank}\nmain_process_ip: 127.0.0.1\nmain_process_port: {port}\nmixed_precision: 'no'\n"
+        )
+        own = {"gpus": 1, "accelerate": str(tmp_path / f"host{rank}.yaml")}
+        execution = config.execution.model_copy(update=own)
+        (tmp_path / f"host{rank}.json").write_text(config.model_copy(update={"execution": execution}).model_dump_json())
+        command = [sys.executable, "-c", PARENT, tmp_path / f"host{rank}.json", features.digest]
+        hosts.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]))
+    for host in hosts:
+        _, errors = host.communicate(timeout=600)
+        assert host.returncode == 0, errors[-2000:]
+    folder = draft_folder(config, features, store, load_target(config.target))
+    weights = load_file(folder.local_path("model.safetensors"))
+    store.fs.rm(f"{store.root}/draft", recursive=True)
+    one = train_draft(config, features, store, load_target(config.target))
     assert_equal(load_file(store.open(one).local_path("model.safetensors")), weights)
 
 
