@@ -1,4 +1,5 @@
-"""Connect to MLflow: the server that is set, else SQLite and a folder beside the store.
+"""Connect to MLflow: the server that is set, else SQLite, beside the store where no other place is set. Artifacts lie
+beside the SQLite file.
 
 `tracking.uri` wins over the environment's MLFLOW_TRACKING_URI. A server's user name and password come from the
 environment only (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN), and go to no server
@@ -19,6 +20,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import read_mlflow_creds
+from sqlalchemy.engine import make_url
 
 from hass_core.command_path import command_path
 from hass_core.config import RunConfig
@@ -26,7 +28,7 @@ from hass_core.errors import TrackingError
 from hass_core.store.scratch import locked
 from hass_core.trusted_hosts import VARIABLE, is_trusted
 from tasks.clone import is_of_one_run
-from tasks.tracking.in_place import follow_the_folder
+from tasks.tracking.in_place import ARTIFACTS, follow_the_folder
 from tasks.tracking.outage import log_outages, outage_in, refusal_in
 from tasks.tracking.view import MODEL_TRAINING, VIEW, add_view, experiment_tags
 
@@ -37,7 +39,7 @@ POSTGRES_KEYS = ("PGPASSWORD", "PGPASSFILE", "PGSERVICE")
 def tracking_uri(config: RunConfig) -> str:
     """Where runs are recorded."""
     named = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return _plain(named) if named else f"sqlite:///{local_folder(config)}/mlflow.db"
+    return _plain(named) if named else _database_in(_beside_store(config))
 
 
 def _plain(uri: str) -> str:
@@ -47,9 +49,20 @@ def _plain(uri: str) -> str:
 
 
 def local_folder(config: RunConfig) -> Path:
-    """The folder of the SQLite file: beside a local store, `.hass` for a remote one."""
+    """The folder of the SQLite file in use, where artifacts go too; for another database, the folder of a local store,
+    `.hass` for a remote one."""
+    uri = tracking_uri(config)
+    file = make_url(uri).database if uri.startswith("sqlite:") else None
+    return Path(file).resolve().parent if file else _beside_store(config)
+
+
+def _beside_store(config: RunConfig) -> Path:
     folder = Path(".hass/store") if "://" in config.store else Path(config.store).expanduser()
     return folder.resolve().parent
+
+
+def _database_in(folder: Path) -> str:
+    return f"sqlite:///{folder}/mlflow.db"
 
 
 def connect(config: RunConfig) -> MlflowClient:
@@ -98,7 +111,7 @@ def experiment_id(client: MlflowClient, config: RunConfig) -> str:
     name = config.tracking.experiment
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        artifacts = local_folder(config) / "mlartifacts"
+        artifacts = local_folder(config) / ARTIFACTS
         location = None if _is_server(tracking_uri(config)) else artifacts.as_uri()
         try:
             return client.create_experiment(name, artifact_location=location, tags=experiment_tags())
@@ -122,7 +135,7 @@ def ui_command(config: RunConfig) -> str:
     if _is_server(uri):
         return f"{_base(uri)}/{page}"
     command = f"{command_path('mlflow')} ui --host 127.0.0.1 --backend-store-uri {shlex.quote(_shown(uri))}"
-    if local_folder(config) == Path(".hass").resolve() and Path("Makefile").is_file():
+    if uri == _database_in(Path(".hass").resolve()) and Path("Makefile").is_file():
         command = "make ui"
     return f"{command}, then http://127.0.0.1:5000/{page}"
 

@@ -1,10 +1,12 @@
 """Artifacts stay beside the database in use, also after the project's folder moved.
 
 MLflow writes whole paths into its database: of an experiment, a run, a model. Where the folder `mlartifacts` that they
-name is not the one beside the database, they are from before a move, or from the folder this one is a copy of.
+name is not the one beside the database, they are from before a move, or from the folder this one is a copy of: unless
+there is none beside the database, and theirs is where they say.
 """
 
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import sqlalchemy
 
@@ -19,13 +21,15 @@ PATHS = {
 
 
 def follow_the_folder(uri: str, folder: Path) -> list[str]:
-    """Let the SQLite database at `uri` name `folder`/mlartifacts wherever it names another; the places replaced."""
-    here = (folder / ARTIFACTS).as_uri()
+    """Let the SQLite database at `uri`, which lies in `folder`, name `folder`/mlartifacts wherever it names another;
+    the places replaced."""
+    here, moved_along = (folder / ARTIFACTS).as_uri(), (folder / ARTIFACTS).is_dir()
     engine = sqlalchemy.create_engine(uri)
     try:
         with engine.begin() as connection:
             found = {table: _columns(connection, table) for table in PATHS}
-            elsewhere = _places(connection, found) - {here}
+            named = _places(connection, found) - {here}
+            elsewhere = {place for place in named if moved_along or not _is_folder(place)}
             for place in elsewhere:
                 for table, columns in found.items():
                     for column in columns:
@@ -33,6 +37,10 @@ def follow_the_folder(uri: str, folder: Path) -> list[str]:
     finally:
         engine.dispose()
     return sorted(elsewhere)
+
+
+def _is_folder(place: str) -> bool:
+    return Path(unquote(urlsplit(place).path)).is_dir()
 
 
 def _columns(connection: sqlalchemy.Connection, table: str) -> list[str]:

@@ -319,7 +319,7 @@ def test_a_worker_stops_within_30_seconds_of_sigterm_and_training_goes_on_from_i
 
 
 def test_a_cancelled_run_ends_every_process_of_its_training_and_the_next_run_goes_on(stack, tiny_preset):
-    twice = (*LONG, "execution.gpus=2")
+    twice = (*LONG, "execution.gpus=2", "training.packs_per_step=2")
     run = start_run(stack, tiny_preset, twice)
     wait_for(lambda: steps_trained(tiny_preset) > 30, "the training to begin", 300)
     flow = stack.flow_process()

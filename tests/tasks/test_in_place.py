@@ -53,3 +53,30 @@ def test_artifacts_elsewhere_are_left_alone(tmp_path, monkeypatch):
     connect.__globals__["_client"].cache_clear()
     connect(config)
     assert client.get_experiment(made).artifact_location == (tmp_path / "own" / "place").as_uri()
+
+
+def test_stores_that_share_a_database_find_each_others_artifacts(tmp_path, monkeypatch):
+    """Beside the database that `tracking.uri` names, wherever the stores are."""
+    monkeypatch.chdir(tmp_path)
+    shared = {"tracking": {"uri": f"sqlite:///{tmp_path}/record/mlflow.db"}}
+    one, other = (RunConfig.model_validate(config_in(tmp_path / n).model_dump() | shared) for n in ("one", "other"))
+    run = write_run(one, "from one")
+    assert write_run(other, "from the other") != run
+    assert (read_run(other, run), read_run(one, run)) == ("from one", "from one")
+    remote = RunConfig.model_validate(one.model_dump() | {"store": "s3://bucket/store"})
+    write_run(remote, "of a store elsewhere")
+    assert read_run(remote, run) == "from one"
+    assert {path.parts[len(tmp_path.parts)] for path in tmp_path.rglob("note.txt")} == {"record"}
+
+
+def test_artifacts_that_were_never_beside_the_database_are_found_where_they_are(tmp_path):
+    """Of a database from before artifacts went beside it."""
+    config = config_in(tmp_path / "project")
+    before = write_run(config, "old")
+    (tmp_path / "record").mkdir()
+    shutil.move(tmp_path / "project/.hass/mlflow.db", tmp_path / "record/mlflow.db")
+    tracking = {"tracking": {"uri": f"sqlite:///{tmp_path}/record/mlflow.db"}}
+    elsewhere = RunConfig.model_validate(config.model_dump() | tracking)
+    assert read_run(elsewhere, before) == "old"
+    assert read_run(elsewhere, write_run(elsewhere, "new")) == "new"
+    assert read_run(elsewhere, before) == "old"
