@@ -201,7 +201,7 @@ def _tree_use(axes: "Axes", report: Report) -> None:
         if any(heights):
             name = f"choice {choice + 1}" + (" and later" if choice == last else "")
             bars = axes.bar(depths, heights, 0.62, bottoms, color=color, label=name)
-            shown = [f"{height:.0f}" if height >= 3 else "" for height in heights]
+            shown = [f"{height:.0f}" if height >= 5 else "" for height in heights]
             axes.bar_label(bars, shown, label_type="center", color="white" if choice < 2 else "#1b1f24")
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     tree = report.tree
@@ -211,7 +211,8 @@ def _tree_use(axes: "Axes", report: Report) -> None:
     axes.set_ylabel("% of cycles that accept a token there")
     axes.set_title(f"Use of the tree: {tree.nodes} nodes, {tree.kind}")
     if axes.containers:  # none where nothing was accepted
-        axes.legend()
+        axes.set_ylim(0, 1.2 * max(bottoms))  # above the bars, where nothing is
+        axes.legend(ncols=len(CHOICE_COLORS), loc="upper center", columnspacing=1)
 
 
 def _gains(axes: "Axes", gains: Mapping[str, Estimate], title: str) -> None:
@@ -233,11 +234,14 @@ def _gains(axes: "Axes", gains: Mapping[str, Estimate], title: str) -> None:
 def _curves(
     axes: "Axes", metrics: list[dict[str, Any]], curves: Mapping[str, str], title: str, unit: str, start: float
 ) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for (name, shown), color in zip(curves.items(), STEP_COLORS * 4, strict=False):
         points = [(row["step"], row[name]) for row in metrics if name in row]
         marker = "o" if len(points) <= 40 else None
         axes.plot(*zip(*points, strict=True), color=color, linewidth=1.8, marker=marker, markersize=4, label=shown)
-    axes.set_ylim(start, None)
+    axes.set_ylim(start, start + 1.05 * (axes.get_ylim()[1] - start))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(unit)
     axes.set_title(title)

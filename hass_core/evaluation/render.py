@@ -181,10 +181,11 @@ def measured_how(report: Report) -> list[str]:
     tree = report.tree
     shape = f"{tree.kind}, depth {tree.depth}, top_k {tree.top_k}, {tree.nodes} nodes"
     chosen = ", chosen by measuring this machine and draft" if report.plan else ""
+    runs = f"the fastest of {report.repeats} runs" if report.repeats > 1 else "one run"
     return [
         f"machine: {report.device}, {report.dtype}; batch 1; times include the prefill",
         f"tree: {shape}{chosen}",
-        f"answers of at most {report.max_new_tokens} tokens, the fastest of {report.repeats} run(s) of each method",
+        f"answers of at most {report.max_new_tokens} tokens, {runs} of each method",
         f"compilations and captures of CUDA graphs while the clock ran: {report.compilations}",
         *([f"the engine: {report.served_how}; every turn a request of its own over HTTP"] if report.served else []),
         f"questions: {', '.join(f'{count} of {name}' for name, count in report.benchmarks.items())}",
