@@ -10,6 +10,7 @@ import s3fs
 from botocore.exceptions import BotoCoreError
 
 from hass_core.errors import ConfigError, StoreError
+from hass_core.store.places import s3_options
 from infra.mistakes import in_one_sentence, needed
 
 BUCKETS = ("hass", "mlflow")
@@ -17,7 +18,7 @@ BUCKETS = ("hass", "mlflow")
 
 def save(folder: Path) -> int:
     """Copy every file of the buckets below `folder`; how many."""
-    files = s3fs.S3FileSystem(skip_instance_cache=True)
+    files = s3fs.S3FileSystem(skip_instance_cache=True, **s3_options())
     names = [name for bucket in BUCKETS for name in files.find(bucket)]
     for bucket in BUCKETS:
         (folder / bucket).mkdir(parents=True, exist_ok=True)  # an empty bucket is in the copy too
@@ -30,7 +31,7 @@ def load(folder: Path) -> int:
     """Copy what `save` wrote back into the buckets, which exist; how many files. Raises ConfigError for no copy."""
     if not any((folder / bucket).is_dir() for bucket in BUCKETS):
         raise ConfigError(f"{folder} is no copy of the buckets: it has no folder {' or '.join(BUCKETS)}")
-    files = s3fs.S3FileSystem(skip_instance_cache=True)
+    files = s3fs.S3FileSystem(skip_instance_cache=True, **s3_options())
     paths = sorted(path for bucket in BUCKETS for path in (folder / bucket).rglob("*") if path.is_file())
     if paths:
         files.put([str(path) for path in paths], [path.relative_to(folder).as_posix() for path in paths])

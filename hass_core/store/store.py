@@ -37,6 +37,7 @@ ORIGIN = "origin.txt"  # beside cached copies: the address of the stage that the
 SCRATCH = "scratch"
 CACHE_GB = 50.0
 REMOTE_READ = {"block_size": 1 << 18, "cache_type": "readahead"}
+PROBE_SECONDS = 45.0
 UPLOAD_PATIENCE_SECONDS = 300.0  # beyond a megabyte a second; the client waits for ever on a server that fell silent
 PART_BYTES = 32 << 20  # of a file on S3 that has more than two parts, ten of which are sent at once
 
@@ -63,16 +64,17 @@ class Store:
     def check_writable(self) -> None:
         """Raise StoreError unless a file can be written, read and removed: a key may have the right to one alone."""
         probe = f"{self._base}/.probe-{uuid4().hex}"
+        limit = {"timeout": PROBE_SECONDS} if self.is_s3 else {}  # who waits is told soon of a server that is silent
         with self.named_failures("write to"):
             if self.is_local:
                 self.fs.makedirs(self._base, exist_ok=True)
-            self.fs.pipe_file(probe, b"ok")
+            self.fs.pipe_file(probe, b"ok", **limit)
         try:
             with self.named_failures("read from"):
-                self.fs.cat_file(probe)
+                self.fs.cat_file(probe, **limit)
         finally:
             with self.named_failures("remove from"):
-                self.fs.rm_file(probe)
+                self.fs.rm_file(probe, **limit)
 
     def stage(self, stage: str, key: Mapping[str, Any]) -> "StageFolder":
         """The folder for one stage's work; `key` holds all that determines its output.
@@ -115,7 +117,8 @@ class Store:
             if self.is_local and not isinstance(error, OSError):
                 raise
             check = "path and its permissions" if self.is_local else f"address, the credentials and {endpoint()}"
-            reason = f"{error}".rstrip(".") or type(error).__name__
+            silent = "it does not answer" if isinstance(error, TimeoutError) else type(error).__name__
+            reason = f"{error}".rstrip(".") or silent
             raise StoreError(f"cannot {what} the store {self.root}: {reason}; check the {check}") from error
 
 

@@ -2,9 +2,12 @@
 
 MLflow writes whole paths into its database: of an experiment, a run, a model. Where the folder `mlartifacts` that they
 name is not the one beside the database, they are from before a move, or from the folder this one is a copy of: unless
-there is none beside the database, and theirs is where they say.
+there is none beside the database, and theirs is where they say. The store that our tags name lies in the same folder,
+and moved with it.
 """
 
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -18,6 +21,12 @@ PATHS = {
     "model_versions": ("source", "storage_location"),
 }
 """Tables and columns of MLflow's database that hold paths of artifacts."""
+OURS = {
+    "model_version_tags": ("value", "key LIKE 'hass.%'"),
+    "tags": ("value", "key LIKE 'hass.%'"),
+    "datasets": ("dataset_source", "dataset_source_type = 'hass'"),
+}
+"""Table, column and rows that hold addresses in the store: alone, or as the root of an artifact in JSON."""
 
 
 def follow_the_folder(uri: str, folder: Path) -> list[str]:
@@ -34,6 +43,7 @@ def follow_the_folder(uri: str, folder: Path) -> list[str]:
                 for table, columns in found.items():
                     for column in columns:
                         _replace(connection, table, column, place, here)
+                _move_store(connection, Path(unquote(urlsplit(place).path)).parent, folder)
     finally:
         engine.dispose()
     return sorted(elsewhere)
@@ -66,6 +76,27 @@ def _replace(connection: sqlalchemy.Connection, table: str, column: str, place: 
     change = f"UPDATE {table} SET {column} = :here || substr({column}, :length) WHERE {_BEGINS.format(column)}"
     values = {"here": here, "place": place, "length": len(place) + 1, "inside": f"{place}/"}
     connection.execute(sqlalchemy.text(change), values)
+
+
+def _move_store(connection: sqlalchemy.Connection, before: Path, now: Path) -> None:
+    """Let our own tags name what lies in the folder `now`, the store, where they name it in `before`."""
+    inspector = sqlalchemy.inspect(connection)
+    there = [path.name for path in now.iterdir() if path.is_dir()] if now.is_dir() else []
+    for table, (column, ours) in OURS.items():
+        for old, new in _renamed(before, now, there) if inspector.has_table(table) else ():
+            named = f"instr({column}, :old) = 1 OR (:old LIKE '\"root\"%' AND instr({column}, :old) > 0)"
+            change = f"UPDATE {table} SET {column} = replace({column}, :old, :new) WHERE {ours} AND ({named})"
+            connection.execute(sqlalchemy.text(change), {"old": old, "new": new})
+
+
+def _renamed(before: Path, now: Path, folders: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """How an address begins, and how an artifact's JSON names its store, then and now."""
+    for folder in folders:
+        old, new = str(before / folder), str(now / folder)
+        yield f"{old}/", f"{new}/"
+        old, new = (json.dumps(path, ensure_ascii=False)[1:-1] for path in (old, new))
+        for end in ('"', "/"):
+            yield f'"root":"{old}{end}', f'"root":"{new}{end}'
 
 
 _BEGINS = "({0} = :place OR substr({0}, 1, length(:inside)) = :inside)"

@@ -16,6 +16,7 @@ import pytest
 
 from hass_core.errors import CorruptFile, StoreError
 from hass_core.store import Store
+from tasks.retries import is_transient
 from tests.s3_server import BUCKET, WRITER, WRITER_SECRET
 
 pytest.importorskip("s3fs")
@@ -78,6 +79,26 @@ def test_a_failing_server_is_named_and_a_rerun_finishes_the_rest(store, proxy, m
     again.write_text("b.txt", "second")
     again.finish({})
     assert again.read_text("a.txt") + again.read_text("b.txt") == "firstsecond"
+
+
+def test_a_server_that_is_silent_is_told_soon_and_left_in_minutes(store, proxy, monkeypatch, tmp_path):
+    monkeypatch.delitem(fsspec.config.conf, "s3")  # the short patience of the other tests
+    monkeypatch.delenv("AWS_MAX_ATTEMPTS", raising=False)
+    monkeypatch.setattr("hass_core.store.store.PROBE_SECONDS", 2.0)
+    type(store.fs).clear_instance_cache()
+    patient = Store(f"{store.root}/patient", cache=tmp_path / "patient")
+    client = patient.fs.config_kwargs
+    assert patient.fs.retries * client["retries"]["max_attempts"] * client["read_timeout"] <= 240
+    patient.check_writable()
+    proxy.fail("silent")
+    began = time.monotonic()
+    with pytest.raises(
+        StoreError, match=r"cannot write to the store .*: it does not answer; check the address"
+    ) as told:
+        patient.check_writable()
+    assert time.monotonic() - began < 20
+    assert is_transient(told.value), "so the task is tried again, and says so"
+    type(store.fs).clear_instance_cache()
 
 
 def test_an_exception_inside_writing_leaves_no_object(store):

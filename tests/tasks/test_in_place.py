@@ -7,7 +7,10 @@ import pytest
 from mlflow import MlflowClient
 
 from hass_core.config import RunConfig
+from hass_core.store import Store
+from tasks.tracking import find_version, open_retraining, register, stage_run
 from tasks.tracking.client import connect, experiment_id, local_folder
+from tests.tasks.conftest import make_draft
 
 
 def config_in(folder) -> RunConfig:
@@ -43,6 +46,27 @@ def test_artifacts_are_beside_the_database_in_use(tmp_path, how, monkeypatch):
         assert not [file for file in (tmp_path / "first").rglob("note.txt") if new in str(file)]
         assert read_run(before, old) == "old"
         assert MlflowClient(f"sqlite:///{tmp_path}/first/.hass/mlflow.db").get_run(old).info.artifact_uri.count("first")
+
+
+def test_a_registered_draft_is_found_where_its_store_lies_now(tmp_path, tiny_target, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    before, after = config_in(tmp_path / 'fir"st'), config_in(tmp_path / "sé cond")
+    store = Store(before.store)
+    draft = make_draft(store, tiny_target)
+    with open_retraining(before, draft, {}) as run_id:
+        lineage = {"hass.url.draft": draft.url}
+        version = register(before, run_id, draft, store, tiny_target, lineage)
+        with stage_run(before, run_id, "draft") as run:
+            run.record(store, draft, {"draft": draft})
+    shutil.move(tmp_path / 'fir"st', tmp_path / "sé cond")
+
+    client = connect(after)
+    found = find_version(client, version.model, 1)
+    assert found.draft.root == after.store
+    assert Store(found.draft.root).open(found.draft).local_path("config.json").is_file()
+    tags = client.get_model_version(version.model, version.version).tags
+    assert tags["hass.url.draft"] == found.draft.url
+    assert "fir" not in str([run.to_dictionary() for run in client.search_runs(["1"])])
 
 
 def test_artifacts_elsewhere_are_left_alone(tmp_path, monkeypatch):
