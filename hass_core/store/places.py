@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.config import conf
 
 from hass_core.errors import StoreError
 
@@ -35,7 +36,7 @@ def file_system(address: str) -> tuple[Any, str]:
 
 def s3_options() -> dict[str, Any]:
     """What a file system on S3 is made with, unless fsspec's configuration says otherwise."""
-    if "config_kwargs" in fsspec.config.conf.get("s3", {}):
+    if "config_kwargs" in conf.get("s3", {}):
         return {}
     retries = {} if os.environ.get("AWS_MAX_ATTEMPTS") else {"retries": S3_RETRIES}
     return {"config_kwargs": S3_PATIENCE | retries}
