@@ -109,6 +109,8 @@ def judge(
     against = [] if lossless else [NOT_LOSSLESS]
     if compiled := sum(m.compilations for bout in bouts for m in (bout.challenger, bout.opponent)):
         against.append(f"{compiled} compilations ran while the clock did: these times cannot be compared; try again")
+    if len({(bout.challenger.benchmark, bout.challenger.question) for bout in bouts}) == 1:
+        against.append("one question says nothing of others, nor does its interval: give evaluation.benchmarks more")
     if not gain.low > rules.margin:  # what is no number is not above it either
         against.append(
             f"the gain over {opponent} is {_shown(gain)}: its lower end is not above the margin of {rules.margin:+.1%}"

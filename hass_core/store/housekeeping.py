@@ -11,7 +11,7 @@ from datetime import datetime
 
 from pydantic import BaseModel, ValidationError
 
-from hass_core.errors import StoreError
+from hass_core.errors import CorruptFile, StoreError
 from hass_core.store.artifacts import Artifact, Manifest
 from hass_core.store.store import MANIFEST, Store
 
@@ -54,7 +54,7 @@ def note_registered(store: Store, name: str, version: str, stages: Iterable[Arti
 
 
 def entries(store: Store, stages: Iterable[str]) -> list[Entry]:
-    """The folders of these stages, the newest first."""
+    """The folders of these stages, the newest first. Raises CorruptFile for a manifest that is none."""
     found: list[Entry] = []
     with store.named_failures("read from"):
         store.fs.invalidate_cache()
@@ -69,7 +69,13 @@ def entries(store: Store, stages: Iterable[str]) -> list[Entry]:
             manifests = {digest: f"{base}/{digest}/{MANIFEST}" for digest in finished}
             texts = store.fs.cat(list(manifests.values())) if manifests else {}  # S3 is asked for many at once
             for digest, content in folders.items():
-                found.append(_entry(stage, digest, content, texts.get(manifests.get(digest))))
+                try:
+                    found.append(_entry(stage, digest, content, texts.get(manifests.get(digest))))
+                except ValidationError as error:
+                    raise CorruptFile(
+                        f"{store.root}/{stage}/{digest}/{MANIFEST}: not a manifest; remove this folder; the stage is "
+                        "made again when it is wanted"
+                    ) from error
     return sorted(found, key=lambda entry: entry.changed, reverse=True)
 
 

@@ -47,7 +47,7 @@ class Releases:
 
     def current(self) -> Release | None:
         """The release in use. Raises CorruptFile when `current` is no such record."""
-        text = self._read(CURRENT)
+        text = self._bytes(CURRENT)
         try:
             return None if text is None else Release.model_validate_json(text)
         except ValidationError as error:
@@ -78,10 +78,6 @@ class Releases:
     def _sum(self, name: str) -> str | None:
         content = self._bytes(name)
         return None if content is None else hashlib.sha256(content).hexdigest()
-
-    def _read(self, name: str) -> str | None:
-        content = self._bytes(name)
-        return None if content is None else content.decode()
 
     def _bytes(self, name: str) -> bytes | None:
         self._store.fs.invalidate_cache()

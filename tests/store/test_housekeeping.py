@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hass_core.cli.app import app
-from hass_core.errors import StoreError
+from hass_core.errors import CorruptFile, StoreError
 from hass_core.store import Artifact, Store
 from hass_core.store.housekeeping import entries, note_registered, removable, remove
 
@@ -82,6 +82,16 @@ def test_a_broken_note_stops_the_pruning(store):
     note_registered(store, "draft-x", "1", [])
     store.fs.pipe_file(f"{store.root}/registered/draft-x/1.json", b"{}")
     with pytest.raises(StoreError, match="mend it before you prune"):
+        going(store, newest=0)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff"])
+def test_a_broken_manifest_is_named(store, content):
+    made = chain(store, 0, 30)
+    store.fs.pipe_file(f"{made[2].url}/manifest.json", content)
+    with pytest.raises(
+        CorruptFile, match=rf"features/{made[2].digest}/manifest.json: not a manifest; remove"
+    ):
         going(store, newest=0)
 
 

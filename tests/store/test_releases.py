@@ -61,9 +61,10 @@ def test_a_former_release_becomes_current_again(store, tmp_path):
     assert releases.publish("1", {"vllm": one}) == first == releases.current()
 
 
-def test_a_record_that_is_none_is_refused(store, tmp_path):
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe"])
+def test_a_record_that_is_none_is_refused(store, tmp_path, content):
     releases = Releases(store, "draft")
     releases.publish("1", {"vllm": folder(tmp_path, "a", "one")})
-    releases._write("current", b"{}")
+    releases._write("current", content)
     with pytest.raises(CorruptFile, match="current is not a release; remove it"):
         releases.current()

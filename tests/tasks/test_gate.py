@@ -96,6 +96,13 @@ def test_times_with_a_compilation_in_them_decide_nothing():
     assert verdict.reasons[0].startswith("1 compilations ran while the clock did")
 
 
+@pytest.mark.parametrize("rounds", [1, ROUNDS])
+def test_one_question_promotes_nobody(rounds):
+    verdict = judge(fought({"a": [1.5]}, rounds=rounds), True, RULES)
+    assert not verdict.promoted
+    assert verdict.reasons[0].startswith("one question says nothing of others")
+
+
 def test_a_gain_that_is_no_number_promotes_nobody():
     assert not judge(fought({"a": [float("nan")] * 12}), True, RULES).promoted
 
