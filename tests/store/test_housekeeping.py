@@ -89,9 +89,7 @@ def test_a_broken_note_stops_the_pruning(store):
 def test_a_broken_manifest_is_named(store, content):
     made = chain(store, 0, 30)
     store.fs.pipe_file(f"{made[2].url}/manifest.json", content)
-    with pytest.raises(
-        CorruptFile, match=rf"features/{made[2].digest}/manifest.json: not a manifest; remove"
-    ):
+    with pytest.raises(CorruptFile, match=rf"features/{made[2].digest}/manifest.json: not a manifest; remove"):
         going(store, newest=0)
 
 
