@@ -7,6 +7,7 @@ Everything that can be wrong with the input is found before anything is measured
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -54,9 +55,10 @@ def evaluate_draft(
     drafts = {HASS: local_draft(source)}
     work = Evaluation(target, questions, drafts, config.evaluation, config.tree, seen, folder.scratch())
     report, measured = work.run(progress)
-    for path in _write(work, report, measured, _training_metrics(source), folder.scratch() / "outputs"):
-        with folder.writing(path.name) as file:
-            file.path.write_bytes(path.read_bytes())
+    with TemporaryDirectory(prefix="hass-evaluation-") as outputs:  # scratch goes when another process is first
+        for path in _write(work, report, measured, _training_metrics(source), Path(outputs)):
+            with folder.writing(path.name) as file:
+                file.path.write_bytes(path.read_bytes())
     return folder.finish(report.summary())
 
 

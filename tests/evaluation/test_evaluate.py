@@ -119,6 +119,21 @@ def test_a_stopped_evaluation_continues_with_the_next_question(config, draft, st
     assert len(asked) == before
 
 
+def test_of_two_processes_with_one_evaluation_the_slower_one_finds_it_done(
+    config, draft, store, tiny_target, monkeypatch
+):
+    examples, first = evaluate._examples, []
+
+    def overtaken(*given):
+        if not first:
+            first.append(None)
+            first[0] = evaluate_draft(config, draft, store, tiny_target)
+        return examples(*given)
+
+    monkeypatch.setattr(evaluate, "_examples", overtaken)
+    assert evaluate_draft(config, draft, store, tiny_target) == first[0]
+
+
 def test_a_planned_tree_is_measured_once_and_recorded(config, draft, store, tiny_target, monkeypatch):
     planned = config.model_copy(update={"tree": TREE.model_copy(update={"plan": True})})
     measure_all = Examiner.measure_all
