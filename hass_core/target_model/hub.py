@@ -52,15 +52,16 @@ def check_hub(source: str, revision: str | None = None) -> None:
 
 def refusal(source: str, errors: Sequence[BaseException]) -> str | None:
     """Why the hub does not give a model, and what to do, where one of `errors` is its refusal; else None."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     refused = [e.response.status_code for e in errors if isinstance(e, HfHubHTTPError) and e.response is not None]
-    page = f"https://huggingface.co/{source}"
+    page = f"https://huggingface.co/{source}"  # terms are accepted there, also where a mirror is asked
     if any(isinstance(error, GatedRepoError) for error in errors) or 403 in refused:
         return f"it is gated: accept its terms on {page} and set HF_TOKEN to a token of that account"
     if any(isinstance(error, RepositoryNotFoundError) for error in errors) or 401 in refused:
         known = "set HF_TOKEN to a token that may read it"
-        return f"{page} does not exist or is private; {meant(source)}check the name, and {known}"
+        return f"{constants.ENDPOINT}/{source} does not exist or is private; {meant(source)}check the name, and {known}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -278,6 +279,8 @@ def told(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_gated_or_unknown_model_of_the_hub_names_the_token(told, name):
     assert REFUSALS[name][2].format(name=name) in told[name]
+    if REFUSALS[name][2] == UNKNOWN:
+        assert re.search(rf": http://127.0.0.1:\d+/{name} does not", told[name]), "the hub that was asked, HF_ENDPOINT"
 
 
 def test_a_hub_that_is_away_is_asked_once_and_a_near_name_is_offered(tmp_path):
