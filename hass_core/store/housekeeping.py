@@ -1,7 +1,8 @@
 """What a store holds, what it takes, and what of it can go.
 
 Needed are: registered drafts with what they came from, their features excepted (only training reads those); the newest
-drafts whole, features included; whatever is younger than a day; and everything unfinished, which may be under way.
+drafts whole, features included; whatever is younger than a day, or began to be trained on within one; and everything
+unfinished, which may be under way.
 """
 
 import time

@@ -3,6 +3,7 @@
     ROOT/<stage>/<digest>/part-00000.parquet …        the files
     ROOT/<stage>/<digest>/_records/<file>.json        one record per finished file: bytes, sha256, rows
     ROOT/<stage>/<digest>/manifest.json               written last: its presence means the stage is complete
+    ROOT/<stage>/<digest>/used                        empty; as old as the last training that began to read the stage
 
 The digest is computed from everything that determines the output (settings, inputs, code version), so the same
 work is found again and different work never mixes. A file is written to local scratch, put in place in one atomic
@@ -34,6 +35,7 @@ from hass_core.store.scratch import clear, finishing, publishing, remove_abandon
 MANIFEST = "manifest.json"
 RECORDS = "_records"
 ORIGIN = "origin.txt"  # beside cached copies: the address of the stage that they are of
+USED = "used"
 SCRATCH = "scratch"
 CACHE_GB = 50.0
 REMOTE_READ = {"block_size": 1 << 18, "cache_type": "readahead"}
@@ -265,6 +267,11 @@ class StageFolder:
         if not rows_checked and sha256_of(path) != record.sha256:
             raise CorruptFile(self._corrupt(name, "the checksum differs"))
         return path
+
+    def note_use(self) -> None:
+        """Count as new again from now on, for those who look for what nobody needs (housekeeping.py)."""
+        with self.store.named_failures("write to"):
+            self.store.fs.pipe_file(f"{self._base}/{USED}", b"")
 
     def note_origin(self) -> None:
         """Have it told beside the cached copies of a remote stage's files where they came from; see `origin_of`."""

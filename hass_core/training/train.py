@@ -79,6 +79,8 @@ def train_draft(
     dataset = with_features(stored, target, config.features.max_tokens_per_batch)
     if len(dataset) == 0:
         raise BadInput(f"{features.url} holds no training conversation; generate more responses")
+    if accelerator.is_main_process:
+        store.open(features).note_use()
     torch.manual_seed(config.seed)
     head = make_head(config, stored, target)
     draft = make_draft(config, dataset, target, head)

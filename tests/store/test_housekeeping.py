@@ -63,6 +63,16 @@ def test_what_is_younger_than_a_day_stays(store):
     assert going(store, newest=0) == set()
 
 
+def test_what_somebody_began_to_read_within_a_day_stays_with_what_it_came_from(store):
+    old = chain(store, 0, 30)
+    chain(store, 1, 10)
+    store.open(old[2]).note_use()
+    assert going(store, newest=1) == named(*old[3:])
+    assert store.open(old[2]).problems() == []
+    age(store, old[2], 2)
+    assert going(store, newest=1) == named(*old)
+
+
 def test_nothing_goes_while_something_is_being_made(store):
     chain(store, 0, 30)
     store.stage("draft", {"under": "way"}).write_text("step.json", "1")

@@ -65,6 +65,7 @@ def weights(store: Store, artifact: Artifact) -> dict[str, torch.Tensor]:
 def test_training_lowers_the_loss_and_leaves_a_loadable_draft(store, tiny_target, features, tmp_path):
     config = settings(passes=12)
     artifact = train_draft(config, features, store, tiny_target)
+    assert (Path(features.url) / "used").is_file(), "else hass store prune may take it away meanwhile"
     folder = store.open(artifact)
     records = [json.loads(line) for line in folder.read_text("metrics.jsonl").splitlines()]
     losses = [record["train/loss"] for record in records if "train/loss" in record]
