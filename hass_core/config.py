@@ -87,7 +87,7 @@ class PromptsConfig(Settings):
     )
     self_written: int = Field(default=0, ge=0, le=50_000_000, description="Number of prompts the target writes itself")
     self_written_share: float = Field(
-        default=0, ge=0, lt=1, description="In place of `self_written`: the share that it writes of all prompts"
+        default=0.0, ge=0, lt=1, description="In place of `self_written`: the share that it writes of all prompts"
     )
     max_prompts: int | None = Field(default=None, ge=1, description="Keep at most this many prompts")
     max_prompt_tokens: int = Field(default=512, ge=8, description="Longer prompts are skipped and counted")

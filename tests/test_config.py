@@ -128,3 +128,10 @@ def test_a_setting_that_decided_nothing_may_stand_in_old_files():
     assert parse_config({"features": {"conversations_per_shard": 8}}) == parse_config({})
     with pytest.raises(ConfigError, match="no such setting"):
         parse_config({"features": {"conversations_per_shrad": 8}})
+
+
+def test_settings_that_passed_through_json_name_the_same_stages():
+    """A flow's settings come as JSON; a number that is 0 here and 0.0 there would make every stage anew."""
+    config = parse_config({})
+    through = RunConfig.model_validate_json(config.model_dump_json())
+    assert through.model_dump_json() == config.model_dump_json()
