@@ -1,6 +1,7 @@
 """Promotion: the gate's verdict on a draft, the alias that follows it, and the ways back."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from prefect import task
@@ -17,7 +18,7 @@ from tasks.export import export_objections
 from tasks.gate import Verdict
 from tasks.measuring import measured_verdict
 from tasks.progress import reporting
-from tasks.resources import target_of
+from tasks.resources import is_held, target_of
 from tasks.retries import LONG, SHORT
 from tasks.stage_lines import told
 from tasks.tracking import DraftVersion
@@ -84,9 +85,10 @@ def check_promotion(config: RunConfig) -> None:
 
 @task(name="roll-back", timeout_seconds=SHORT["timeout_seconds"])
 def roll_back(config: RunConfig) -> RolledBack:
-    """Give the alias back to the last champion before of the same target. Raises TrackingError when there was none."""
-    target = tracking.target_identity(target_of(config))
-    done = RolledBack(**tracking.restore(tracking.connect(config), tracking.registered_name(config), target))
+    """Give the alias back to the last champion before of the same target. Raises TrackingError when there was none, or
+    the store holds its draft no longer."""
+    name, target = tracking.registered_name(config), tracking.target_identity(target_of(config))
+    done = RolledBack(**tracking.restore(tracking.connect(config), name, target, partial(is_held, config)))
     create_markdown_artifact(str(done), key="rollback", description="What the rollback did")
     emit(ROLLED_BACK, done.restored, str(done))
     return done

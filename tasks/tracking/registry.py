@@ -6,7 +6,7 @@ A version's tags lead back to everything it came from: digests and addresses of 
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -301,17 +301,24 @@ def lineage(client: MlflowClient, version: DraftVersion) -> dict[str, str]:
     return dict(client.get_model_version(version.model, version.version).tags)
 
 
-def restore(client: MlflowClient, name: str, target: str) -> dict[str, Any]:
+def restore(
+    client: MlflowClient, name: str, target: str, is_held: Callable[[DraftVersion], bool] | None = None
+) -> dict[str, Any]:
     """Give the alias back to the last champion before that was trained for `target` (an identity).
 
     Returns the versions `restored` and `withdrawn`, and the numbers of those `passed_over` for their target. Raises
-    TrackingError where there is nothing to go back to.
+    TrackingError where there is nothing to go back to, or by `is_held` its draft is gone; then nothing has changed.
     """
     with locked(client, name):
         present = champion(client, name)
         if present is None:
             raise _absent(client, name, CHAMPION)
         before, passed_over = _former(client, present, target)
+        if is_held and not is_held(before):
+            raise TrackingError(
+                f"version {before.version} of {name} would be the champion again, but {before.draft.url} is gone: put "
+                "it back, or name another version to promote-draft"
+            )
         client.set_registered_model_alias(name, CHAMPION, before.version)
         client.set_model_version_tag(name, present.version, WITHDRAWN, str(int(time.time())))
         if run := living_run(client, client.get_model_version(name, present.version).run_id):

@@ -164,6 +164,18 @@ def test_there_is_no_rollback_to_a_draft_of_another_target(register, client):
     assert tracking.champion(client, first.model).version == "2"
 
 
+def test_there_is_no_rollback_to_a_draft_that_the_store_has_lost(
+    register, client, config, store, monkeypatch, tiny_target
+):
+    monkeypatch.setattr(promotion, "target_of", lambda config: tiny_target)
+    first, second = register(0), register(1)
+    tracking.crown(client, second, first)
+    store.fs.rm(first.draft.url, recursive=True)
+    with pytest.raises(TrackingError, match=f"but {first.draft.url} is gone: put it back"):
+        promotion.roll_back.fn(config)
+    assert tracking.champion(client, first.model).version == "2"
+
+
 def test_a_rollback_is_told(register, client, config, monkeypatch, tiny_target):
     told = []
     monkeypatch.setattr(promotion, "target_of", lambda config: tiny_target)
