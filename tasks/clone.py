@@ -1,9 +1,10 @@
 """The folder that a worker clones the code into, for one run: what a run writes there is gone with it."""
 
+import re
 import tempfile
 from pathlib import Path
 
-ENDING = "prefect"  # of the name that Prefect's process worker gives it
+NAME = re.compile(r"tmp[a-z0-9_]{8}prefect")  # tempfile's, with the ending that Prefect's process worker asks for
 
 
 def is_of_one_run(folder: str | Path) -> bool:
@@ -11,4 +12,4 @@ def is_of_one_run(folder: str | Path) -> bool:
     parts = Path(folder).resolve().parts
     temporary = Path(tempfile.gettempdir()).resolve().parts
     made = parts[len(temporary) : len(temporary) + 1]
-    return parts[: len(temporary)] == temporary and bool(made) and made[0].endswith(ENDING)
+    return parts[: len(temporary)] == temporary and bool(made) and NAME.fullmatch(made[0]) is not None

@@ -42,3 +42,5 @@ def test_a_whole_path_is_taken_and_so_is_a_folder_where_runs_are_not_cloned(clon
     assert store_of(parse_config({"store": str(tmp_path / "kept")})).is_local
     monkeypatch.chdir(tmp_path)
     assert store_of(parse_config({"store": "results"})).is_local
+    named_alike = {"store": f"{tempfile.gettempdir()}/our-prefect/store"}
+    assert store_of(parse_config(named_alike)).is_local
