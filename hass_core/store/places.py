@@ -14,10 +14,8 @@ from hass_core.errors import StoreError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 S3_PATIENCE: dict[str, Any] = {"connect_timeout": 10, "read_timeout": 30}
-S3_RETRIES = {"max_attempts": 4, "mode": "standard"}  # where the operator does not say AWS_MAX_ATTEMPTS
-S3_ROUNDS = 2
-"""A server that takes a connection and says nothing is left after rounds × attempts × 30 s: four minutes. The clients'
-own numbers multiply to 25 minutes a request, of which nothing is told."""
+"""Seconds until a server that takes a connection and says nothing is asked again. How often that is, is left to the
+clients: their rounds outlast a store that is away for a while."""
 
 
 def file_system(address: str) -> tuple[Any, str]:
@@ -26,20 +24,16 @@ def file_system(address: str) -> tuple[Any, str]:
     if remote and not place.strip("/"):
         raise StoreError(f"the store {address} names no place; give it as {scheme}://BUCKET/PREFIX")
     try:
-        files, path = fsspec.core.url_to_fs(address.rstrip("/"), **(s3_options() if scheme == "s3" else {}))
+        return fsspec.core.url_to_fs(address.rstrip("/"), **(s3_options() if scheme == "s3" else {}))
     except (ValueError, ImportError) as error:  # no such scheme, or its package is missing
         raise StoreError(f"the store {address} cannot be used: {error}; give a folder or s3://BUCKET/PREFIX") from error
-    if scheme == "s3":
-        files.retries = S3_ROUNDS
-    return files, path
 
 
 def s3_options() -> dict[str, Any]:
     """What a file system on S3 is made with, unless fsspec's configuration says otherwise."""
     if "config_kwargs" in conf.get("s3", {}):
         return {}
-    retries = {} if os.environ.get("AWS_MAX_ATTEMPTS") else {"retries": S3_RETRIES}
-    return {"config_kwargs": S3_PATIENCE | retries}
+    return {"config_kwargs": dict(S3_PATIENCE)}
 
 
 def endpoint() -> str:

@@ -81,14 +81,13 @@ def test_a_failing_server_is_named_and_a_rerun_finishes_the_rest(store, proxy, m
     assert again.read_text("a.txt") + again.read_text("b.txt") == "firstsecond"
 
 
-def test_a_server_that_is_silent_is_told_soon_and_left_in_minutes(store, proxy, monkeypatch, tmp_path):
+def test_a_server_that_is_silent_is_told_soon(store, proxy, monkeypatch, tmp_path):
     monkeypatch.delitem(fsspec.config.conf, "s3")  # the short patience of the other tests
     monkeypatch.delenv("AWS_MAX_ATTEMPTS", raising=False)
     monkeypatch.setattr("hass_core.store.store.PROBE_SECONDS", 2.0)
     type(store.fs).clear_instance_cache()
     patient = Store(f"{store.root}/patient", cache=tmp_path / "patient")
-    client = patient.fs.config_kwargs
-    assert patient.fs.retries * client["retries"]["max_attempts"] * client["read_timeout"] <= 240
+    assert patient.fs.config_kwargs["read_timeout"] <= 30
     patient.check_writable()
     proxy.fail("silent")
     began = time.monotonic()
