@@ -1,6 +1,7 @@
 """Which failures are worth another try: the network's, and a server's that is busy. A refusal is not: asked again it
 refuses again, and neither is a user's mistake or a full disk."""
 
+import errno
 from http import HTTPStatus
 from typing import Any
 
@@ -16,6 +17,7 @@ TRANSIENT = (ConnectionError, TimeoutError)
 TRANSIENT_MODULES = ("aiohttp.", "httpx.", "httpcore.", "requests.", "urllib3.")
 OF_S3 = ("botocore.", "aiobotocore.")  # whose errors are also about keys that are not set and the like
 TRANSIENT_OF_S3 = {"HTTPClientError", "ConnectionError", "ClientError", "IncompleteReadError"}
+SERVER_FAILED = getattr(errno, "EREMOTEIO", 121)  # what s3fs makes of a status 500; macOS has no name for it
 TRY_AGAIN = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
 
 
@@ -30,7 +32,8 @@ def _is_of_the_network(error: BaseException) -> bool:
     module = f"{type(error).__module__}."
     if module.startswith(OF_S3):
         return not TRANSIENT_OF_S3.isdisjoint(kind.__name__ for kind in type(error).__mro__)
-    return isinstance(error, TRANSIENT) or module.startswith(TRANSIENT_MODULES)
+    failed = isinstance(error, OSError) and error.errno == SERVER_FAILED
+    return failed or isinstance(error, TRANSIENT) or module.startswith(TRANSIENT_MODULES)
 
 
 def _is_refusal(status: int) -> bool:

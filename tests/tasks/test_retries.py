@@ -1,5 +1,7 @@
 """What is tried again: a network's failure, not a refusal. Errors come from a real S3 server and a real HTTP one."""
 
+import errno
+
 import boto3
 import httpx
 import pytest
@@ -14,7 +16,7 @@ from prefect.states import Failed
 from hass_core.errors import StoreError
 from hass_core.store import Store
 from tasks.progress import say
-from tasks.retries import after_network_failure, is_transient
+from tasks.retries import SERVER_FAILED, after_network_failure, is_transient
 from tests.flows.stack import free_port
 from tests.loopback import Quiet, serving
 from tests.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY
@@ -143,3 +145,9 @@ def test_a_status_tells_a_refusal_from_a_busy_server(server, client, status, aga
 
 def test_a_server_that_is_not_there_is_tried_again():
     assert is_transient(failure_of(lambda: httpx.get("http://127.0.0.1:9/")))
+
+
+def test_what_s3fs_makes_of_a_server_that_failed_is_worth_another_try():
+    """It does not always keep the client's own error as the cause."""
+    assert is_transient(OSError(SERVER_FAILED, "Internal Server Error"))
+    assert not is_transient(OSError(errno.ENOSPC, "No space left on device"))
