@@ -2,8 +2,8 @@
 
 MLflow writes whole paths into its database: of an experiment, a run, a model. Where the folder `mlartifacts` that they
 name is not the one beside the database, they are from before a move, or from the folder this one is a copy of: unless
-there is none beside the database, and theirs is where they say. The store that our tags name lies in the same folder,
-and moved with it.
+it is where they say, and none of their runs has its artifacts beside the database. The store that our tags name lies
+in the same folder, and moved with it.
 """
 
 import json
@@ -32,25 +32,34 @@ OURS = {
 def follow_the_folder(uri: str, folder: Path) -> list[str]:
     """Let the SQLite database at `uri`, which lies in `folder`, name `folder`/mlartifacts wherever it names another;
     the places replaced."""
-    here, moved_along = (folder / ARTIFACTS).as_uri(), (folder / ARTIFACTS).is_dir()
+    here = (folder / ARTIFACTS).as_uri()
     engine = sqlalchemy.create_engine(uri)
     try:
         with engine.begin() as connection:
             found = {table: _columns(connection, table) for table in PATHS}
             named = _places(connection, found) - {here}
-            elsewhere = {place for place in named if moved_along or not _is_folder(place)}
+            elsewhere = {place for place in named if _has_moved(connection, place, folder / ARTIFACTS)}
             for place in elsewhere:
                 for table, columns in found.items():
                     for column in columns:
                         _replace(connection, table, column, place, here)
-                _move_store(connection, Path(unquote(urlsplit(place).path)).parent, folder)
+                _move_store(connection, _folder_of(place).parent, folder)
     finally:
         engine.dispose()
     return sorted(elsewhere)
 
 
-def _is_folder(place: str) -> bool:
-    return Path(unquote(urlsplit(place).path)).is_dir()
+def _has_moved(connection: sqlalchemy.Connection, place: str, here: Path) -> bool:
+    """Whether `place` is gone, or some run that the database has there is found `here` as well: in a copy."""
+    if not _folder_of(place).is_dir():
+        return True
+    named = connection.execute(sqlalchemy.text("SELECT artifact_uri FROM runs")).scalars()
+    inside = (str(uri).removeprefix(f"{place}/") for uri in named if str(uri).startswith(f"{place}/"))
+    return any((here / unquote(run)).exists() for run in inside)
+
+
+def _folder_of(place: str) -> Path:
+    return Path(unquote(urlsplit(place).path))
 
 
 def _columns(connection: sqlalchemy.Connection, table: str) -> list[str]:

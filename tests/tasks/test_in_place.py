@@ -103,4 +103,8 @@ def test_artifacts_that_were_never_beside_the_database_are_found_where_they_are(
     elsewhere = RunConfig.model_validate(config.model_dump() | tracking)
     assert read_run(elsewhere, before) == "old"
     assert read_run(elsewhere, write_run(elsewhere, "new")) == "new"
-    assert read_run(elsewhere, before) == "old"
+    tracking["tracking"]["experiment"] = "another"
+    another = RunConfig.model_validate(config.model_dump() | tracking)
+    beside = write_run(another, "beside the database")
+    connect.__globals__["_client"].cache_clear()
+    assert (read_run(elsewhere, before), read_run(another, beside)) == ("old", "beside the database")
